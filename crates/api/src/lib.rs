@@ -1,0 +1,17 @@
+//! The vocabulary of Atoll: resource kinds, their schemas, defaults, validation and printed columns, and the two
+//! traits through which rooms talk to the API ([`client::Client`]) and to running pods ([`streams::PodStreams`]).
+//!
+//! Knows nothing of HTTP, storage or runtimes.
+#![forbid(unsafe_code)]
+
+pub mod client;
+pub mod kind;
+pub mod object;
+pub mod schema;
+pub mod status;
+pub mod streams;
+
+/// The field's own typed wire structs for built-in kinds; deserialize from `&serde_json::Value` at the edge of a room.
+pub use k8s_openapi as k8s;
+pub use object::Object;
+pub use status::{Status, StatusResult};
