@@ -60,7 +60,11 @@ pub enum Patch {
     /// RFC 6902.
     Json(Value),
     Strategic(Value),
-    Apply { object: Value, manager: String, force: bool },
+    Apply {
+        object: Value,
+        manager: String,
+        force: bool,
+    },
 }
 
 /// The API. `namespace` is `""` for cluster-scoped resources; in `list` and `watch` `""` means all namespaces.

@@ -5,11 +5,16 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod informer;
 pub mod kind;
+pub mod names;
 pub mod object;
 pub mod schema;
+pub mod selector;
 pub mod status;
 pub mod streams;
+pub mod testing;
+pub mod time;
 
 /// The field's own typed wire structs for built-in kinds; deserialize from `&serde_json::Value` at the edge of a room.
 pub use k8s_openapi as k8s;

@@ -96,7 +96,8 @@ impl Status {
     }
     /// `plural.group "name" not found`, as Kubernetes words it.
     pub fn not_found(group: &str, plural: &str, name: &str) -> Self {
-        Self::new(Reason::NotFound, format!("{} \"{name}\" not found", qualified(plural, group))).about(group, plural, name)
+        Self::new(Reason::NotFound, format!("{} \"{name}\" not found", qualified(plural, group)))
+            .about(group, plural, name)
     }
     pub fn already_exists(group: &str, plural: &str, name: &str) -> Self {
         Self::new(Reason::AlreadyExists, format!("{} \"{name}\" already exists", qualified(plural, group)))
@@ -113,8 +114,9 @@ impl Status {
     pub fn invalid(group: &str, kind: &str, name: &str, causes: Vec<Cause>) -> Self {
         let list: Vec<String> = causes.iter().map(|c| format!("{}: {}", c.field, c.message)).collect();
         let text = if list.len() == 1 { list.concat() } else { format!("[{}]", list.join(", ")) };
-        let mut status = Self::new(Reason::Invalid, format!("{} \"{name}\" is invalid: {text}", qualified(kind, group)))
-            .about(group, kind, name);
+        let mut status =
+            Self::new(Reason::Invalid, format!("{} \"{name}\" is invalid: {text}", qualified(kind, group)))
+                .about(group, kind, name);
         status.causes = causes;
         status
     }
@@ -133,11 +135,8 @@ impl Status {
     }
     /// The wire form: a `v1` `Status` object.
     pub fn to_json(&self) -> Value {
-        let causes: Vec<Value> = self
-            .causes
-            .iter()
-            .map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field}))
-            .collect();
+        let causes: Vec<Value> =
+            self.causes.iter().map(|c| json!({"reason": c.reason, "message": c.message, "field": c.field})).collect();
         let mut details = serde_json::Map::new();
         for (key, value) in [("name", &self.name), ("group", &self.group), ("kind", &self.kind), ("uid", &self.uid)] {
             if !value.is_empty() {

@@ -75,5 +75,9 @@ pub trait PodStreams: Send + Sync + 'static {
     async fn exec(&self, target: &Target, command: Vec<String>, wanted: Wanted) -> StatusResult<Session>;
     async fn attach(&self, target: &Target, wanted: Wanted) -> StatusResult<Session>;
     async fn port_forward(&self, target: &Target, port: u16) -> StatusResult<Box<dyn Duplex>>;
-    async fn logs(&self, target: &Target, options: LogOptions) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>>;
+    async fn logs(
+        &self,
+        target: &Target,
+        options: LogOptions,
+    ) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>>;
 }

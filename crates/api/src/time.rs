@@ -1,0 +1,218 @@
+//! Time as the API writes it: RFC 3339 in whole seconds (`Time`) or with microseconds (`MicroTime`), always UTC, and
+//! ages as `kubectl` prints them.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Unix seconds now.
+pub fn now() -> i64 {
+    now_micros().div_euclid(1_000_000)
+}
+
+/// Unix microseconds now.
+pub fn now_micros() -> i64 {
+    match SystemTime::now().duration_since(UNIX_EPOCH) {
+        Ok(since) => i64::try_from(since.as_micros()).unwrap_or(i64::MAX),
+        Err(before) => -i64::try_from(before.duration().as_micros()).unwrap_or(i64::MAX),
+    }
+}
+
+/// Now as `2006-01-02T15:04:05Z`.
+pub fn now_rfc3339() -> String {
+    rfc3339(now())
+}
+
+/// Unix seconds as `2006-01-02T15:04:05Z`.
+pub fn rfc3339(seconds: i64) -> String {
+    let (year, month, day) = civil(seconds.div_euclid(86_400));
+    let rest = seconds.rem_euclid(86_400);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+/// Unix microseconds as `2006-01-02T15:04:05.000000Z`.
+pub fn micro_time(micros: i64) -> String {
+    let mut text = rfc3339(micros.div_euclid(1_000_000));
+    text.pop();
+    format!("{text}.{:06}Z", micros.rem_euclid(1_000_000))
+}
+
+/// Unix seconds of an RFC 3339 time; fractions are cut off.
+pub fn parse(text: &str) -> Option<i64> {
+    parse_micros(text).map(|micros| micros.div_euclid(1_000_000))
+}
+
+/// Unix microseconds of an RFC 3339 time (years 0 to 9999, any offset, any number of fraction digits).
+pub fn parse_micros(text: &str) -> Option<i64> {
+    let bytes = text.as_bytes();
+    let number = |from: usize, to: usize| -> Option<i64> {
+        let part = bytes.get(from..to)?;
+        part.iter().try_fold(0i64, |sum, b| b.is_ascii_digit().then(|| sum * 10 + i64::from(b - b'0')))
+    };
+    let is = |at: usize, any: &[u8]| bytes.get(at).is_some_and(|b| any.contains(b));
+    if !(is(4, b"-") && is(7, b"-") && is(10, b"Tt ") && is(13, b":") && is(16, b":")) {
+        return None;
+    }
+    let (year, month, day) = (number(0, 4)?, number(5, 7)?, number(8, 10)?);
+    let (hour, minute, second) = (number(11, 13)?, number(14, 16)?, number(17, 19)?);
+    if !(1..=12).contains(&month) || !(1..=days_in(year, month)).contains(&day) {
+        return None;
+    }
+    if hour > 23 || minute > 59 || second > 60 {
+        return None;
+    }
+    let mut at = 19;
+    let mut micros = 0;
+    if is(at, b".,") {
+        let start = at + 1;
+        at = start;
+        while bytes.get(at).is_some_and(u8::is_ascii_digit) {
+            at += 1;
+        }
+        if at == start {
+            return None;
+        }
+        for index in start..start + 6 {
+            micros = micros * 10 + if index < at { number(index, index + 1)? } else { 0 };
+        }
+    }
+    let offset = match bytes.get(at..)? {
+        b"Z" | b"z" => 0,
+        zone if zone.len() == 6 && (zone[0] == b'+' || zone[0] == b'-') && zone[3] == b':' => {
+            let (hours, minutes) = (number(at + 1, at + 3)?, number(at + 4, at + 6)?);
+            if hours > 23 || minutes > 59 {
+                return None;
+            }
+            let seconds = hours * 3600 + minutes * 60;
+            if zone[0] == b'-' { -seconds } else { seconds }
+        }
+        _ => return None,
+    };
+    let seconds = days(year, month, day) * 86_400 + hour * 3600 + minute * 60 + second - offset;
+    Some(seconds * 1_000_000 + micros)
+}
+
+/// How long ago `text` was, as `kubectl` prints ages; `<unknown>` when it is absent or not a time.
+pub fn age(text: &str, now: i64) -> String {
+    match parse(text) {
+        Some(then) => human_duration(now - then),
+        None => "<unknown>".to_owned(),
+    }
+}
+
+/// A duration as `kubectl` prints it: `45s`, `3m20s`, `2h5m`, `3d4h`, `2y100d`.
+pub fn human_duration(seconds: i64) -> String {
+    let with_rest = |whole: i64, unit: &str, rest: i64, small: &str| {
+        if rest == 0 { format!("{whole}{unit}") } else { format!("{whole}{unit}{rest}{small}") }
+    };
+    if seconds < -1 {
+        return "<invalid>".to_owned();
+    }
+    if seconds < 0 {
+        return "0s".to_owned();
+    }
+    let (minutes, hours) = (seconds / 60, seconds / 3600);
+    let days = hours / 24;
+    if seconds < 120 {
+        format!("{seconds}s")
+    } else if minutes < 10 {
+        with_rest(minutes, "m", seconds % 60, "s")
+    } else if minutes < 180 {
+        format!("{minutes}m")
+    } else if hours < 8 {
+        with_rest(hours, "h", minutes % 60, "m")
+    } else if hours < 48 {
+        format!("{hours}h")
+    } else if days < 8 {
+        with_rest(days, "d", hours % 24, "h")
+    } else if days < 365 * 2 {
+        format!("{days}d")
+    } else if days < 365 * 8 {
+        with_rest(days / 365, "y", days % 365, "d")
+    } else {
+        format!("{}y", days / 365)
+    }
+}
+
+fn leap(year: i64) -> bool {
+    year % 4 == 0 && (year % 100 != 0 || year % 400 == 0)
+}
+
+fn days_in(year: i64, month: i64) -> i64 {
+    match month {
+        2 => 28 + i64::from(leap(year)),
+        4 | 6 | 9 | 11 => 30,
+        _ => 31,
+    }
+}
+
+/// Days from 1970-01-01 of a proleptic Gregorian date (years counted from March, 400-year eras).
+fn days(year: i64, month: i64, day: i64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let era = year.div_euclid(400);
+    let of_era = year.rem_euclid(400);
+    let of_year = (153 * (if month > 2 { month - 3 } else { month + 9 }) + 2) / 5 + day - 1;
+    era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
+}
+
+/// The inverse of [`days`].
+fn civil(days: i64) -> (i64, i64, i64) {
+    let shifted = days + 719_468;
+    let era = shifted.div_euclid(146_097);
+    let of_era = shifted.rem_euclid(146_097);
+    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (year + era * 400 + i64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn known_times() {
+        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
+        assert_eq!(rfc3339(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(parse("2023-11-14T22:13:20Z"), Some(1_700_000_000));
+        assert_eq!(parse("2023-11-14T23:13:20.5+01:00"), Some(1_700_000_000));
+        assert_eq!(micro_time(1_700_000_000_000_042), "2023-11-14T22:13:20.000042Z");
+        for bad in ["", "2023-02-29T00:00:00Z", "2023-11-14", "2023-11-14T22:13:20", "2023-11-14T22:13:20.Z"] {
+            assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn ages_as_kubectl_prints_them() {
+        let cases = [
+            (-5, "<invalid>"),
+            (0, "0s"),
+            (119, "119s"),
+            (120, "2m"),
+            (125, "2m5s"),
+            (601, "10m"),
+            (3 * 3600 + 60, "3h1m"),
+            (9 * 3600, "9h"),
+            (49 * 3600, "2d1h"),
+            (9 * 86400, "9d"),
+            (800 * 86400, "2y70d"),
+            (4000 * 86400, "10y"),
+        ];
+        for (seconds, text) in cases {
+            assert_eq!(human_duration(seconds), text);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn round_trip(micros in 0i64..253_402_300_799_000_000) {
+            prop_assert_eq!(parse_micros(&micro_time(micros)), Some(micros));
+            prop_assert_eq!(parse(&rfc3339(micros / 1_000_000)), Some(micros / 1_000_000));
+        }
+        #[test]
+        fn foreign_text_never_panics(text in ".{0,40}") {
+            let _ = parse_micros(&text);
+        }
+    }
+}
