@@ -110,9 +110,16 @@ pub struct TxnResponse {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    Put { kv: KeyValue, previous: Option<KeyValue> },
+    Put {
+        kv: KeyValue,
+        previous: Option<KeyValue>,
+    },
     /// `revision` of the deletion; `previous` = what was deleted.
-    Delete { key: Bytes, revision: Revision, previous: Option<KeyValue> },
+    Delete {
+        key: Bytes,
+        revision: Revision,
+        previous: Option<KeyValue>,
+    },
 }
 
 impl Event {
