@@ -1,0 +1,120 @@
+//! The monitor's control socket, from the node agent's side. Blocking; one line of JSON each way.
+
+use crate::machine::{Error, Machine, Result};
+use serde::{Deserialize, Serialize};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    State,
+    /// Answered at once; the connection then stays open until the monitor ends.
+    Watch,
+    PowerButton,
+    Reset,
+    Pause,
+    Resume,
+    Kill,
+    /// Answered at once; the connection then is the serial console.
+    Console,
+}
+
+/// Times are unix nanoseconds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    pub engine: String,
+    pub engine_pid: u32,
+    pub started: i64,
+    pub paused: bool,
+    pub exit: Option<Exit>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    pub code: i32,
+    pub signal: Option<i32>,
+    pub finished: i64,
+    /// The engine's last words, empty if it had none.
+    pub message: String,
+}
+
+/// Starts a machine's monitor (`exe vmm RUN_DIR`) and returns once the engine runs. The monitor is no child of the caller.
+pub fn launch(exe: &Path, machine: &Machine) -> Result<State> {
+    machine.validate()?;
+    for dir in [&machine.run_dir, &machine.state_dir] {
+        std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    }
+    // the machine's user must reach nothing through the directories above, but write in its own state
+    std::fs::set_permissions(&machine.state_dir, PermissionsExt::from_mode(0o700))
+        .map_err(Error::io("set mode", &machine.state_dir))?;
+    let _ = std::fs::remove_file(machine.state_dir.join("exit.json"));
+    let path = machine.run_dir.join("machine.json");
+    let text = serde_json::to_vec(machine).map_err(|e| Error::Monitor(e.to_string()))?;
+    std::fs::write(&path, text).map_err(Error::io("write", &path))?;
+    let output = std::process::Command::new(exe)
+        .arg("vmm")
+        .arg(&machine.run_dir)
+        .env_clear()
+        .stdin(std::process::Stdio::null())
+        .output()
+        .map_err(Error::io("run", exe))?;
+    if !output.status.success() {
+        return Err(Error::Monitor(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
+    }
+    Client::connect(&machine.run_dir)?.request(Request::State)
+}
+
+/// What is on disk of a machine that ended, whose monitor is gone.
+pub fn recorded(state_dir: &Path) -> Option<State> {
+    serde_json::from_slice(&std::fs::read(state_dir.join("exit.json")).ok()?).ok()
+}
+
+pub struct Client {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+}
+
+impl Client {
+    /// `NotRunning` if there is no monitor.
+    pub fn connect(run_dir: &Path) -> Result<Self> {
+        let stream = UnixStream::connect(run_dir.join("vmm.sock")).map_err(|_| Error::NotRunning)?;
+        let fail = |e: std::io::Error| Error::Monitor(e.to_string());
+        stream.set_read_timeout(Some(Duration::from_secs(35))).map_err(fail)?;
+        let writer = stream.try_clone().map_err(fail)?;
+        Ok(Client { reader: BufReader::new(stream), writer })
+    }
+
+    pub fn request(&mut self, request: Request) -> Result<State> {
+        let mut text = serde_json::to_vec(&request).map_err(|e| Error::Monitor(e.to_string()))?;
+        text.push(b'\n');
+        self.writer.write_all(&text).map_err(|_| Error::NotRunning)?;
+        let mut line = Vec::new();
+        let read = (&mut self.reader).take(64 << 10).read_until(b'\n', &mut line);
+        if read.map_err(|e| Error::Monitor(e.to_string()))? == 0 {
+            return Err(Error::NotRunning);
+        }
+        let reply: std::result::Result<State, String> =
+            serde_json::from_slice(&line).map_err(|e| Error::Monitor(e.to_string()))?;
+        reply.map_err(Error::Monitor)
+    }
+
+    /// Returns when the monitor is gone.
+    pub fn wait(mut self) -> Result<()> {
+        self.request(Request::Watch)?;
+        self.writer.set_read_timeout(None).map_err(|e| Error::Monitor(e.to_string()))?;
+        let mut rest = [0u8; 64];
+        while matches!(self.reader.read(&mut rest), Ok(n) if n > 0) {}
+        Ok(())
+    }
+
+    /// The serial console as a stream.
+    pub fn console(mut self) -> Result<UnixStream> {
+        self.request(Request::Console)?;
+        self.writer.set_read_timeout(None).map_err(|e| Error::Monitor(e.to_string()))?;
+        Ok(self.writer)
+    }
+}

@@ -1,0 +1,249 @@
+//! The QEMU engine: a machine as a `qemu-system-x86_64` command line. Disks, tap and channels are inherited open
+//! descriptors; QEMU opens no path that a tenant had a say in, and its own seccomp sandbox is on.
+
+use crate::engine::{Control, Engine, Plan};
+use crate::machine::{Disk, DiskFormat, Error, Machine, Result};
+use crate::qmp::Qmp;
+use crate::{qcow2, sys};
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+const FIRST_DESCRIPTOR: i32 = 10;
+
+pub struct Qemu {
+    kvm: bool,
+}
+
+impl Qemu {
+    pub fn find(kvm: bool) -> Option<Self> {
+        Path::new(PROGRAM).exists().then_some(Qemu { kvm })
+    }
+}
+
+/// Descriptors and arguments as they grow.
+struct Builder {
+    args: Vec<OsString>,
+    descriptors: Vec<(i32, OwnedFd)>,
+    sets: u32,
+}
+
+impl Builder {
+    fn arg(&mut self, text: impl Into<OsString>) -> &mut Self {
+        self.args.push(text.into());
+        self
+    }
+    fn descriptor(&mut self, fd: OwnedFd) -> i32 {
+        let number = FIRST_DESCRIPTOR + self.descriptors.len() as i32;
+        self.descriptors.push((number, fd));
+        number
+    }
+    /// An open file as a path that QEMU understands, `/dev/fdset/N`.
+    fn file(&mut self, file: File) -> String {
+        let number = self.descriptor(file.into());
+        self.sets += 1;
+        let set = self.sets;
+        self.arg("-add-fd").arg(format!("fd={number},set={set}"));
+        format!("/dev/fdset/{set}")
+    }
+    /// A block node for an open file.
+    fn node(&mut self, name: &str, file: File, format: DiskFormat, read_only: bool, backing: Option<&str>) {
+        let path = self.file(file);
+        let on = if read_only { "on" } else { "off" };
+        self.arg("-blockdev").arg(format!(
+            "driver=file,node-name={name}-file,filename={path},locking=off,read-only={on},discard=unmap,auto-read-only=off"
+        ));
+        let driver = match format {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        };
+        let backing = match (format, backing) {
+            (DiskFormat::Qcow2, Some(node)) => format!(",backing={node}"),
+            (DiskFormat::Qcow2, None) => ",backing=".to_owned(),
+            (DiskFormat::Raw, _) => String::new(),
+        };
+        // a JSON null is the only way to say "no backing file"
+        if backing == ",backing=" {
+            self.arg("-blockdev").arg(format!(
+                r#"{{"driver":"qcow2","node-name":"{name}","file":"{name}-file","read-only":{read_only},"discard":"unmap","backing":null}}"#
+            ));
+        } else {
+            self.arg("-blockdev").arg(format!(
+                "driver={driver},node-name={name},file={name}-file,read-only={on},discard=unmap{backing}"
+            ));
+        }
+    }
+}
+
+impl Engine for Qemu {
+    fn name(&self) -> &'static str {
+        if self.kvm { "qemu-kvm" } else { "qemu-tcg" }
+    }
+
+    fn plan(&self, machine: &Machine) -> Result<Plan> {
+        machine.validate()?;
+        let mut b = Builder { args: Vec::new(), descriptors: Vec::new(), sets: 0 };
+        self.basics(&mut b, machine);
+        let files = boot_files(&mut b, machine)?;
+        for (index, disk) in machine.disks.iter().enumerate() {
+            add_disk(&mut b, machine, index, disk)?;
+        }
+        if let Some(seed) = &machine.seed {
+            let file = File::open(seed).map_err(Error::io("open seed", seed))?;
+            b.node("seed", file, DiskFormat::Raw, true, None);
+            b.arg("-device").arg("virtio-blk-pci,drive=seed,serial=cidata");
+        }
+        if let Some(link) = &machine.link {
+            let number = b.descriptor(sys::open_tap(link)?);
+            b.arg("-netdev").arg(format!("tap,id=net0,fd={number},vhost=off"));
+            b.arg("-device").arg(format!("virtio-net-pci,netdev=net0,mac={},romfile=,host_mtu={}", link.mac, link.mtu));
+        }
+        let console = channel(&mut b, "console")?;
+        b.arg("-serial").arg("chardev:console");
+        let control = channel(&mut b, "qmp")?;
+        b.arg("-mon").arg("chardev=qmp,mode=control");
+        Ok(Plan {
+            program: PROGRAM.into(),
+            args: b.args,
+            descriptors: b.descriptors,
+            files,
+            needs_kvm: self.kvm,
+            console,
+            control,
+        })
+    }
+
+    fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
+        Ok(Box::new(Qmp::greet(channel)?))
+    }
+}
+
+impl Qemu {
+    fn basics(&self, b: &mut Builder, machine: &Machine) {
+        let accel = if self.kvm { "kvm" } else { "tcg,thread=multi" };
+        let cpu = if self.kvm { "host,migratable=off" } else { "max" };
+        b.arg("-name").arg(machine.id.replace(',', "-"));
+        for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
+            b.arg(flag);
+        }
+        b.arg("-machine")
+            .arg(format!("q35,accel={},usb=off,vmport=off,smm=off,graphics=off", accel.replace(",thread=multi", "")));
+        if !self.kvm {
+            b.args.truncate(b.args.len() - 1);
+            b.arg("q35,usb=off,vmport=off,smm=off,graphics=off").arg("-accel").arg(accel);
+        }
+        b.arg("-cpu").arg(cpu);
+        b.arg("-smp").arg(machine.vcpus.to_string());
+        b.arg("-m").arg(format!("{}M", machine.memory_bytes.div_ceil(1 << 20)));
+        b.arg("-sandbox").arg("on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        b.arg("-device").arg("virtio-rng-pci");
+    }
+}
+
+fn channel(b: &mut Builder, id: &str) -> Result<UnixStream> {
+    let (ours, theirs) = UnixStream::pair().map_err(Error::io("make channel", id))?;
+    let number = b.descriptor(theirs.into());
+    b.arg("-chardev").arg(format!("socket,id={id},fd={number},server=off"));
+    Ok(ours)
+}
+
+/// Kernel and initrd are copied beside the machine's state, for its user alone to read; QEMU cannot take them as
+/// descriptors.
+fn boot_files(b: &mut Builder, machine: &Machine) -> Result<Vec<(PathBuf, PathBuf)>> {
+    let mut files = Vec::new();
+    for (flag, inside, source) in
+        [("-kernel", "/boot/kernel", &machine.kernel), ("-initrd", "/boot/initrd", &machine.initrd)]
+    {
+        let Some(source) = source else { continue };
+        let copy = machine.state_dir.join(inside.trim_start_matches("/boot/"));
+        fs::copy(source, &copy).map_err(Error::io("copy boot file", source))?;
+        fs::set_permissions(&copy, std::os::unix::fs::PermissionsExt::from_mode(0o400))
+            .map_err(Error::io("set mode", &copy))?;
+        std::os::unix::fs::chown(&copy, Some(machine.uid), Some(machine.uid)).map_err(Error::io("chown", &copy))?;
+        b.arg(flag).arg(inside);
+        files.push((PathBuf::from(inside), copy));
+    }
+    if machine.kernel.is_some() {
+        b.arg("-append").arg(&machine.kernel_args);
+    }
+    Ok(files)
+}
+
+fn add_disk(b: &mut Builder, machine: &Machine, index: usize, disk: &Disk) -> Result<()> {
+    let node = format!("disk{index}");
+    let size = qcow2::virtual_size(&disk.path, disk.format == DiskFormat::Qcow2)?;
+    let open = |path: &Path, write: bool| {
+        OpenOptions::new().read(true).write(write).open(path).map_err(Error::io("open disk", path))
+    };
+    if disk.overlay && !disk.read_only {
+        let overlay = machine.state_dir.join(format!("{node}.qcow2"));
+        if !overlay.exists() {
+            qcow2::create_overlay(&overlay, size, machine.uid)?;
+        }
+        b.node(&format!("{node}-base"), open(&disk.path, false)?, disk.format, true, None);
+        b.node(&node, open(&overlay, true)?, DiskFormat::Qcow2, false, Some(&format!("{node}-base")));
+    } else {
+        b.node(&node, open(&disk.path, !disk.read_only)?, disk.format, disk.read_only, None);
+    }
+    let device = match disk.bus.as_str() {
+        "sata" => "ide-hd".to_owned(),
+        "scsi" => {
+            b.arg("-device").arg(format!("virtio-scsi-pci,id=scsi{index}"));
+            format!("scsi-hd,bus=scsi{index}.0")
+        }
+        _ => "virtio-blk-pci".to_owned(),
+    };
+    let mut text = format!("{device},drive={node}");
+    if !disk.serial.is_empty() {
+        text.push_str(&format!(",serial={}", disk.serial));
+    }
+    if machine.kernel.is_none() {
+        text.push_str(&format!(",bootindex={}", disk.boot_order.unwrap_or(100 + index as u32)));
+    }
+    b.arg("-device").arg(text);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::sample;
+
+    fn plan(change: impl FnOnce(&mut Machine)) -> (Result<Plan>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut machine = sample();
+        machine.uid = rustix::process::getuid().as_raw().max(1);
+        machine.link = None;
+        machine.state_dir = dir.path().into();
+        for (name, size) in [("k", 10), ("i", 10), ("d", 1 << 20)] {
+            fs::write(dir.path().join(name), vec![0; size]).unwrap();
+        }
+        machine.kernel = Some(dir.path().join("k"));
+        machine.initrd = Some(dir.path().join("i"));
+        machine.disks[0].path = dir.path().join("d");
+        change(&mut machine);
+        (Qemu { kvm: false }.plan(&machine), dir)
+    }
+
+    #[test]
+    fn disks_are_descriptors_and_bases_are_read_only() {
+        if rustix::process::getuid().as_raw() != 0 {
+            println!("SKIPPED: needs root to give files to the machine's user");
+            return;
+        }
+        let (plan, _dir) = plan(|_| ());
+        let plan = plan.unwrap();
+        let text = plan.args.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ");
+        assert!(text.contains("node-name=disk0-base-file,filename=/dev/fdset/1,locking=off,read-only=on"), "{text}");
+        assert!(
+            text.contains(
+                "driver=qcow2,node-name=disk0,file=disk0-file,read-only=off,discard=unmap,backing=disk0-base"
+            )
+        );
+        assert!(text.contains("-sandbox on") && text.contains("-nodefaults"));
+        assert!(plan.descriptors.iter().all(|(number, _)| *number >= FIRST_DESCRIPTOR));
+    }
+}
