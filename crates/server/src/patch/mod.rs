@@ -27,6 +27,8 @@ mod fields;
 mod json;
 mod managed;
 mod merge;
+#[cfg(test)]
+mod samples;
 mod strategic;
 mod typed;
 
