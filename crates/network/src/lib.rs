@@ -1,1 +1,36 @@
-//! network
+//! The private network: one router namespace per Atoll instance, one point-to-point link per workload, Services by
+//! nftables maps and cluster DNS. Nothing in here edits the host's links, routes, nftables or sysctls: every socket that
+//! changes something is opened inside the router's namespace or a workload's.
+//!
+//! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
+//! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
+//! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
+//!
+//! In this version pods of all namespaces may talk to each other, as in Kubernetes without NetworkPolicies; the router
+//! refuses everything else (spoofed sources, its own ports but DNS, destinations outside).
+//!
+//! Synchronous throughout, std threads only; knows nothing of the API. `unsafe` lives in `sys` alone.
+#![deny(unsafe_code)]
+
+mod address;
+mod attach;
+mod config;
+mod error;
+mod firewall;
+mod journal;
+mod ns;
+mod router;
+mod services;
+mod sys;
+
+pub mod dns;
+/// Builders and parsers of the kernel's netlink messages; public so that fuzz targets reach the parsers.
+pub mod netlink;
+
+pub use attach::{AttachRequest, Attachment, LinkKind};
+pub use config::{Cidr, GATEWAY, MTU, RouterConfig};
+pub use dns::{DnsServer, Records};
+pub use error::{Error, Result};
+pub use ns::in_netns;
+pub use router::Router;
+pub use services::{Protocol, ServiceRule};

@@ -1,0 +1,312 @@
+//! A workload's link to the router.
+//!
+//! ```text
+//! absent -> leased (journal) -> pinned (namespace) -> linked (veth or tap) -> configured -> admitted (firewall)
+//! ```
+//!
+//! `attach` walks from wherever it finds things to the end; every step is either idempotent or looks first, so a crash
+//! between two of them costs nothing but the next `attach`. `detach` walks back.
+
+use crate::address::Lease;
+use crate::config::{GATEWAY, MTU};
+use crate::error::{Error, Result};
+use crate::firewall;
+use crate::journal::Kind;
+use crate::netlink::nft::Transaction;
+use crate::netlink::route::{self, Mac, Veth};
+use crate::netlink::{Batch, Socket};
+use crate::router::{Router, guard};
+use crate::{ns, sys};
+use rustix::fd::{AsFd, OwnedFd};
+use std::collections::HashSet;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+/// The router's side of every link: locally administered, from 169.254.1.1.
+const ROUTER_MAC: Mac = mac_of(GATEWAY);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkKind {
+    /// A namespace of its own with `eth0` (containers, functions).
+    Namespace,
+    /// A tap device in the router's namespace (machines).
+    Tap,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AttachRequest {
+    /// Letters, digits, `-`, `_` and `.`; names the pinned namespace.
+    pub uid: String,
+    /// The Kubernetes namespace.
+    pub namespace: String,
+    /// Who the address belongs to beyond this workload's life (`<namespace>/<machine>`); it is kept for the next
+    /// workload with the same key until [`Router::release_address`].
+    pub address_key: Option<String>,
+    pub kind: LinkKind,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attachment {
+    /// A /32.
+    pub address: Ipv4Addr,
+    /// The pinned namespace with `eth0` in it.
+    pub netns: Option<PathBuf>,
+    /// The tap device in the router's namespace.
+    pub tap: Option<String>,
+    /// The workload's side, `0a:58:...`.
+    pub mac: String,
+    /// On-link next hop, always 169.254.1.1.
+    pub gateway: Ipv4Addr,
+    pub mtu: u32,
+}
+
+impl Router {
+    /// Gives a workload its address and link, or finds them again. The same uid, or the same address key, gets the same
+    /// address. After a reboot the links are made anew.
+    pub fn attach(&self, request: &AttachRequest) -> Result<Attachment> {
+        check_uid(&request.uid)?;
+        let _name = self.names.lock(&request.uid);
+        let kind = match request.kind {
+            LinkKind::Namespace => Kind::Namespace,
+            LinkKind::Tap => Kind::Tap,
+        };
+        if guard(&self.addresses).get(&request.uid).is_some_and(|lease| {
+            lease.kind != kind || (lease.key != request.address_key && request.address_key.is_some())
+        }) {
+            self.detach_locked(&request.uid)?;
+        }
+        let key = request.address_key.as_deref();
+        let lease = guard(&self.addresses).lease(&request.uid, &request.namespace, key, kind)?;
+        let name = link_name(kind, lease.address);
+        let mut attachment = Attachment {
+            address: lease.address,
+            netns: None,
+            tap: None,
+            mac: mac_text(mac_of(lease.address)),
+            gateway: GATEWAY,
+            mtu: MTU,
+        };
+        match kind {
+            Kind::Namespace => {
+                let pin = self.pin_of(&request.uid);
+                self.link_namespace(&pin, &name, lease.address)?;
+                attachment.netns = Some(pin);
+            }
+            Kind::Tap => {
+                self.link_tap(&name, lease.address)?;
+                attachment.tap = Some(name.clone());
+            }
+        }
+        let mut transaction = Transaction::new(firewall::TABLE);
+        firewall::admit(&mut transaction, &name, lease.address);
+        transaction.commit(&mut guard(&self.firewall).socket)?;
+        Ok(attachment)
+    }
+
+    /// Removes the workload's link, namespace and, unless a key holds it, address. Not attached is no error.
+    pub fn detach(&self, uid: &str) -> Result<()> {
+        check_uid(uid)?;
+        let _name = self.names.lock(uid);
+        self.detach_locked(uid)
+    }
+
+    fn detach_locked(&self, uid: &str) -> Result<()> {
+        let lease: Option<Lease> = guard(&self.addresses).get(uid).cloned();
+        if let Some(lease) = &lease {
+            let name = link_name(lease.kind, lease.address);
+            let mut transaction = Transaction::new(firewall::TABLE);
+            firewall::expel(&mut transaction, &name, lease.address);
+            transaction.commit(&mut guard(&self.firewall).socket)?;
+            let mut batch = Batch::new();
+            batch.delete_link(&name);
+            guard(&self.route).send(batch)?;
+        }
+        ns::unpin(&self.pin_of(uid))?;
+        guard(&self.addresses).release(uid)
+    }
+
+    /// Opens a machine's tap device: frames with a virtio-net header, one queue, non-blocking. The descriptor works in
+    /// any namespace and under any user.
+    pub fn open_tap(&self, name: &str) -> Result<OwnedFd> {
+        if !name.starts_with(TAP_PREFIX) || route::find_link(&mut guard(&self.route), name)?.is_none() {
+            return Err(Error::NoLink(name.to_owned()));
+        }
+        self.run(|| bound_tap(name))?
+    }
+
+    fn link_namespace(&self, pin: &Path, name: &str, address: Ipv4Addr) -> Result<()> {
+        if !ns::is_pinned(pin) {
+            // A link of that name would belong to a namespace that nobody can find any more.
+            self.remove_link(name)?;
+            return ns::create(pin, || {
+                workload_sysctls()?;
+                let pod = ns::open(Path::new("/proc/thread-self/ns/net"))?;
+                self.add_veth(name, address, &pod)?;
+                configure_workload(address)
+            });
+        }
+        let pod = ns::open(pin)?;
+        ns::in_ns(pod.as_fd(), || {
+            let mut inside = Socket::route()?;
+            let ends =
+                (route::find_link(&mut guard(&self.route), name)?, route::find_link(&mut inside, WORKLOAD_LINK)?);
+            match ends {
+                (Some(link), Some(_)) => self.configure_router_side(link.index, address)?,
+                _ => {
+                    self.remove_link(name)?;
+                    let mut batch = Batch::new();
+                    batch.delete_link(WORKLOAD_LINK);
+                    inside.send(batch)?;
+                    workload_sysctls()?;
+                    self.add_veth(name, address, &pod)?;
+                }
+            }
+            configure_workload(address)
+        })?
+    }
+
+    fn add_veth(&self, name: &str, address: Ipv4Addr, pod: &OwnedFd) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.add_veth(&Veth {
+            name,
+            mac: ROUTER_MAC,
+            peer_name: WORKLOAD_LINK,
+            peer_mac: mac_of(address),
+            peer_ns: pod.as_fd(),
+            mtu: MTU,
+        });
+        let index = {
+            let mut route = guard(&self.route);
+            route.send(batch)?;
+            route::link_index(&mut route, name)?
+        };
+        self.configure_router_side(index, address)
+    }
+
+    fn configure_router_side(&self, index: u32, address: Ipv4Addr) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.set_up(index);
+        batch.add_neighbour(index, address, mac_of(address));
+        batch.add_link_route(address, 32, index, self.config.router_address());
+        guard(&self.route).send(batch)
+    }
+
+    fn link_tap(&self, name: &str, address: Ipv4Addr) -> Result<()> {
+        let found = route::find_link(&mut guard(&self.route), name)?;
+        if found.is_none() {
+            self.run(|| {
+                let tap = bound_tap(name)?;
+                sys::tap_persist(tap.as_fd()).map_err(Error::system("keep the tap device"))
+            })??;
+        }
+        let index = {
+            let mut route = guard(&self.route);
+            let index = route::link_index(&mut route, name)?;
+            let mut batch = Batch::new();
+            batch.configure_link(index, ROUTER_MAC, MTU);
+            route.send(batch)?;
+            index
+        };
+        self.configure_router_side(index, address)
+    }
+
+    fn remove_link(&self, name: &str) -> Result<()> {
+        let mut route = guard(&self.route);
+        if route::find_link(&mut route, name)?.is_some() {
+            let mut batch = Batch::new();
+            batch.delete_link(name);
+            route.send(batch)?;
+        }
+        Ok(())
+    }
+}
+
+const WORKLOAD_LINK: &str = "eth0";
+const VETH_PREFIX: &str = "veth";
+const TAP_PREFIX: &str = "tap";
+
+/// Made from the address, so that name and address cannot disagree.
+pub(crate) fn link_name(kind: Kind, address: Ipv4Addr) -> String {
+    let prefix = match kind {
+        Kind::Namespace => VETH_PREFIX,
+        Kind::Tap => TAP_PREFIX,
+    };
+    format!("{prefix}{:08x}", address.to_bits())
+}
+
+/// `0a:58` (the customary prefix of pod interfaces, locally administered) and the address.
+const fn mac_of(address: Ipv4Addr) -> Mac {
+    let [a, b, c, d] = address.octets();
+    [0x0a, 0x58, a, b, c, d]
+}
+
+fn mac_text(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn check_uid(uid: &str) -> Result<()> {
+    let fine = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if uid.is_empty() || uid.len() > 128 || uid.starts_with('.') || uid == "router" || !uid.bytes().all(fine) {
+        let why = "must be 1 to 128 letters, digits, '-', '_' or '.', not start with '.' and not be \"router\"";
+        return Err(Error::Config { field: "uid", value: uid.chars().take(140).collect(), why: why.to_owned() });
+    }
+    Ok(())
+}
+
+/// The thread is in the workload's namespace: unprivileged servers may take any port, and anyone may ping. IPv6 is off
+/// on links to come; loopback keeps `::1`.
+fn workload_sysctls() -> Result<()> {
+    ns::sysctl("ipv4/ip_unprivileged_port_start", "0")?;
+    ns::sysctl("ipv4/ping_group_range", "0 2147483647")?;
+    ns::sysctl("ipv6/conf/default/disable_ipv6", "1")
+}
+
+/// The thread is in the workload's namespace.
+fn configure_workload(address: Ipv4Addr) -> Result<()> {
+    let mut inside = Socket::route()?;
+    let index = route::link_index(&mut inside, WORKLOAD_LINK)?;
+    let mut batch = Batch::new();
+    batch.set_up(route::LOOPBACK);
+    batch.set_up(index);
+    batch.add_address(index, address);
+    batch.add_neighbour(index, GATEWAY, ROUTER_MAC);
+    batch.add_default_route(index, GATEWAY);
+    inside.send(batch)
+}
+
+/// The thread is in the router's namespace.
+fn bound_tap(name: &str) -> Result<OwnedFd> {
+    let tap = sys::tap_open().map_err(Error::file("open", "/dev/net/tun"))?;
+    sys::tap_bind(tap.as_fd(), name).map_err(Error::system("bind the tap device"))?;
+    Ok(tap)
+}
+
+/// One attach or detach of a workload at a time; different workloads go on side by side.
+#[derive(Default)]
+pub(crate) struct NameLocks {
+    held: Mutex<HashSet<String>>,
+    freed: Condvar,
+}
+
+pub(crate) struct NameGuard<'a> {
+    locks: &'a NameLocks,
+    name: String,
+}
+
+impl NameLocks {
+    fn lock(&self, name: &str) -> NameGuard<'_> {
+        let mut held = guard(&self.held);
+        while !held.insert(name.to_owned()) {
+            held = self.freed.wait(held).unwrap_or_else(PoisonError::into_inner);
+        }
+        NameGuard { locks: self, name: name.to_owned() }
+    }
+}
+
+impl Drop for NameGuard<'_> {
+    fn drop(&mut self) {
+        guard(&self.locks.held).remove(&self.name);
+        self.locks.freed.notify_all();
+    }
+}

@@ -1,0 +1,14 @@
+//! Cluster DNS: the names of the Kubernetes DNS specification (version 1.1.0), answered from records in memory by a few
+//! threads inside the router's namespace.
+//!
+//! [`codec`] reads questions and writes answers, [`Records`] is what there is, `zone` finds the answer, [`DnsServer`]
+//! holds the sockets. Other names are forwarded if upstreams were configured, and do not exist otherwise.
+
+pub mod codec;
+mod forward;
+mod records;
+mod server;
+pub mod zone;
+
+pub use records::{EndpointRecord, PortRecord, Records, ServiceKind, ServiceRecord};
+pub use server::DnsServer;

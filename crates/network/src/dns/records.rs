@@ -1,0 +1,54 @@
+//! What the cluster's names are made from.
+
+use crate::config::Cidr;
+use crate::services::Protocol;
+use std::net::Ipv4Addr;
+
+/// Everything that has a name. Set as a whole: [`super::DnsServer::set`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Records {
+    pub services: Vec<ServiceRecord>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServiceRecord {
+    pub namespace: String,
+    pub name: String,
+    pub kind: ServiceKind,
+    pub ports: Vec<PortRecord>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServiceKind {
+    ClusterIp(Ipv4Addr),
+    /// `clusterIP: None`: the endpoints' own addresses.
+    Headless(Vec<EndpointRecord>),
+    /// An alias of a name elsewhere.
+    External(String),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointRecord {
+    pub address: Ipv4Addr,
+    /// Pod hostname: `<hostname>.<service>.<namespace>.svc.<domain>`.
+    pub hostname: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PortRecord {
+    /// Unnamed ports have no SRV record.
+    pub name: Option<String>,
+    pub protocol: Protocol,
+    /// The Service's port, or the endpoints' for a headless one.
+    pub port: u16,
+}
+
+/// What a zone is responsible for.
+#[derive(Clone, Debug)]
+pub struct Authority {
+    /// `cluster.local`, lower case, no dot at the end.
+    pub domain: String,
+    /// Reverse names of these networks are ours.
+    pub networks: Vec<Cidr>,
+    pub dns_address: Ipv4Addr,
+}

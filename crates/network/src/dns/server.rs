@@ -1,0 +1,221 @@
+//! The DNS server's sockets and threads: UDP answered in place by two threads, TCP by a bounded number of short-lived
+//! ones. All of them live in the router's namespace and end when the server is dropped.
+
+use super::codec::{self, Code, Malformed, Query, Reply};
+use super::forward::{Forwarder, Job};
+use super::records::{Authority, Records};
+use super::zone::{Outcome, Zone};
+use crate::config::Cidr;
+use crate::error::{Error, Result};
+use crate::router::Router;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::{AsFd, OwnedFd};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+const UDP_THREADS: usize = 2;
+const MAX_CONNECTIONS: usize = 64;
+/// A TCP client that says nothing for this long is let go.
+const TCP_IDLE: Duration = Duration::from_secs(5);
+const MAX_QUESTION: usize = 4096;
+const DOMAIN: &str = "cluster.local";
+
+/// Answers until it is dropped.
+pub struct DnsServer {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+    stop: Arc<OwnedFd>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    zone: RwLock<Arc<Zone>>,
+    serial: AtomicU32,
+    turn: AtomicUsize,
+    connections: AtomicUsize,
+    forwarder: Option<Forwarder>,
+    networks: Vec<Cidr>,
+    dns_address: Ipv4Addr,
+}
+
+impl DnsServer {
+    /// Serves `cluster.local` at `address` inside the router's namespace. Names outside go to `upstreams`, asked from
+    /// that namespace too; with none they do not exist.
+    pub fn start(router: &Router, address: SocketAddr, upstreams: Vec<SocketAddr>) -> Result<DnsServer> {
+        let config = router.config();
+        let (networks, dns_address) = (vec![config.pod_cidr, config.service_cidr], config.dns_address);
+        router.run(|| start(networks, dns_address, address, upstreams))?
+    }
+
+    /// Where it listens; of interest if port 0 was asked for.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Replaces all records at once.
+    pub fn set(&self, records: &Records) {
+        let shared = &self.shared;
+        let serial = shared.serial.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+        let zone = Arc::new(Zone::new(authority(&shared.networks, shared.dns_address), serial, records));
+        *shared.zone.write().unwrap_or_else(PoisonError::into_inner) = zone;
+    }
+}
+
+impl Drop for DnsServer {
+    fn drop(&mut self) {
+        // An eventfd that is never read wakes every thread that polls it.
+        let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn authority(networks: &[Cidr], dns_address: Ipv4Addr) -> Authority {
+    Authority { domain: DOMAIN.to_owned(), networks: networks.to_vec(), dns_address }
+}
+
+/// Runs in the router's namespace: sockets and threads made here belong to it.
+fn start(
+    networks: Vec<Cidr>,
+    dns_address: Ipv4Addr,
+    address: SocketAddr,
+    upstreams: Vec<SocketAddr>,
+) -> Result<DnsServer> {
+    let udp = UdpSocket::bind(address).map_err(Error::system("bind the DNS server's UDP socket"))?;
+    let address = udp.local_addr().map_err(Error::system("read the DNS server's address"))?;
+    let tcp = TcpListener::bind(address).map_err(Error::system("bind the DNS server's TCP socket"))?;
+    for result in [udp.set_nonblocking(true), tcp.set_nonblocking(true)] {
+        result.map_err(Error::system("prepare the DNS server's sockets"))?;
+    }
+    let zone = Zone::new(authority(&networks, dns_address), 0, &Records::default());
+    let shared = Arc::new(Shared {
+        zone: RwLock::new(Arc::new(zone)),
+        serial: AtomicU32::new(0),
+        turn: AtomicUsize::new(0),
+        connections: AtomicUsize::new(0),
+        forwarder: Forwarder::start(upstreams)?,
+        networks,
+        dns_address,
+    });
+    let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+    let stop = Arc::new(stop.map_err(Error::errno("make an event descriptor"))?);
+    let mut server = DnsServer { shared: shared.clone(), address, stop: stop.clone(), threads: Vec::new() };
+    let udp = Arc::new(udp);
+    for _ in 0..UDP_THREADS {
+        let (udp, shared, stop) = (udp.clone(), shared.clone(), stop.clone());
+        server.threads.push(spawn("atoll-dns-udp", move || serve_udp(&udp, &shared, &stop))?);
+    }
+    server.threads.push(spawn("atoll-dns-tcp", move || serve_tcp(&tcp, &shared, &stop))?);
+    Ok(server)
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(name.to_owned()).spawn(work).map_err(Error::system("start a DNS thread"))
+}
+
+/// Waits for the socket; false means stop.
+fn readable(socket: impl AsFd, stop: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(&socket, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+    loop {
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(_) => return false,
+            Ok(_) => return fds[1].revents().is_empty(),
+        }
+    }
+}
+
+fn serve_udp(socket: &Arc<UdpSocket>, shared: &Arc<Shared>, stop: &OwnedFd) {
+    let mut buffer = [0; MAX_QUESTION];
+    loop {
+        match socket.recv_from(&mut buffer) {
+            Ok((length, client)) => {
+                let packet = buffer.get(..length).unwrap_or_default();
+                let back = socket.clone();
+                shared.handle(packet, true, move |reply| {
+                    let _ = back.send_to(reply, client);
+                });
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if !readable(&**socket, stop) {
+                    return;
+                }
+            }
+            // ICMP errors of earlier answers surface here; they concern nobody.
+            Err(_) => {}
+        }
+    }
+}
+
+fn serve_tcp(listener: &TcpListener, shared: &Arc<Shared>, stop: &OwnedFd) {
+    while readable(listener, stop) {
+        let Ok((stream, _)) = listener.accept() else { continue };
+        if shared.connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+            continue;
+        }
+        let its = shared.clone();
+        let started = spawn("atoll-dns-conn", move || {
+            let _ = serve_connection(stream, &its);
+            its.connections.fetch_sub(1, Ordering::AcqRel);
+        });
+        if started.is_err() {
+            shared.connections.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// RFC 7766: messages with their length before them, several on one connection.
+fn serve_connection(mut stream: TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(TCP_IDLE))?;
+    stream.set_write_timeout(Some(TCP_IDLE))?;
+    let mut buffer = [0; MAX_QUESTION];
+    loop {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length)?;
+        let Some(packet) = buffer.get_mut(..usize::from(u16::from_be_bytes(length))) else { return Ok(()) };
+        stream.read_exact(packet)?;
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        shared.handle(packet, false, move |reply| {
+            let _ = sender.send(reply.to_vec());
+        });
+        // Nothing is sent for what deserves no answer.
+        let Ok(reply) = receiver.recv() else { return Ok(()) };
+        let mut out = (reply.len() as u16).to_be_bytes().to_vec();
+        out.extend(reply);
+        stream.write_all(&out)?;
+    }
+}
+
+impl Shared {
+    /// Answers one packet, now or from a forwarding thread.
+    fn handle(&self, packet: &[u8], udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
+        let query = match codec::parse(packet) {
+            Ok(query) => query,
+            Err(Malformed::Silent) => return,
+            Err(Malformed::Reply { id, code }) => return answer(&codec::write_error(id, code)),
+        };
+        let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner).clone();
+        match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed)) {
+            Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),
+            Outcome::Elsewhere => self.elsewhere(packet, query, udp, answer),
+        }
+    }
+
+    fn elsewhere(&self, packet: &[u8], query: Query, udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
+        match &self.forwarder {
+            Some(forwarder) if query.recursion_desired => {
+                forwarder.submit(Job { packet: packet.to_vec(), query, answer: Box::new(answer) });
+            }
+            Some(_) => answer(&codec::write(&query, &Reply::of(Code::Refused), udp)),
+            // "Does not exist" rather than "refused": resolvers then say so at once instead of trying again.
+            None => answer(&codec::write(&query, &Reply::of(Code::NameError), udp)),
+        }
+    }
+}

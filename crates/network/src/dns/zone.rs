@@ -1,0 +1,332 @@
+//! Finds the answer to a question: an index of all names, made once per change of the records.
+
+use super::codec::{
+    Code, Data, Query, Record, Reply, TYPE_A, TYPE_ANY, TYPE_CNAME, TYPE_NS, TYPE_PTR, TYPE_SOA, TYPE_SRV, TYPE_TXT,
+};
+use super::records::{Authority, EndpointRecord, Records, ServiceKind};
+use crate::services::Protocol;
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+
+/// Seconds; short, because answers follow live state.
+pub const TTL: u32 = 5;
+const MAX_ALIASES: usize = 8;
+
+#[derive(Default)]
+struct Node {
+    addresses: Vec<Ipv4Addr>,
+    services: Vec<(u16, String)>,
+    alias: Option<String>,
+    text: Option<String>,
+}
+
+/// All names of the cluster.
+pub struct Zone {
+    authority: Authority,
+    serial: u32,
+    nodes: HashMap<String, Node>,
+    reverse: HashMap<Ipv4Addr, Vec<String>>,
+}
+
+/// What to do with a question.
+pub enum Outcome {
+    Reply(Reply),
+    /// Not ours.
+    Elsewhere,
+}
+
+impl Zone {
+    pub fn new(authority: Authority, serial: u32, records: &Records) -> Zone {
+        let mut zone = Zone { authority, serial, nodes: HashMap::new(), reverse: HashMap::new() };
+        let domain = zone.authority.domain.clone();
+        for service in &records.services {
+            let (namespace, name) = (service.namespace.to_lowercase(), service.name.to_lowercase());
+            let name = format!("{name}.{namespace}.svc.{domain}");
+            match &service.kind {
+                ServiceKind::ClusterIp(address) => {
+                    zone.node(&name).addresses.push(*address);
+                    zone.reverse.entry(*address).or_default().push(name.clone());
+                    zone.ports(service, &name, std::slice::from_ref(&name));
+                }
+                ServiceKind::Headless(endpoints) => {
+                    let targets: Vec<String> =
+                        endpoints.iter().map(|endpoint| zone.endpoint(&name, endpoint)).collect();
+                    zone.ports(service, &name, &targets);
+                }
+                ServiceKind::External(target) => {
+                    let target = target.trim_end_matches('.').to_lowercase();
+                    zone.node(&name).alias = Some(target);
+                }
+            }
+        }
+        let dns = zone.authority.dns_address;
+        zone.node(&zone.primary()).addresses = vec![dns];
+        zone.node(&format!("dns-version.{domain}")).text = Some("1.1.0".to_owned());
+        for node in zone.nodes.values_mut() {
+            node.addresses.sort_unstable();
+            node.addresses.dedup();
+        }
+        zone
+    }
+
+    /// One address of a headless service: its own name and a share in the service's.
+    fn endpoint(&mut self, service: &str, endpoint: &EndpointRecord) -> String {
+        let EndpointRecord { address, hostname } = endpoint;
+        self.node(service).addresses.push(*address);
+        let dashed = address.to_string().replace('.', "-");
+        let host = hostname.as_ref().filter(|name| !name.is_empty()).map_or(dashed, |name| name.to_lowercase());
+        let name = format!("{host}.{service}");
+        self.node(&name).addresses.push(*address);
+        if hostname.is_some() {
+            self.reverse.entry(*address).or_default().push(name.clone());
+        }
+        name
+    }
+
+    fn ports(&mut self, service: &super::ServiceRecord, name: &str, targets: &[String]) {
+        for port in &service.ports {
+            let Some(label) = port.name.as_ref().filter(|label| !label.is_empty()) else { continue };
+            let protocol = match port.protocol {
+                Protocol::Tcp => "tcp",
+                Protocol::Udp => "udp",
+                Protocol::Sctp => "sctp",
+            };
+            let node = self.node(&format!("_{}._{protocol}.{name}", label.to_lowercase()));
+            node.services.extend(targets.iter().map(|target| (port.port, target.clone())));
+        }
+    }
+
+    /// The node of this name, made with all names above it: those exist too, if only without records.
+    fn node(&mut self, name: &str) -> &mut Node {
+        let mut above = name;
+        while let Some((_, rest)) = above.split_once('.')
+            && rest.len() >= self.authority.domain.len()
+            && !self.nodes.contains_key(rest)
+        {
+            self.nodes.insert(rest.to_owned(), Node::default());
+            above = rest;
+        }
+        self.nodes.entry(name.to_owned()).or_default()
+    }
+
+    fn primary(&self) -> String {
+        format!("ns.dns.{}", self.authority.domain)
+    }
+
+    /// Answers, or says that the name is not ours. `turn` rotates the order of several addresses.
+    pub fn answer(&self, query: &Query, turn: usize) -> Outcome {
+        let Some(name) = &query.name else { return Outcome::Reply(self.absent(Code::NameError)) };
+        if self.is_inside(name) {
+            return Outcome::Reply(self.inside(name, query.kind, turn));
+        }
+        if let Some(reversed) = name.strip_suffix(".in-addr.arpa") {
+            let address = reverse_address(reversed);
+            return match address {
+                Some(address) if self.authority.networks.iter().any(|network| network.contains(address)) => {
+                    Outcome::Reply(self.pointer(address, query.kind))
+                }
+                _ => Outcome::Elsewhere,
+            };
+        }
+        Outcome::Elsewhere
+    }
+
+    fn is_inside(&self, name: &str) -> bool {
+        name.strip_suffix(self.authority.domain.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    }
+
+    fn inside(&self, name: &str, kind: u16, turn: usize) -> Reply {
+        let mut reply = Reply { authoritative: true, ..Reply::of(Code::NoError) };
+        if let Some(address) = self.pod_address(name) {
+            if kind == TYPE_A || kind == TYPE_ANY {
+                reply.answers.push(record(None, Data::A(address)));
+            }
+            return self.or_no_data(reply);
+        }
+        let mut owner: Option<String> = None;
+        for _ in 0..MAX_ALIASES {
+            let current = owner.as_deref().unwrap_or(name);
+            let Some(node) = self.nodes.get(current) else {
+                // An alias that leads outside, or nowhere, is all there is to say; a name of ours must exist.
+                return if owner.is_some() { reply } else { self.absent(Code::NameError) };
+            };
+            if let Some(target) = &node.alias {
+                reply.answers.push(record(owner.clone(), Data::Cname(target.clone())));
+                if kind == TYPE_CNAME || !self.is_inside(target) {
+                    return reply;
+                }
+                owner = Some(target.clone());
+                continue;
+            }
+            self.collect(&mut reply, current, node, kind, owner.clone(), turn);
+            break;
+        }
+        self.or_no_data(reply)
+    }
+
+    fn collect(&self, reply: &mut Reply, name: &str, node: &Node, kind: u16, owner: Option<String>, turn: usize) {
+        let any = kind == TYPE_ANY;
+        if kind == TYPE_A || any {
+            let count = node.addresses.len();
+            let start = turn.checked_rem(count).unwrap_or(0);
+            let turned = node.addresses.iter().cycle().skip(start).take(count);
+            reply.answers.extend(turned.map(|address| record(owner.clone(), Data::A(*address))));
+        }
+        if kind == TYPE_SRV || any {
+            for (port, target) in &node.services {
+                let data = Data::Srv { priority: 0, weight: 100, port: *port, target: target.clone() };
+                reply.answers.push(record(owner.clone(), data));
+                let addresses = self.nodes.get(target).map_or(&[][..], |node| &node.addresses);
+                let glue = addresses.iter().map(|address| record(Some(target.clone()), Data::A(*address)));
+                reply.additional.extend(glue);
+            }
+        }
+        if let Some(text) = &node.text
+            && (kind == TYPE_TXT || any)
+        {
+            reply.answers.push(record(owner, Data::Txt(text.clone())));
+        }
+        if name == self.authority.domain {
+            if kind == TYPE_SOA || any {
+                reply.answers.push(Record { ttl: TTL, ..self.soa() });
+            }
+            if kind == TYPE_NS || any {
+                reply.answers.push(record(None, Data::Ns(self.primary())));
+            }
+        }
+    }
+
+    fn pointer(&self, address: Ipv4Addr, kind: u16) -> Reply {
+        let Some(names) = self.reverse.get(&address) else { return self.absent(Code::NameError) };
+        let mut reply = Reply { authoritative: true, ..Reply::of(Code::NoError) };
+        if kind == TYPE_PTR || kind == TYPE_ANY {
+            reply.answers.extend(names.iter().map(|name| record(None, Data::Ptr(name.clone()))));
+        }
+        self.or_no_data(reply)
+    }
+
+    /// `10-42-0-7.<namespace>.pod.<domain>`.
+    fn pod_address(&self, name: &str) -> Option<Ipv4Addr> {
+        let rest = name.strip_suffix(self.authority.domain.as_str())?.strip_suffix(".pod.")?;
+        let (dashed, _namespace) = rest.split_once('.')?;
+        let address: Ipv4Addr = dashed.replace('-', ".").parse().ok()?;
+        self.authority.networks.iter().any(|network| network.contains(address)).then_some(address)
+    }
+
+    fn or_no_data(&self, reply: Reply) -> Reply {
+        if reply.answers.is_empty() { self.absent(Code::NoError) } else { reply }
+    }
+
+    /// "No such name" or "no such record", with the SOA that says for how long.
+    fn absent(&self, code: Code) -> Reply {
+        Reply { authoritative: true, authority: vec![self.soa()], ..Reply::of(code) }
+    }
+
+    fn soa(&self) -> Record {
+        let domain = &self.authority.domain;
+        let (primary, mailbox) = (self.primary(), format!("hostmaster.{domain}"));
+        record(Some(domain.clone()), Data::Soa { primary, mailbox, serial: self.serial })
+    }
+}
+
+fn record(name: Option<String>, data: Data) -> Record {
+    Record { name, ttl: TTL, data }
+}
+
+/// `4.3.2.1` of a reverse name is 1.2.3.4.
+fn reverse_address(text: &str) -> Option<Ipv4Addr> {
+    let address: Ipv4Addr = text.parse().ok()?;
+    let [a, b, c, d] = address.octets();
+    Some(Ipv4Addr::new(d, c, b, a))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::codec::{parse, question};
+    use super::super::{PortRecord, ServiceRecord};
+    use super::*;
+
+    const CODE_OF_AAAA: u16 = 28;
+
+    fn zone() -> Zone {
+        let port = |name: Option<&str>| PortRecord { name: name.map(str::to_owned), protocol: Protocol::Tcp, port: 80 };
+        let service =
+            |name: &str, kind, ports| ServiceRecord { namespace: "shop".into(), name: name.into(), kind, ports };
+        let endpoints = vec![
+            EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 7), hostname: Some("db-0".into()) },
+            EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 8), hostname: None },
+        ];
+        let records = Records {
+            services: vec![
+                service("web", ServiceKind::ClusterIp(Ipv4Addr::new(10, 43, 0, 5)), vec![port(Some("http"))]),
+                service("db", ServiceKind::Headless(endpoints), vec![port(Some("pg")), port(None)]),
+                service("out", ServiceKind::External("Example.org.".into()), vec![]),
+                service("alias", ServiceKind::External("web.shop.svc.cluster.local".into()), vec![]),
+                service("loop", ServiceKind::External("loop.shop.svc.cluster.local".into()), vec![]),
+                service("empty", ServiceKind::Headless(vec![]), vec![]),
+            ],
+        };
+        let authority = Authority {
+            domain: "cluster.local".into(),
+            networks: vec!["10.42.0.0/16".parse().unwrap(), "10.43.0.0/16".parse().unwrap()],
+            dns_address: Ipv4Addr::new(10, 43, 0, 10),
+        };
+        Zone::new(authority, 1, &records)
+    }
+
+    fn ask(name: &str, kind: u16) -> Option<Reply> {
+        match zone().answer(&parse(&question(1, name, kind, None)).unwrap(), 0) {
+            Outcome::Reply(reply) => Some(reply),
+            Outcome::Elsewhere => None,
+        }
+    }
+
+    fn data(name: &str, kind: u16) -> (Code, Vec<Data>) {
+        let reply = ask(name, kind).unwrap();
+        (reply.code, reply.answers.into_iter().map(|record| record.data).collect())
+    }
+
+    #[test]
+    fn services_have_addresses_ports_and_reverse_names() {
+        let web = Data::A(Ipv4Addr::new(10, 43, 0, 5));
+        assert_eq!(data("WEB.shop.svc.cluster.local", TYPE_A), (Code::NoError, vec![web.clone()]));
+        let reply = ask("_http._tcp.web.shop.svc.cluster.local", TYPE_SRV).unwrap();
+        assert!(matches!(&reply.answers[0].data, Data::Srv { port: 80, target, .. }
+            if target == "web.shop.svc.cluster.local"));
+        assert_eq!(reply.additional[0].data, web);
+        let name = Data::Ptr("web.shop.svc.cluster.local".into());
+        assert_eq!(data("5.0.43.10.in-addr.arpa", TYPE_PTR), (Code::NoError, vec![name]));
+        assert_eq!(data("6.0.43.10.in-addr.arpa", TYPE_PTR).0, Code::NameError);
+        assert!(ask("1.0.0.127.in-addr.arpa", TYPE_PTR).is_none());
+    }
+
+    #[test]
+    fn headless_services_name_their_endpoints() {
+        assert_eq!(data("db.shop.svc.cluster.local", TYPE_A).1.len(), 2);
+        let first = vec![Data::A(Ipv4Addr::new(10, 42, 0, 7))];
+        assert_eq!(data("db-0.db.shop.svc.cluster.local", TYPE_A).1, first);
+        assert_eq!(data("10-42-0-8.db.shop.svc.cluster.local", TYPE_A).1.len(), 1);
+        assert_eq!(data("_pg._tcp.db.shop.svc.cluster.local", TYPE_SRV).1.len(), 2);
+        assert_eq!(data("7.0.42.10.in-addr.arpa", TYPE_PTR).1, [Data::Ptr("db-0.db.shop.svc.cluster.local".into())]);
+        assert_eq!(data("10-42-3-4.shop.pod.cluster.local", TYPE_A).1, [Data::A(Ipv4Addr::new(10, 42, 3, 4))]);
+    }
+
+    #[test]
+    fn aliases_are_followed_inside_only() {
+        assert_eq!(data("out.shop.svc.cluster.local", TYPE_A).1, [Data::Cname("example.org".into())]);
+        let (_, both) = data("alias.shop.svc.cluster.local", TYPE_A);
+        assert!(matches!(both.as_slice(), [Data::Cname(_), Data::A(_)]));
+        assert_eq!(data("loop.shop.svc.cluster.local", TYPE_A).1.len(), MAX_ALIASES);
+    }
+
+    #[test]
+    fn absence_is_said_in_the_right_way() {
+        let reply = ask("web.shop.svc.cluster.local", CODE_OF_AAAA).unwrap();
+        assert!(reply.code == Code::NoError && reply.answers.is_empty() && reply.authority.len() == 1);
+        assert_eq!(data("shop.svc.cluster.local", TYPE_A), (Code::NoError, vec![]));
+        assert_eq!(data("nothing.shop.svc.cluster.local", TYPE_A), (Code::NameError, vec![]));
+        assert_eq!(data("empty.shop.svc.cluster.local", TYPE_A).0, Code::NameError);
+        assert!(ask("example.org", TYPE_A).is_none());
+        assert!(ask("notcluster.local", TYPE_A).is_none());
+    }
+}

@@ -1,0 +1,114 @@
+//! Connection tracking: finding and removing entries (`linux/netfilter/nfnetlink_conntrack.h`).
+
+use super::parse::Attributes;
+use super::{Batch, NLM_F_ACK, NLM_F_DUMP, Socket};
+use crate::error::Result;
+use rustix::io::Errno;
+use std::net::Ipv4Addr;
+
+const SUBSYSTEM: u16 = 1 << 8;
+const NEW: u16 = 0;
+const GET: u16 = 1;
+const DELETE: u16 = 2;
+const AF_INET: u8 = 2;
+const ORIGINAL: u16 = 1;
+const REPLY: u16 = 2;
+const ID: u16 = 12;
+
+/// One direction of a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tuple {
+    pub source: Ipv4Addr,
+    pub destination: Ipv4Addr,
+    pub protocol: u8,
+    pub source_port: u16,
+    pub destination_port: u16,
+}
+
+/// A tracked connection: as it was opened, and as answers come back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub original: Tuple,
+    pub reply: Tuple,
+    id: Option<[u8; 4]>,
+}
+
+/// All IPv4 entries of the socket's namespace that `keep` chooses.
+pub fn find(socket: &mut Socket, mut keep: impl FnMut(&Entry) -> bool) -> Result<Vec<Entry>> {
+    let mut batch = Batch::new();
+    batch.request("list tracked connections", SUBSYSTEM | GET, NLM_F_DUMP, &[], |w| w.raw(&[AF_INET, 0, 0, 0]));
+    let mut found = Vec::new();
+    socket.query(batch, |kind, payload| {
+        if kind == SUBSYSTEM | NEW {
+            found.extend(entry(payload).filter(|entry| keep(entry)));
+        }
+    })?;
+    Ok(found)
+}
+
+/// Forgets these connections; those that have gone meanwhile are no error.
+pub fn delete(socket: &mut Socket, entries: &[Entry]) -> Result<()> {
+    for some in entries.chunks(256) {
+        let mut batch = Batch::new();
+        for Entry { original, id, .. } in some {
+            batch.request("forget the connection", SUBSYSTEM | DELETE, NLM_F_ACK, &[Errno::NOENT], |w| {
+                w.raw(&[AF_INET, 0, 0, 0]);
+                w.nest(ORIGINAL, |w| {
+                    w.nest(1, |w| {
+                        w.attr(1, &original.source.octets());
+                        w.attr(2, &original.destination.octets());
+                    });
+                    w.nest(2, |w| {
+                        w.u8(1, original.protocol);
+                        w.attr(2, &original.source_port.to_be_bytes());
+                        w.attr(3, &original.destination_port.to_be_bytes());
+                    });
+                });
+                if let Some(id) = id {
+                    w.attr(ID, id);
+                }
+            });
+        }
+        socket.send(batch)?;
+    }
+    Ok(())
+}
+
+/// Reads one entry's payload.
+pub fn entry(payload: &[u8]) -> Option<Entry> {
+    let attributes = payload.get(4..)?;
+    Some(Entry {
+        original: tuple(Attributes::get(attributes, ORIGINAL)?)?,
+        reply: tuple(Attributes::get(attributes, REPLY)?)?,
+        id: Attributes::get(attributes, ID).and_then(|bytes| bytes.try_into().ok()),
+    })
+}
+
+fn tuple(bytes: &[u8]) -> Option<Tuple> {
+    let (ip, protocol) = (Attributes::get(bytes, 1)?, Attributes::get(bytes, 2)?);
+    let address = |kind| Some(Ipv4Addr::from(<[u8; 4]>::try_from(Attributes::get(ip, kind)?).ok()?));
+    let port = |kind| {
+        let bytes = Attributes::get(protocol, kind).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u16::from_be_bytes)
+    };
+    Some(Tuple {
+        source: address(1)?,
+        destination: address(2)?,
+        protocol: *Attributes::get(protocol, 1)?.first()?,
+        source_port: port(2),
+        destination_port: port(3),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn foreign_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = super::entry(&bytes);
+            let _ = super::super::route::link(&bytes);
+        }
+    }
+}

@@ -1,0 +1,546 @@
+//! nf_tables: tables, chains, sets, rules and their expressions, as `linux/netfilter/nf_tables.h` numbers them. Registers
+//! are named by 32-bit slots: `R0` to `R15`; a concatenated key occupies consecutive ones.
+
+use super::parse::{Attributes, text};
+use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket, Writer};
+use crate::error::Result;
+use rustix::io::Errno;
+use std::net::Ipv4Addr;
+
+const SUBSYSTEM: u16 = 10 << 8;
+const BATCH_BEGIN: u16 = 0x10;
+const BATCH_END: u16 = 0x11;
+const NEWTABLE: u16 = 0;
+const GETTABLE: u16 = 1;
+const DELTABLE: u16 = 2;
+const NEWCHAIN: u16 = 3;
+const GETCHAIN: u16 = 4;
+const DELCHAIN: u16 = 5;
+const NEWRULE: u16 = 6;
+const DELRULE: u16 = 8;
+const NEWSET: u16 = 9;
+const NEWSETELEM: u16 = 12;
+const DELSETELEM: u16 = 14;
+
+const NFPROTO_IPV4: u8 = 2;
+const LIST_ELEM: u16 = 1;
+const DATA_VALUE: u16 = 1;
+const DATA_VERDICT: u16 = 2;
+const TYPE_VERDICT: u32 = 0xffff_ff00;
+
+const SET_ANONYMOUS: u32 = 1;
+const SET_CONSTANT: u32 = 2;
+const SET_MAP: u32 = 8;
+
+/// Bytes of elements in one message: an attribute's length has 16 bits.
+const ELEMENTS_PER_MESSAGE: usize = 40 << 10;
+
+/// A 32-bit register slot.
+#[derive(Clone, Copy)]
+pub struct Reg(pub u32);
+pub const R0: Reg = Reg(0);
+pub const R1: Reg = Reg(1);
+pub const R2: Reg = Reg(2);
+pub const R4: Reg = Reg(4);
+
+impl Reg {
+    /// The kernel numbers 32-bit registers from 8.
+    fn number(self) -> u32 {
+        8 + self.0
+    }
+}
+
+#[derive(Clone, Copy)]
+pub enum Hook {
+    Prerouting = 0,
+    Input = 1,
+    Forward = 2,
+    Output = 3,
+    Postrouting = 4,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Policy {
+    Drop = 0,
+    Accept = 1,
+}
+
+pub struct BaseChain<'a> {
+    pub name: &'a str,
+    /// `filter` or `nat`.
+    pub kind: &'a str,
+    pub hook: Hook,
+    pub priority: i32,
+    pub policy: Policy,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    Accept,
+    Drop,
+    Goto(String),
+}
+
+/// What a set's key or a map's value is made of; the numbers are nft's own, for its listings.
+#[derive(Clone, Copy)]
+pub enum Field {
+    Integer = 4,
+    Address = 7,
+    Protocol = 12,
+    Port = 13,
+    InterfaceName = 41,
+}
+
+impl Field {
+    fn length(self) -> u32 {
+        match self {
+            Field::Integer | Field::Address => 4,
+            Field::Protocol => 1,
+            Field::Port => 2,
+            Field::InterfaceName => 16,
+        }
+    }
+    fn type_of(fields: &[Field]) -> u32 {
+        fields.iter().fold(0, |all, field| (all << 6) | *field as u32)
+    }
+    fn length_of(fields: &[Field]) -> u32 {
+        match fields {
+            [one] => one.length(),
+            many => many.iter().map(|field| field.length().next_multiple_of(4)).sum(),
+        }
+    }
+}
+
+/// Value of a map.
+pub enum Value<'a> {
+    None,
+    Verdict,
+    Data(&'a [Field]),
+}
+
+/// One element: its key, and for a map its value.
+pub struct Element {
+    pub key: Vec<u8>,
+    pub value: ElementValue,
+}
+
+pub enum ElementValue {
+    None,
+    Verdict(Verdict),
+    Data(Vec<u8>),
+}
+
+/// A transaction on one table of the `ip` family: all of it takes effect at once, or nothing.
+pub struct Transaction {
+    batch: Batch,
+    table: String,
+    changes: usize,
+    anonymous: u32,
+}
+
+impl Transaction {
+    pub fn new(table: &str) -> Transaction {
+        let mut batch = Batch::new();
+        batch.request("begin the transaction", BATCH_BEGIN, 0, &[], |w| w.raw(&[0, 0, 0, (SUBSYSTEM >> 8) as u8]));
+        Transaction { batch, table: table.to_owned(), changes: 0, anonymous: 0 }
+    }
+    pub fn is_empty(&self) -> bool {
+        self.changes == 0
+    }
+    pub fn commit(mut self, socket: &mut Socket) -> Result<()> {
+        if self.changes == 0 {
+            return Ok(());
+        }
+        self.batch.request("commit the transaction", BATCH_END, 0, &[], |w| {
+            w.raw(&[0, 0, 0, (SUBSYSTEM >> 8) as u8]);
+        });
+        socket.send(self.batch)
+    }
+    fn change(&mut self, operation: &'static str, kind: u16, flags: u16, fill: impl FnOnce(&mut Writer)) {
+        self.changes += 1;
+        let table = self.table.clone();
+        self.batch.request(operation, SUBSYSTEM | kind, flags | NLM_F_ACK, &[], |w| {
+            w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
+            w.string(1, &table);
+            fill(w);
+        });
+    }
+    /// `comment` comes back from [`table_comment`].
+    pub fn add_table(&mut self, comment: &str) {
+        self.change("make the table", NEWTABLE, NLM_F_CREATE, |w| w.attr(6, &user_comment(comment)));
+    }
+    pub fn delete_table(&mut self) {
+        self.change("remove the table", DELTABLE, 0, |_| {});
+    }
+    pub fn add_chain(&mut self, name: &str) {
+        self.change("make the chain", NEWCHAIN, NLM_F_CREATE, |w| w.string(3, name));
+    }
+    pub fn add_base_chain(&mut self, chain: &BaseChain<'_>) {
+        self.change("make the base chain", NEWCHAIN, NLM_F_CREATE, |w| {
+            w.string(3, chain.name);
+            w.nest(4, |w| {
+                w.be32(1, chain.hook as u32);
+                w.be32(2, chain.priority as u32);
+            });
+            w.be32(5, chain.policy as u32);
+            w.string(7, chain.kind);
+        });
+    }
+    pub fn delete_chain(&mut self, name: &str) {
+        self.change("remove the chain", DELCHAIN, 0, |w| w.string(3, name));
+    }
+    /// Removes all rules of a chain.
+    pub fn flush_chain(&mut self, name: &str) {
+        self.change("empty the chain", DELRULE, 0, |w| w.string(2, name));
+    }
+    pub fn add_set(&mut self, name: &str, key: &[Field], value: &Value<'_>) {
+        self.set(name, key, value, 0, 0);
+    }
+    fn set(&mut self, name: &str, key: &[Field], value: &Value<'_>, flags: u32, id: u32) {
+        self.change("make the set", NEWSET, NLM_F_CREATE, |w| {
+            w.string(2, name);
+            let map = if matches!(value, Value::None) { 0 } else { SET_MAP };
+            w.be32(3, flags | map);
+            w.be32(4, Field::type_of(key));
+            w.be32(5, Field::length_of(key));
+            match value {
+                Value::None => {}
+                Value::Verdict => w.be32(6, TYPE_VERDICT),
+                Value::Data(fields) => {
+                    w.be32(6, Field::type_of(fields));
+                    w.be32(7, Field::length_of(fields));
+                }
+            }
+            w.be32(10, id);
+            if let [Field::Integer] = key {
+                // For nft's listings: host byte order of the key, network order of the value.
+                w.attr(13, &[0, 4, 1, 0, 0, 0, 1, 4, 2, 0, 0, 0]);
+            }
+        });
+    }
+    pub fn add_elements(&mut self, set: &str, elements: &[Element]) {
+        self.elements("add to the set", NEWSETELEM, NLM_F_CREATE, set, 0, elements);
+    }
+    pub fn delete_elements(&mut self, set: &str, elements: &[Element]) {
+        self.elements("remove from the set", DELSETELEM, 0, set, 0, elements);
+    }
+    /// Removes all elements.
+    pub fn flush_set(&mut self, set: &str) {
+        self.change("empty the set", DELSETELEM, 0, |w| w.string(2, set));
+    }
+    fn elements(&mut self, operation: &'static str, kind: u16, flags: u16, set: &str, id: u32, all: &[Element]) {
+        let mut rest = all;
+        while !rest.is_empty() {
+            let mut taken = 0;
+            self.change(operation, kind, flags, |w| {
+                w.string(2, set);
+                if id != 0 {
+                    w.be32(4, id);
+                }
+                w.nest(3, |w| {
+                    let start = w.len();
+                    for element in rest {
+                        if w.len() - start > ELEMENTS_PER_MESSAGE {
+                            break;
+                        }
+                        w.nest(LIST_ELEM, |w| element.write(w));
+                        taken += 1;
+                    }
+                });
+            });
+            rest = rest.get(taken..).unwrap_or_default();
+        }
+    }
+    /// A constant map that lives and dies with the rule that looks it up; the answer is the name for [`Rule::lookup`].
+    pub fn add_anonymous_map(&mut self, key: &[Field], value: &[Field], elements: &[Element]) -> AnonymousSet {
+        self.anonymous += 1;
+        let id = self.anonymous;
+        self.set("__map%d", key, &Value::Data(value), SET_ANONYMOUS | SET_CONSTANT, id);
+        self.elements("fill the map", NEWSETELEM, NLM_F_CREATE, "__map%d", id, elements);
+        AnonymousSet(id)
+    }
+    pub fn add_rule(&mut self, chain: &str, rule: Rule) {
+        self.change("add the rule", NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |w| {
+            w.string(2, chain);
+            w.nest(4, |w| w.raw(rule.writer.bytes()));
+            if !rule.comment.is_empty() {
+                w.attr(7, &user_comment(&rule.comment));
+            }
+        });
+    }
+}
+
+/// nft's user data of type "comment", which its listings show.
+fn user_comment(comment: &str) -> Vec<u8> {
+    let mut text: Vec<u8> = comment.bytes().filter(|b| *b != 0).take(127).collect();
+    text.push(0);
+    let mut data = vec![0, text.len() as u8];
+    data.append(&mut text);
+    data
+}
+
+#[derive(Clone, Copy)]
+pub struct AnonymousSet(u32);
+
+impl Element {
+    pub fn key(key: Vec<u8>) -> Element {
+        Element { key, value: ElementValue::None }
+    }
+    fn write(&self, w: &mut Writer) {
+        w.nest(1, |w| w.attr(DATA_VALUE, &self.key));
+        match &self.value {
+            ElementValue::None => {}
+            ElementValue::Verdict(verdict) => w.nest(2, |w| write_verdict(w, verdict)),
+            ElementValue::Data(data) => w.nest(2, |w| w.attr(DATA_VALUE, data)),
+        }
+    }
+}
+
+fn write_verdict(w: &mut Writer, verdict: &Verdict) {
+    w.nest(DATA_VERDICT, |w| match verdict {
+        Verdict::Drop => w.be32(1, 0),
+        Verdict::Accept => w.be32(1, 1),
+        Verdict::Goto(chain) => {
+            w.be32(1, -4i32 as u32);
+            w.string(2, chain);
+        }
+    });
+}
+
+/// Joins fields into a key, each padded to whole registers.
+pub fn concat(fields: &[&[u8]]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(32);
+    for field in fields {
+        key.extend_from_slice(field);
+        key.resize(key.len().next_multiple_of(4), 0);
+    }
+    key
+}
+
+/// An interface name as a 16-byte field.
+pub fn interface_name(name: &str) -> [u8; 16] {
+    let mut field = [0; 16];
+    for (to, from) in field.iter_mut().zip(name.bytes().take(15)) {
+        *to = from;
+    }
+    field
+}
+
+/// A rule: expressions evaluated in order until one does not match.
+#[derive(Default)]
+pub struct Rule {
+    writer: Writer,
+    comment: String,
+}
+
+impl Rule {
+    pub fn new() -> Rule {
+        Rule::default()
+    }
+    pub fn comment(mut self, comment: &str) -> Rule {
+        comment.clone_into(&mut self.comment);
+        self
+    }
+    fn expression(mut self, name: &str, fill: impl FnOnce(&mut Writer)) -> Rule {
+        self.writer.nest(LIST_ELEM, |w| {
+            w.string(1, name);
+            w.nest(2, fill);
+        });
+        self
+    }
+    fn meta(self, key: u32, to: Reg) -> Rule {
+        self.expression("meta", |w| {
+            w.be32(2, key);
+            w.be32(1, to.number());
+        })
+    }
+    pub fn load_input_name(self, to: Reg) -> Rule {
+        self.meta(6, to)
+    }
+    pub fn load_protocol(self, to: Reg) -> Rule {
+        self.meta(16, to)
+    }
+    fn payload(self, base: u32, offset: u32, length: u32, to: Reg) -> Rule {
+        self.expression("payload", |w| {
+            w.be32(1, to.number());
+            w.be32(2, base);
+            w.be32(3, offset);
+            w.be32(4, length);
+        })
+    }
+    pub fn load_source(self, to: Reg) -> Rule {
+        self.payload(1, 12, 4, to)
+    }
+    pub fn load_destination(self, to: Reg) -> Rule {
+        self.payload(1, 16, 4, to)
+    }
+    pub fn load_destination_port(self, to: Reg) -> Rule {
+        self.payload(2, 2, 2, to)
+    }
+    pub fn equal(self, register: Reg, value: &[u8]) -> Rule {
+        self.compare(register, 0, value)
+    }
+    fn compare(self, register: Reg, operator: u32, value: &[u8]) -> Rule {
+        self.expression("cmp", |w| {
+            w.be32(1, register.number());
+            w.be32(2, operator);
+            w.nest(3, |w| w.attr(DATA_VALUE, value));
+        })
+    }
+    fn mask(self, register: Reg, mask: [u8; 4]) -> Rule {
+        self.expression("bitwise", |w| {
+            w.be32(1, register.number());
+            w.be32(2, register.number());
+            w.be32(3, 4);
+            w.nest(4, |w| w.attr(DATA_VALUE, &mask));
+            w.nest(5, |w| w.attr(DATA_VALUE, &[0; 4]));
+        })
+    }
+    pub fn if_input(self, name: &str) -> Rule {
+        self.load_input_name(R0).equal(R0, &interface_name(name))
+    }
+    pub fn if_protocol(self, protocol: u8) -> Rule {
+        self.load_protocol(R0).equal(R0, &[protocol])
+    }
+    pub fn if_destination(self, address: Ipv4Addr) -> Rule {
+        self.load_destination(R0).equal(R0, &address.octets())
+    }
+    pub fn if_destination_in(self, base: Ipv4Addr, mask: u32) -> Rule {
+        self.load_destination(R0).mask(R0, mask.to_be_bytes()).equal(R0, &base.octets())
+    }
+    pub fn if_destination_port(self, port: u16) -> Rule {
+        self.load_destination_port(R0).equal(R0, &port.to_be_bytes())
+    }
+    pub fn if_icmp_type(self, kind: u8) -> Rule {
+        self.if_protocol(1).payload(2, 0, 1, R0).equal(R0, &[kind])
+    }
+    /// Connection tracking state is one of these bits (1 invalid, 2 established, 4 related, 8 new).
+    pub fn if_state(self, bits: u32) -> Rule {
+        self.expression("ct", |w| {
+            w.be32(1, R0.number());
+            w.be32(2, 0);
+        })
+        .mask(R0, bits.to_ne_bytes())
+        .compare(R0, 1, &[0; 4])
+    }
+    /// Goes on if the key in consecutive registers from `key` is in the set.
+    pub fn if_in_set(self, set: &str, key: Reg) -> Rule {
+        self.expression("lookup", |w| {
+            w.string(1, set);
+            w.be32(2, key.number());
+        })
+    }
+    /// Takes the verdict that the map has for the key.
+    pub fn verdict_map(self, map: &str, key: Reg) -> Rule {
+        self.expression("lookup", |w| {
+            w.string(1, map);
+            w.be32(2, key.number());
+            w.be32(3, 0);
+        })
+    }
+    pub fn lookup(self, map: AnonymousSet, key: Reg, to: Reg) -> Rule {
+        self.expression("lookup", |w| {
+            w.string(1, "__map%d");
+            w.be32(2, key.number());
+            w.be32(3, to.number());
+            w.be32(4, map.0);
+        })
+    }
+    /// A random number below `modulus`, in host byte order.
+    pub fn random(self, modulus: u32, to: Reg) -> Rule {
+        self.expression("numgen", |w| {
+            w.be32(1, to.number());
+            w.be32(2, modulus);
+            w.be32(3, 1);
+        })
+    }
+    /// A hash of 4 bytes at `from` below `modulus`, in host byte order.
+    pub fn hash(self, from: Reg, modulus: u32, to: Reg) -> Rule {
+        self.expression("hash", |w| {
+            w.be32(1, from.number());
+            w.be32(2, to.number());
+            w.be32(3, 4);
+            w.be32(4, modulus);
+            w.be32(5, 0);
+            w.be32(7, 0);
+        })
+    }
+    fn immediate(self, to: Reg, value: &[u8]) -> Rule {
+        self.expression("immediate", |w| {
+            w.be32(1, to.number());
+            w.nest(2, |w| w.attr(DATA_VALUE, value));
+        })
+    }
+    pub fn verdict(self, verdict: &Verdict) -> Rule {
+        self.expression("immediate", |w| {
+            w.be32(1, 0);
+            w.nest(2, |w| write_verdict(w, verdict));
+        })
+    }
+    pub fn accept(self) -> Rule {
+        self.verdict(&Verdict::Accept)
+    }
+    pub fn drop(self) -> Rule {
+        self.verdict(&Verdict::Drop)
+    }
+    pub fn reject_reset(self) -> Rule {
+        self.expression("reject", |w| {
+            w.be32(1, 1);
+            w.u8(2, 0);
+        })
+    }
+    /// ICMP "destination unreachable" with this code (3 port, 13 prohibited).
+    pub fn reject_unreachable(self, code: u8) -> Rule {
+        self.expression("reject", |w| {
+            w.be32(1, 0);
+            w.u8(2, code);
+        })
+    }
+    /// Redirects the connection to the address and port in two consecutive registers.
+    pub fn destination_nat(self, address: Reg) -> Rule {
+        self.expression("nat", |w| {
+            w.be32(1, 1);
+            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(3, address.number());
+            w.be32(5, Reg(address.0 + 1).number());
+        })
+    }
+    pub fn source_nat(self, address: Ipv4Addr) -> Rule {
+        self.immediate(R0, &address.octets()).expression("nat", |w| {
+            w.be32(1, 0);
+            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(3, R0.number());
+        })
+    }
+}
+
+/// The comment a table was made with; `None` if there is no such table.
+pub fn table_comment(socket: &mut Socket, table: &str) -> Result<Option<String>> {
+    let mut batch = Batch::new();
+    batch.request("look the table up", SUBSYSTEM | GETTABLE, 0, &[Errno::NOENT], |w| {
+        w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
+        w.string(1, table);
+    });
+    let mut found = None;
+    socket.query(batch, |kind, payload| {
+        if kind == SUBSYSTEM | NEWTABLE {
+            let data = payload.get(4..).and_then(|bytes| Attributes::get(bytes, 6)).unwrap_or_default();
+            found = Some(text(data.get(2..).unwrap_or_default()).to_owned());
+        }
+    })?;
+    Ok(found)
+}
+
+/// Names of a table's chains.
+pub fn chains(socket: &mut Socket, table: &str) -> Result<Vec<String>> {
+    let mut batch = Batch::new();
+    batch.request("list the chains", SUBSYSTEM | GETCHAIN, NLM_F_DUMP, &[], |w| w.raw(&[NFPROTO_IPV4, 0, 0, 0]));
+    let mut all = Vec::new();
+    socket.query(batch, |kind, payload| {
+        let Some(attributes) = payload.get(4..) else { return };
+        if kind == SUBSYSTEM | NEWCHAIN && Attributes::get(attributes, 1).map(text) == Some(table) {
+            all.extend(Attributes::get(attributes, 3).map(|name| text(name).to_owned()));
+        }
+    })?;
+    Ok(all)
+}

@@ -1,0 +1,210 @@
+//! rtnetlink: links, addresses, routes, neighbours (rtnetlink(7)).
+
+use super::parse::{Attributes, text, u32_at};
+use super::{Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Socket, Writer};
+use crate::error::{Error, Result};
+use rustix::fd::{AsRawFd, BorrowedFd};
+use rustix::io::Errno;
+use std::net::Ipv4Addr;
+
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
+const RTM_NEWADDR: u16 = 20;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWNEIGH: u16 = 28;
+
+const IFLA_ADDRESS: u16 = 1;
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_GROUP: u16 = 27;
+const IFLA_NET_NS_FD: u16 = 28;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const VETH_INFO_PEER: u16 = 1;
+
+const IFF_UP: u32 = 1;
+const AF_INET: u8 = 2;
+const TABLE_MAIN: u8 = 254;
+const PROTOCOL_STATIC: u8 = 4;
+const SCOPE_LINK: u8 = 253;
+const ROUTE_UNICAST: u8 = 1;
+const ROUTE_UNREACHABLE: u8 = 7;
+const NEXTHOP_ONLINK: u32 = 4;
+const NEIGHBOUR_PERMANENT: u16 = 0x80;
+
+/// All of a router's links are of this group, so that one request removes them all.
+pub const GROUP: u32 = 0x6174;
+/// The loopback device's index in every namespace.
+pub const LOOPBACK: u32 = 1;
+
+pub type Mac = [u8; 6];
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    pub index: u32,
+    pub name: String,
+    pub up: bool,
+    pub group: u32,
+}
+
+/// Both ends of a veth pair.
+pub struct Veth<'a> {
+    pub name: &'a str,
+    pub mac: Mac,
+    pub peer_name: &'a str,
+    pub peer_mac: Mac,
+    pub peer_ns: BorrowedFd<'a>,
+    pub mtu: u32,
+}
+
+fn interface(w: &mut Writer, index: u32, flags: u32) {
+    w.raw(&[0, 0, 0, 0]);
+    w.raw(&index.to_ne_bytes());
+    w.raw(&flags.to_ne_bytes());
+    w.raw(&flags.to_ne_bytes());
+}
+
+impl Batch {
+    /// Makes both ends, the near one up.
+    pub fn add_veth(&mut self, veth: &Veth<'_>) {
+        self.request("make the veth pair", RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &[], |w| {
+            interface(w, 0, IFF_UP);
+            w.string(IFLA_IFNAME, veth.name);
+            w.attr(IFLA_ADDRESS, &veth.mac);
+            w.u32(IFLA_MTU, veth.mtu);
+            w.u32(IFLA_GROUP, GROUP);
+            w.nest(IFLA_LINKINFO, |w| {
+                w.string(IFLA_INFO_KIND, "veth");
+                w.nest(IFLA_INFO_DATA, |w| {
+                    w.nest(VETH_INFO_PEER, |w| {
+                        // Not up: the peer cannot be opened before the pair is joined.
+                        interface(w, 0, 0);
+                        w.string(IFLA_IFNAME, veth.peer_name);
+                        w.attr(IFLA_ADDRESS, &veth.peer_mac);
+                        w.u32(IFLA_MTU, veth.mtu);
+                        w.u32(IFLA_NET_NS_FD, veth.peer_ns.as_raw_fd() as u32);
+                    });
+                });
+            });
+        });
+    }
+    pub fn set_up(&mut self, index: u32) {
+        self.request("bring the link up", RTM_NEWLINK, NLM_F_ACK, &[], |w| interface(w, index, IFF_UP));
+    }
+    /// Address, MTU and group of an existing link.
+    pub fn configure_link(&mut self, index: u32, mac: Mac, mtu: u32) {
+        self.request("configure the link", RTM_NEWLINK, NLM_F_ACK, &[], |w| {
+            interface(w, index, IFF_UP);
+            w.attr(IFLA_ADDRESS, &mac);
+            w.u32(IFLA_MTU, mtu);
+            w.u32(IFLA_GROUP, GROUP);
+        });
+    }
+    /// A link that is not there is as good as removed.
+    pub fn delete_link(&mut self, name: &str) {
+        self.request("remove the link", RTM_DELLINK, NLM_F_ACK, &[Errno::NODEV], |w| {
+            interface(w, 0, 0);
+            w.string(IFLA_IFNAME, name);
+        });
+    }
+    pub fn delete_all_links(&mut self) {
+        self.request("remove the links", RTM_DELLINK, NLM_F_ACK, &[Errno::NODEV], |w| {
+            interface(w, 0, 0);
+            w.u32(IFLA_GROUP, GROUP);
+        });
+    }
+    /// `address/32` on a link.
+    pub fn add_address(&mut self, index: u32, address: Ipv4Addr) {
+        self.request("add the address", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
+            let scope = if address.is_link_local() { SCOPE_LINK } else { 0 };
+            w.raw(&[AF_INET, 32, 0, scope]);
+            w.raw(&index.to_ne_bytes());
+            w.attr(1, &address.octets());
+            w.attr(2, &address.octets());
+        });
+    }
+    /// Destination reached directly over a link, from `source`.
+    pub fn add_link_route(&mut self, destination: Ipv4Addr, prefix: u8, index: u32, source: Ipv4Addr) {
+        self.route(prefix, SCOPE_LINK, ROUTE_UNICAST, 0, |w| {
+            w.attr(1, &destination.octets());
+            w.u32(4, index);
+            w.attr(7, &source.octets());
+        });
+    }
+    /// The default route, by a next hop that is on-link whatever the link's addresses say.
+    pub fn add_default_route(&mut self, index: u32, gateway: Ipv4Addr) {
+        self.route(0, 0, ROUTE_UNICAST, NEXTHOP_ONLINK, |w| {
+            w.u32(4, index);
+            w.attr(5, &gateway.octets());
+        });
+    }
+    /// What no more specific route covers is answered with "host unreachable".
+    pub fn add_unreachable(&mut self, destination: Ipv4Addr, prefix: u8) {
+        self.route(prefix, 0, ROUTE_UNREACHABLE, 0, |w| w.attr(1, &destination.octets()));
+    }
+    fn route(&mut self, prefix: u8, scope: u8, kind: u8, flags: u32, fill: impl FnOnce(&mut Writer)) {
+        self.request("add the route", RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[], |w| {
+            w.raw(&[AF_INET, prefix, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, scope, kind]);
+            w.raw(&flags.to_ne_bytes());
+            fill(w);
+        });
+    }
+    /// A fixed neighbour: ARP neither asks for it nor changes it.
+    pub fn add_neighbour(&mut self, index: u32, address: Ipv4Addr, mac: Mac) {
+        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        self.request("add the neighbour", RTM_NEWNEIGH, flags, &[], |w| {
+            w.raw(&[AF_INET, 0, 0, 0]);
+            w.raw(&index.to_ne_bytes());
+            w.raw(&NEIGHBOUR_PERMANENT.to_ne_bytes());
+            w.raw(&[0, ROUTE_UNICAST]);
+            w.attr(1, &address.octets());
+            w.attr(2, &mac);
+        });
+    }
+}
+
+/// The link of this name in the socket's namespace.
+pub fn find_link(socket: &mut Socket, name: &str) -> Result<Option<Link>> {
+    let mut batch = Batch::new();
+    batch.request("look the link up", RTM_GETLINK, 0, &[Errno::NODEV], |w| {
+        interface(w, 0, 0);
+        w.string(IFLA_IFNAME, name);
+    });
+    let mut found = None;
+    socket.query(batch, |kind, payload| {
+        if kind == RTM_NEWLINK {
+            found = link(payload);
+        }
+    })?;
+    Ok(found)
+}
+
+/// As [`find_link`], absent being an error.
+pub fn link_index(socket: &mut Socket, name: &str) -> Result<u32> {
+    find_link(socket, name)?.map(|link| link.index).ok_or_else(|| Error::NoLink(name.to_owned()))
+}
+
+pub fn links(socket: &mut Socket) -> Result<Vec<Link>> {
+    let mut batch = Batch::new();
+    batch.request("list the links", RTM_GETLINK, NLM_F_DUMP, &[], |w| interface(w, 0, 0));
+    let mut all = Vec::new();
+    socket.query(batch, |kind, payload| {
+        if kind == RTM_NEWLINK {
+            all.extend(link(payload));
+        }
+    })?;
+    Ok(all)
+}
+
+/// Reads one `RTM_NEWLINK` payload.
+pub fn link(payload: &[u8]) -> Option<Link> {
+    let attributes = payload.get(16..)?;
+    Some(Link {
+        index: u32_at(payload, 4)?,
+        name: text(Attributes::get(attributes, IFLA_IFNAME)?).to_owned(),
+        up: u32_at(payload, 8)? & IFF_UP != 0,
+        group: Attributes::get(attributes, IFLA_GROUP).and_then(|bytes| u32_at(bytes, 0)).unwrap_or(0),
+    })
+}

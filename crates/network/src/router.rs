@@ -1,0 +1,215 @@
+//! The router: one network namespace per Atoll instance through which all workloads' packets pass.
+
+use crate::address::Addresses;
+use crate::attach::{NameLocks, link_name};
+use crate::config::{GATEWAY, RouterConfig};
+use crate::error::{Error, Result};
+use crate::firewall;
+use crate::netlink::{Batch, Socket, route};
+use crate::ns;
+use crate::services::{ServiceRule, Services};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::fs::FlockOperation;
+use std::fs::{self, DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+const ROUTER: &str = "router";
+
+/// Owns the router namespace while it lives. Dropping it leaves everything in the kernel as it is, so that workloads
+/// outlive the process; [`Router::teardown`] removes it.
+pub struct Router {
+    pub(crate) config: RouterConfig,
+    pub(crate) netns: OwnedFd,
+    /// rtnetlink in the router's namespace.
+    pub(crate) route: Mutex<Socket>,
+    pub(crate) firewall: Mutex<Firewall>,
+    pub(crate) addresses: Mutex<Addresses>,
+    pub(crate) names: NameLocks,
+    _lock: File,
+}
+
+pub(crate) struct Firewall {
+    pub socket: Socket,
+    services: Services,
+}
+
+impl Router {
+    /// Makes the router namespace, or finds it again as an earlier process left it, and brings it to the state that
+    /// `config` asks for. What no allocation speaks for is removed.
+    pub fn open(config: RouterConfig) -> Result<Router> {
+        config.check()?;
+        make_dir(&config.data_dir)?;
+        make_dir(&config.run_dir)?;
+        let lock = lock(&config.data_dir.join("lock"))?;
+        let addresses = Addresses::open(&config, &config.data_dir.join("addresses"))?;
+        let pins = pins_dir(&config);
+        make_dir(&pins)?;
+        ns::share(&pins)?;
+        let pin = pins.join(ROUTER);
+        if !ns::is_pinned(&pin) {
+            ns::create(&pin, || Ok(()))?;
+        }
+        let netns = ns::open(&pin)?;
+        let (mut route, mut socket) = ns::in_ns(netns.as_fd(), || {
+            sysctls()?;
+            Ok::<_, Error>((Socket::route()?, Socket::netfilter()?))
+        })??;
+        base_links(&mut route, &config)?;
+        remove_strays(&mut route, &pins, &addresses)?;
+        let workloads: Vec<_> =
+            addresses.iter().map(|(_, lease)| (link_name(lease.kind, lease.address), lease.address)).collect();
+        let fresh = firewall::ensure(&mut socket, &config, &workloads)?;
+        let services = if fresh { Services::none() } else { Services::default() };
+        Ok(Router {
+            config,
+            netns,
+            route: Mutex::new(route),
+            firewall: Mutex::new(Firewall { socket, services }),
+            addresses: Mutex::new(addresses),
+            names: NameLocks::default(),
+            _lock: lock,
+        })
+    }
+
+    pub fn config(&self) -> &RouterConfig {
+        &self.config
+    }
+    /// Where the router's namespace is pinned.
+    pub fn netns_path(&self) -> PathBuf {
+        pins_dir(&self.config).join(ROUTER)
+    }
+    pub(crate) fn pin_of(&self, uid: &str) -> PathBuf {
+        pins_dir(&self.config).join(uid)
+    }
+    /// Moves the calling thread into the router's namespace; threads started from it later are there too.
+    pub fn enter_thread(&self) -> Result<()> {
+        ns::enter(self.netns.as_fd())
+    }
+    /// Runs `work` in the router's namespace on a thread of its own.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        ns::in_ns(self.netns.as_fd(), work)
+    }
+
+    /// Makes the kernel's ClusterIPs exactly these, in one transaction; nothing is sent when nothing changed. Answers
+    /// how many service ports changed.
+    pub fn sync_services(&self, rules: &[ServiceRule]) -> Result<usize> {
+        for rule in rules {
+            let (address, cidr) = (rule.cluster_ip, self.config.service_cidr);
+            if !cidr.contains(address) {
+                return Err(Error::Config {
+                    field: "cluster_ip",
+                    value: address.to_string(),
+                    why: format!("of service {}/{} is not in {cidr}", rule.namespace, rule.name),
+                });
+            }
+        }
+        let mut firewall = guard(&self.firewall);
+        let Firewall { socket, services } = &mut *firewall;
+        services.sync(socket, rules)
+    }
+
+    /// Workloads that have an address here, attached since the last reboot or not.
+    pub fn list(&self) -> Vec<String> {
+        guard(&self.addresses).iter().map(|(uid, _)| uid.clone()).collect()
+    }
+
+    /// Ends the reservation that [`crate::AttachRequest::address_key`] made; when its owner is deleted for good.
+    pub fn release_address(&self, key: &str) -> Result<()> {
+        guard(&self.addresses).forget(key)
+    }
+
+    /// Removes all links and namespaces. Address reservations stay on disk, so that workloads started again get the
+    /// addresses they had.
+    pub fn teardown(self) -> Result<()> {
+        let pins = pins_dir(&self.config);
+        let mut batch = Batch::new();
+        batch.delete_all_links();
+        guard(&self.route).send(batch)?;
+        for entry in fs::read_dir(&pins).map_err(Error::file("list", &pins))? {
+            ns::unpin(&entry.map_err(Error::file("list", &pins))?.path())?;
+        }
+        ns::unshare_dir(&pins)?;
+        fs::remove_dir(&pins).map_err(Error::file("remove", &pins))
+    }
+}
+
+/// A poisoned lock's data is still whole: changes are made by the kernel or the journal first.
+pub(crate) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pins_dir(config: &RouterConfig) -> PathBuf {
+    config.run_dir.join("netns")
+}
+
+fn make_dir(path: &Path) -> Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Error::file("create", path))
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let file = File::create(path).map_err(Error::file("open", path))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_owned() }),
+        Err(errno) => Err(Error::file("lock", path)(errno.into())),
+    }
+}
+
+/// The calling thread's namespace becomes a router that believes nobody. Links made later inherit `default`.
+fn sysctls() -> Result<()> {
+    for scope in ["all", "default"] {
+        for (name, value) in [
+            ("rp_filter", "1"),
+            ("accept_redirects", "0"),
+            ("secure_redirects", "0"),
+            ("send_redirects", "0"),
+            ("accept_source_route", "0"),
+        ] {
+            ns::sysctl(&format!("ipv4/conf/{scope}/{name}"), value)?;
+        }
+        ns::sysctl(&format!("ipv6/conf/{scope}/disable_ipv6"), "1")?;
+    }
+    // A workload whose image knows only a wide netmask finds its neighbours through the router.
+    ns::sysctl("ipv4/conf/default/proxy_arp", "1")?;
+    ns::sysctl("ipv4/neigh/default/proxy_delay", "0")?;
+    // Refusals are errors that clients see at once; one every 10 ms for each destination.
+    ns::sysctl("ipv4/icmp_ratelimit", "10")?;
+    ns::sysctl("ipv4/ip_forward", "1")
+}
+
+/// Loopback with the router's addresses. Service addresses are routed to loopback only so that they have a route: they
+/// are redirected, or refused, before a packet gets there.
+fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
+    let (lo, router) = (route::LOOPBACK, config.router_address());
+    let mut batch = Batch::new();
+    batch.set_up(lo);
+    for address in [router, GATEWAY, config.dns_address] {
+        batch.add_address(lo, address);
+    }
+    let (pods, services) = (config.pod_cidr, config.service_cidr);
+    batch.add_link_route(services.base(), services.prefix(), lo, router);
+    batch.add_unreachable(pods.base(), pods.prefix());
+    route.send(batch)
+}
+
+/// Links and pinned namespaces that no allocation speaks for: what a lost journal or a half-done detach left.
+fn remove_strays(route: &mut Socket, pins: &Path, addresses: &Addresses) -> Result<()> {
+    let known: Vec<String> = addresses.iter().map(|(_, lease)| link_name(lease.kind, lease.address)).collect();
+    let mut batch = Batch::new();
+    for link in route::links(route)? {
+        if link.group == route::GROUP && !known.contains(&link.name) {
+            batch.delete_link(&link.name);
+        }
+    }
+    route.send(batch)?;
+    for entry in fs::read_dir(pins).map_err(Error::file("list", pins))? {
+        let path = entry.map_err(Error::file("list", pins))?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if name != ROUTER && addresses.get(name).is_none() {
+            ns::unpin(&path)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,67 @@
+//! The system calls that have no safe wrapper. All `unsafe` of this crate is here.
+#![allow(unsafe_code)]
+
+use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+
+/// Moves the calling thread into a new, empty network namespace.
+pub fn unshare_net() -> io::Result<()> {
+    // SAFETY: unsharing the network namespace changes neither memory nor the file descriptor table of this process; it
+    // touches only the calling thread's view of the network.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.map_err(Into::into)
+}
+
+/// Short answers (no echo of the request) that carry the kernel's explanation.
+pub fn netlink_options(fd: BorrowedFd<'_>) -> io::Result<()> {
+    for option in [libc::NETLINK_CAP_ACK, libc::NETLINK_EXT_ACK] {
+        let on: libc::c_int = 1;
+        // SAFETY: the pointer and length describe `on`, which outlives the call; the kernel only reads it.
+        let result = unsafe {
+            libc::setsockopt(
+                fd.as_raw_fd(),
+                libc::SOL_NETLINK,
+                option,
+                (&raw const on).cast(),
+                size_of::<libc::c_int>() as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Binds an open `/dev/net/tun` to the tap device `name` of the thread's network namespace, making it if absent.
+/// Frames carry a virtio-net header and no packet information.
+pub fn tap_bind(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    if name.len() >= libc::IFNAMSIZ || name.is_empty() || name.contains(['\0', '/']) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: `ifreq` is plain old data, for which all zeroes is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is and which outlives the call.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Keeps a bound tap device when its last descriptor is closed.
+pub fn tap_persist(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: TUNSETPERSIST takes an integer argument, no pointer.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETPERSIST as _, 1 as libc::c_ulong) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// `/dev/net/tun`, not yet bound.
+pub fn tap_open() -> io::Result<OwnedFd> {
+    use rustix::fs::{Mode, OFlags};
+    Ok(rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+}
