@@ -1,1 +1,39 @@
-fn main() {}
+//! `atoll`: the command line, and the roles the same binary plays when it executes itself.
+#![forbid(unsafe_code)]
+
+mod cli;
+mod doctor;
+mod down;
+mod images;
+mod instance;
+mod output;
+mod up;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().collect();
+    if let Some(code) = role(&args) {
+        return ExitCode::from(u8::try_from(code).unwrap_or(1));
+    }
+    match cli::run(cli::Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("atoll: {failure}");
+            ExitCode::from(1)
+        }
+    }
+}
+
+/// The roles, before anything else is set up: they must stay small.
+fn role(args: &[String]) -> Option<i32> {
+    let (role, rest) = args.get(1..)?.split_first()?;
+    match role.as_str() {
+        "shim" => Some(container::shim::main(rest)),
+        "vmm" => Some(vmm::monitor::main(rest)),
+        "function-host" => Some(function::host::main(rest)),
+        "function-compile" => Some(function::compile::main(rest)),
+        _ => None,
+    }
+}

@@ -1,0 +1,30 @@
+# make demo   a fresh Debian 12 with Rust: installs its packages, builds, runs the shop
+# make test   all tests
+# make bench  the figures, against named peers
+# make lint   format and lints
+.PHONY: demo test bench lint build packages fuzz
+
+CARGO_FLAGS ?= --release
+export CARGO_TERM_COLOR ?= auto
+
+packages:
+	@scripts/packages.sh $(SET)
+
+build:
+	cargo build $(CARGO_FLAGS) --bin atoll
+
+demo: packages build
+	@scripts/demo.sh
+
+test: SET = test
+test: packages
+	cargo build $(CARGO_FLAGS) --bin atoll --examples
+	cargo test $(CARGO_FLAGS) --workspace --no-fail-fast
+
+bench: SET = bench
+bench: packages build
+	@bench/run.sh
+
+lint:
+	cargo fmt --all --check
+	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings

@@ -1,0 +1,161 @@
+//! What the command line takes.
+
+use crate::output::Format;
+use clap::{Args, Parser, Subcommand};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// What went wrong, said once, with the chain of causes.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Failure(pub String);
+
+pub type Outcome = Result<(), Failure>;
+
+/// An error and its causes on one line.
+pub fn explain(error: impl std::error::Error) -> Failure {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let said = inner.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        source = inner.source();
+    }
+    Failure(text)
+}
+
+#[derive(Parser)]
+#[command(name = "atoll", version, about = "A private cloud in one binary", long_about = None)]
+#[command(after_help = "Example:\n  atoll up &\n  export KUBECONFIG=/var/lib/atoll/kubeconfig\n  kubectl apply -f app.yaml")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the cloud: API, controllers, node agent, registry and gateway in one process
+    #[command(after_help = "Example:\n  atoll up --data-dir /srv/atoll --gateway-addr 0.0.0.0:80")]
+    Up(Up),
+    /// Stop the cloud and every workload
+    #[command(after_help = "Example:\n  atoll down --data-dir /srv/atoll")]
+    Down(DataDir),
+    /// Say what this machine offers and what follows for each boundary
+    #[command(after_help = "Example:\n  atoll doctor -o json")]
+    Doctor {
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Images in the local store
+    #[command(subcommand)]
+    Image(Image),
+}
+
+#[derive(Args, Clone)]
+pub struct DataDir {
+    /// Where everything is kept
+    #[arg(long, default_value = "/var/lib/atoll", value_name = "DIR")]
+    pub data_dir: PathBuf,
+}
+
+#[derive(Args, Clone)]
+pub struct Up {
+    #[command(flatten)]
+    pub data: DataDir,
+    /// The Kubernetes API (TLS)
+    #[arg(long, default_value = "127.0.0.1:7443", value_name = "ADDR:PORT")]
+    pub api_addr: SocketAddr,
+    /// The HTTP gateway
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR:PORT")]
+    pub gateway_addr: SocketAddr,
+    /// The image registry
+    #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
+    pub registry_addr: SocketAddr,
+    /// This machine's name as a Node; the host name if left out
+    #[arg(long, value_name = "NAME")]
+    pub node_name: Option<String>,
+}
+
+#[derive(Subcommand)]
+pub enum Image {
+    /// Take a file into the store: docker-archive, OCI layout, rootfs tar, .wasm component, raw or qcow2 disk
+    #[command(after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12")]
+    Import(Import),
+    /// List images
+    Ls {
+        #[command(flatten)]
+        data: DataDir,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Remove images by name; what nothing else uses is freed
+    Rm {
+        #[command(flatten)]
+        data: DataDir,
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Show an image's digest, platform, configuration and layers
+    Inspect {
+        #[command(flatten)]
+        data: DataDir,
+        name: String,
+        #[arg(short, long, default_value = "json")]
+        output: Format,
+    },
+    /// Write an image to a file as an OCI layout tar
+    #[command(after_help = "Example:\n  atoll image export shop/web:1 web.tar && skopeo inspect oci-archive:web.tar")]
+    Export {
+        #[command(flatten)]
+        data: DataDir,
+        name: String,
+        file: PathBuf,
+    },
+    /// Fetch an image from a registry
+    #[command(after_help = "Example:\n  atoll image pull registry.example.com/team/app:2")]
+    Pull {
+        #[command(flatten)]
+        data: DataDir,
+        reference: String,
+        /// Platform to choose from a multi-platform image
+        #[arg(long, value_name = "OS/ARCH")]
+        platform: Option<String>,
+    },
+}
+
+#[derive(Args)]
+pub struct Import {
+    #[command(flatten)]
+    pub data: DataDir,
+    pub file: PathBuf,
+    /// Name to give it; needed where the file carries none
+    #[arg(long, value_name = "NAME[:TAG]")]
+    pub tag: Option<String>,
+    /// Default arguments; once for each (rootfs tar only)
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    pub cmd: Vec<String>,
+    /// Entry point; once for each word (rootfs tar only)
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    pub entrypoint: Vec<String>,
+    /// Environment, NAME=VALUE (rootfs tar only)
+    #[arg(long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// User or uid[:gid] to run as (rootfs tar only)
+    #[arg(long)]
+    pub user: Option<String>,
+    /// Working directory (rootfs tar only)
+    #[arg(long, value_name = "DIR")]
+    pub workdir: Option<String>,
+}
+
+pub fn run(cli: Cli) -> Outcome {
+    match cli.command {
+        Command::Up(options) => crate::up::run(&options),
+        Command::Down(data) => crate::down::run(&data.data_dir),
+        Command::Doctor { output } => crate::doctor::run(output),
+        Command::Image(command) => crate::images::run(command),
+    }
+}

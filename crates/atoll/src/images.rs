@@ -1,0 +1,167 @@
+//! `atoll image`: the local store from the command line. Works whether `atoll up` runs or not.
+
+use crate::cli::{DataDir, Failure, Image, Import, Outcome, explain};
+use crate::instance::Instance;
+use crate::output::{self, Format};
+use image::{ImportOptions, Platform, Progress, PullOptions, Store};
+use serde_json::json;
+use std::io::{IsTerminal, Write};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+pub fn run(command: Image) -> Outcome {
+    match command {
+        Image::Import(options) => import(&options),
+        Image::Ls { data, output } => list(&data, output),
+        Image::Rm { data, names } => remove(&data, &names),
+        Image::Inspect { data, name, output } => {
+            let inspected = open(&data)?.inspect(&name).map_err(explain)?;
+            output::value(output, &serde_json::to_value(inspected).map_err(explain)?);
+            Ok(())
+        }
+        Image::Export { data, name, file } => {
+            let digest = open(&data)?.export(&name, &file, &|p| show(p)).map_err(explain)?;
+            println!("{name} ({digest}) written to {}", file.display());
+            Ok(())
+        }
+        Image::Pull { data, reference, platform } => pull(&data, &reference, platform.as_deref()),
+    }
+}
+
+fn open(data: &DataDir) -> Result<Store, Failure> {
+    let instance = Instance::open(&data.data_dir)?;
+    Store::open(instance.data_dir.join("images")).map_err(explain)
+}
+
+fn import(options: &Import) -> Outcome {
+    let imported = open(&options.data)?
+        .import(
+            &options.file,
+            &ImportOptions {
+                tag: options.tag.clone(),
+                cmd: options.cmd.clone(),
+                entrypoint: options.entrypoint.clone(),
+                env: options.env.clone(),
+                user: options.user.clone(),
+                workdir: options.workdir.clone(),
+                platform: None,
+            },
+            &|p| show(p),
+        )
+        .map_err(explain)?;
+    println!("{} {} ({})", imported.kind.as_str(), imported.names.join(", "), imported.digest);
+    Ok(())
+}
+
+fn list(data: &DataDir, format: Format) -> Outcome {
+    let images = open(data)?.list().map_err(explain)?;
+    if format != Format::Table {
+        output::value(format, &json!({ "images": serde_json::to_value(images).map_err(explain)? }));
+        return Ok(());
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    let rows: Vec<Vec<String>> = images
+        .iter()
+        .map(|i| {
+            let digest = i.digest.to_string();
+            let short = digest.strip_prefix("sha256:").unwrap_or(&digest).chars().take(12).collect();
+            let age = Duration::from_secs(now.saturating_sub(i.created));
+            vec![i.name.clone(), short, i.kind.as_str().into(), i.platforms.join(","), size(i.size), ago(age)]
+        })
+        .collect();
+    output::table(&["NAME", "DIGEST", "KIND", "PLATFORM", "SIZE", "AGE"], &rows);
+    Ok(())
+}
+
+fn remove(data: &DataDir, names: &[String]) -> Outcome {
+    let store = open(data)?;
+    for name in names {
+        let removed = store.remove(name).map_err(explain)?;
+        for gone in removed.untagged {
+            println!("untagged {gone}");
+        }
+        if let Some(digest) = removed.deleted {
+            println!("deleted  {digest}");
+        }
+    }
+    store.gc(&Default::default()).map_err(explain)?;
+    Ok(())
+}
+
+fn pull(data: &DataDir, reference: &str, platform: Option<&str>) -> Outcome {
+    let platform = platform.map(Platform::parse).transpose().map_err(explain)?;
+    let options = PullOptions { platform: platform.unwrap_or_else(Platform::host), ..PullOptions::default() };
+    let resolved = open(data)?.pull(reference, &options, &|p| show(p)).map_err(explain)?;
+    println!("{} ({})", resolved.reference, resolved.digest);
+    Ok(())
+}
+
+/// Progress: one line rewritten on a terminal, plain lines (one each two seconds at most) elsewhere. On stderr.
+fn show(progress: Progress) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let terminal = std::io::stderr().is_terminal();
+    let mut last = LAST.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let pause = Duration::from_millis(if terminal { 100 } else { 2000 });
+    match progress {
+        Progress::Step(text) => {
+            eprintln!("{}{text}", if terminal { "\r\x1b[K" } else { "" });
+        }
+        Progress::Bytes { what, done, total } => {
+            if last.is_some_and(|at| at.elapsed() < pause) && total != Some(done) {
+                return;
+            }
+            *last = Some(Instant::now());
+            let text = match total {
+                Some(total) if total > 0 => {
+                    format!("{what}: {} of {} {}", size(done), size(total), bar(done as f64 / total as f64, terminal))
+                }
+                _ => format!("{what}: {}", size(done)),
+            };
+            if terminal {
+                eprint!("\r\x1b[K{text}");
+                let _ = std::io::stderr().flush();
+            } else {
+                eprintln!("{text}");
+            }
+        }
+    }
+}
+
+fn bar(part: f64, terminal: bool) -> String {
+    if !terminal {
+        return format!("({:.0}%)", part * 100.0);
+    }
+    let full = (part.clamp(0.0, 1.0) * 30.0).round() as usize;
+    format!("[{}{}]", "=".repeat(full), " ".repeat(30 - full))
+}
+
+fn size(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit < units.len() - 1 {
+        (value, unit) = (value / 1024.0, unit + 1);
+    }
+    let name = units.get(unit).copied().unwrap_or("TiB");
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {name}") }
+}
+
+fn ago(age: Duration) -> String {
+    match age.as_secs() {
+        s if s < 120 => format!("{s}s"),
+        s if s < 7200 => format!("{}m", s / 60),
+        s if s < 172_800 => format!("{}h", s / 3600),
+        s => format!("{}d", s / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_and_ages_read_well() {
+        assert_eq!([size(0), size(1023), size(1536), size(3 << 30)], ["0 B", "1023 B", "1.5 KiB", "3.0 GiB"]);
+        assert_eq!([ago(Duration::from_secs(5)), ago(Duration::from_secs(7300))], ["5s", "2h"]);
+    }
+}
