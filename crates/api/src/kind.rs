@@ -67,6 +67,9 @@ pub enum Cell {
     Path(String),
 }
 
+/// What is wrong with `new`; `old` is what it replaces, absent on create.
+pub type Validate = fn(new: &Object, old: Option<&Object>) -> Vec<Cause>;
+
 /// Kind-specific work that schemas cannot express. All optional; pure functions.
 #[derive(Clone, Default)]
 pub struct Hooks {
@@ -75,7 +78,7 @@ pub struct Hooks {
     /// Called on create only, before `default`: what the server itself decides (a Pod's initial `status.phase`, ...).
     pub prepare_create: Option<fn(&mut Object)>,
     /// Semantic checks on create (`old` = None) and update.
-    pub validate: Option<fn(new: &Object, old: Option<&Object>) -> Vec<Cause>>,
+    pub validate: Option<Validate>,
     /// Warnings shown by clients (deprecated fields and the like).
     pub warnings: Option<fn(new: &Object) -> Vec<String>>,
 }

@@ -6,9 +6,11 @@
 
 pub mod client;
 pub mod informer;
+pub mod intstr;
 pub mod kind;
 pub mod names;
 pub mod object;
+pub mod quantity;
 pub mod schema;
 pub mod selector;
 pub mod status;

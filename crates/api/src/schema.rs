@@ -2,6 +2,14 @@
 //! server-side apply, strategic merge, OpenAPI documents and `kubectl explain`; built-in kinds and
 //! CustomResourceDefinitions are turned into it.
 
+pub mod builtin;
+mod defaults;
+mod lists;
+mod notation;
+mod path;
+pub mod strict;
+mod values;
+
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -55,12 +63,21 @@ pub struct ObjectShape {
     pub required: Vec<String>,
     /// `x-kubernetes-preserve-unknown-fields` beside named fields.
     pub keep_unknown: bool,
+    /// What fields that are not named hold, when they are kept; absent = anything.
+    pub values: Option<Arc<Schema>>,
     /// `x-kubernetes-map-type: atomic`: owned and replaced as a whole by server-side apply.
     pub atomic: bool,
     /// `x-kubernetes-embedded-resource`.
     pub embedded: bool,
     /// Strategic merge patch strategy `retainKeys` (Deployment strategy, pod volumes).
     pub retain_keys: bool,
+}
+
+impl ObjectShape {
+    /// A map that is owned and replaced as a whole (`x-kubernetes-map-type: atomic` on free keys).
+    pub fn atomic_map(values: Arc<Schema>) -> Self {
+        ObjectShape { keep_unknown: true, values: Some(values), atomic: true, ..Default::default() }
+    }
 }
 
 /// `x-kubernetes-list-type`: how server-side apply merges and owns a list.
