@@ -118,12 +118,25 @@ impl Router {
             let mut transaction = Transaction::new(firewall::TABLE);
             firewall::expel(&mut transaction, &name, lease.address);
             transaction.commit(&mut guard(&self.firewall).socket)?;
-            let mut batch = Batch::new();
-            batch.delete_link(&name);
-            guard(&self.route).send(batch)?;
+            self.reap(&name)?;
         }
         ns::unpin(&self.pin_of(uid))?;
         guard(&self.addresses).release(uid)
+    }
+
+    /// Removes a link together with all that others are detaching at this moment: while one removal waits for the kernel,
+    /// further ones gather, and the next takes them all.
+    fn reap(&self, name: &str) -> Result<()> {
+        let mut mark = Batch::new();
+        mark.regroup_link(name, route::DEAD);
+        guard(&self.route).send(mark)?;
+        let mut reaper = guard(&self.reaper);
+        if route::find_link(&mut reaper, name)?.is_some() {
+            let mut batch = Batch::new();
+            batch.delete_links(route::DEAD);
+            reaper.send(batch)?;
+        }
+        Ok(())
     }
 
     /// Opens a machine's tap device: frames with a virtio-net header, one queue, non-blocking. The descriptor works in

@@ -41,7 +41,7 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
 
 /// Whether a namespace is pinned at `path` (rather than nothing, or the bare file of a half-done pin).
 pub(crate) fn is_pinned(path: &Path) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type as i64 == NSFS_MAGIC)
+    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == NSFS_MAGIC)
 }
 
 /// Makes a new namespace, pins it at `path` and runs `work` in it before returning.

@@ -24,6 +24,8 @@ pub struct Router {
     pub(crate) netns: OwnedFd,
     /// rtnetlink in the router's namespace.
     pub(crate) route: Mutex<Socket>,
+    /// Another rtnetlink socket, for removals: each waits tens of milliseconds for the kernel.
+    pub(crate) reaper: Mutex<Socket>,
     pub(crate) firewall: Mutex<Firewall>,
     pub(crate) addresses: Mutex<Addresses>,
     pub(crate) names: NameLocks,
@@ -52,9 +54,9 @@ impl Router {
             ns::create(&pin, || Ok(()))?;
         }
         let netns = ns::open(&pin)?;
-        let (mut route, mut socket) = ns::in_ns(netns.as_fd(), || {
+        let (mut route, reaper, mut socket) = ns::in_ns(netns.as_fd(), || {
             sysctls()?;
-            Ok::<_, Error>((Socket::route()?, Socket::netfilter()?))
+            Ok::<_, Error>((Socket::route()?, Socket::route()?, Socket::netfilter()?))
         })??;
         base_links(&mut route, &config)?;
         remove_strays(&mut route, &pins, &addresses)?;
@@ -66,6 +68,7 @@ impl Router {
             config,
             netns,
             route: Mutex::new(route),
+            reaper: Mutex::new(reaper),
             firewall: Mutex::new(Firewall { socket, services }),
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
@@ -125,7 +128,8 @@ impl Router {
     pub fn teardown(self) -> Result<()> {
         let pins = pins_dir(&self.config);
         let mut batch = Batch::new();
-        batch.delete_all_links();
+        batch.delete_links(route::GROUP);
+        batch.delete_links(route::DEAD);
         guard(&self.route).send(batch)?;
         for entry in fs::read_dir(&pins).map_err(Error::file("list", &pins))? {
             ns::unpin(&entry.map_err(Error::file("list", &pins))?.path())?;
@@ -199,7 +203,8 @@ fn remove_strays(route: &mut Socket, pins: &Path, addresses: &Addresses) -> Resu
     let known: Vec<String> = addresses.iter().map(|(_, lease)| link_name(lease.kind, lease.address)).collect();
     let mut batch = Batch::new();
     for link in route::links(route)? {
-        if link.group == route::GROUP && !known.contains(&link.name) {
+        let ours = link.group == route::GROUP || link.group == route::DEAD;
+        if ours && !known.contains(&link.name) {
             batch.delete_link(&link.name);
         }
     }

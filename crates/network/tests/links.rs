@@ -197,9 +197,13 @@ fn two_hundred_come_and_go() {
         }
     }
     assert_eq!(lab.router().list().len(), 20);
-    for uid in lab.router().list() {
-        lab.router().detach(&uid).unwrap();
-    }
+    let (start, rest) = (Instant::now(), lab.router().list());
+    std::thread::scope(|scope| {
+        for uid in &rest {
+            scope.spawn(|| lab.router().detach(uid).unwrap());
+        }
+    });
+    println!("20 detached side by side in {:?}", start.elapsed());
     lab.router().detach("never-there").unwrap();
     let router = lab.router().netns_path();
     let (_, links) = run(&router, "ip", &["-o", "link"]);

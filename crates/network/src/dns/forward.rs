@@ -13,11 +13,14 @@ const THREADS: usize = 4;
 const QUEUE: usize = 256;
 const PATIENCE: Duration = Duration::from_secs(2);
 
+/// What to do with the reply's bytes.
+pub type Answer = Box<dyn FnOnce(&[u8]) + Send>;
+
 /// A question that waits for an answer from outside.
 pub struct Job {
     pub packet: Vec<u8>,
     pub query: Query,
-    pub answer: Box<dyn FnOnce(&[u8]) + Send>,
+    pub answer: Answer,
 }
 
 /// Hands questions to the threads; they end when the last clone is dropped.

@@ -36,6 +36,8 @@ const NEIGHBOUR_PERMANENT: u16 = 0x80;
 
 /// All of a router's links are of this group, so that one request removes them all.
 pub const GROUP: u32 = 0x6174;
+/// Links that are being detached.
+pub const DEAD: u32 = 0x6175;
 /// The loopback device's index in every namespace.
 pub const LOOPBACK: u32 = 1;
 
@@ -109,10 +111,19 @@ impl Batch {
             w.string(IFLA_IFNAME, name);
         });
     }
-    pub fn delete_all_links(&mut self) {
+    /// Moves a link to another group; one that is not there is no error.
+    pub fn regroup_link(&mut self, name: &str, group: u32) {
+        self.request("mark the link for removal", RTM_NEWLINK, NLM_F_ACK, &[Errno::NODEV], |w| {
+            interface(w, 0, 0);
+            w.string(IFLA_IFNAME, name);
+            w.u32(IFLA_GROUP, group);
+        });
+    }
+    /// Removes all links of a group at about the cost of one: the kernel waits for readers once.
+    pub fn delete_links(&mut self, group: u32) {
         self.request("remove the links", RTM_DELLINK, NLM_F_ACK, &[Errno::NODEV], |w| {
             interface(w, 0, 0);
-            w.u32(IFLA_GROUP, GROUP);
+            w.u32(IFLA_GROUP, group);
         });
     }
     /// `address/32` on a link.
