@@ -1,0 +1,68 @@
+//! End-to-end tests: the real binary in a network namespace that this program makes, driven by real clients. One
+//! instance serves all tests; each has a Kubernetes namespace of its own. `cargo test --test e2e -- FILTER` runs those
+//! whose name contains FILTER; `--list` lists them.
+
+mod bad_input;
+mod cluster;
+mod images;
+mod kubectl;
+mod life;
+
+use cluster::Cluster;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
+
+pub enum Outcome {
+    Passed,
+    /// What this machine lacks.
+    Skipped(String),
+}
+
+pub type Test = (&'static str, fn(&Cluster) -> Outcome);
+
+fn main() {
+    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let tests: Vec<Test> = [images::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
+        .concat()
+        .into_iter()
+        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
+        .collect();
+    if std::env::args().any(|a| a == "--list") {
+        tests.iter().for_each(|(name, _)| println!("{name}: test"));
+        return;
+    }
+    let (mut passed, mut failed, mut skipped) = (0, Vec::new(), 0);
+    match Cluster::start() {
+        Err(reason) => {
+            println!("SKIPPED: {reason}");
+            skipped = tests.len();
+        }
+        Ok(cluster) => {
+            for (name, test) in &tests {
+                let begun = Instant::now();
+                let outcome = catch_unwind(AssertUnwindSafe(|| test(&cluster)));
+                let took = begun.elapsed().as_secs_f64();
+                match outcome {
+                    Ok(Outcome::Passed) => {
+                        passed += 1;
+                        println!("test {name} ... ok ({took:.1} s)");
+                    }
+                    Ok(Outcome::Skipped(reason)) => {
+                        skipped += 1;
+                        println!("test {name} ... SKIPPED: {reason}");
+                    }
+                    Err(_) => {
+                        failed.push(*name);
+                        println!("test {name} ... FAILED ({took:.1} s)");
+                    }
+                }
+            }
+            if !failed.is_empty() {
+                cluster.tell_state();
+            }
+        }
+    }
+    failed.iter().for_each(|name| println!("failed: {name}"));
+    println!("\n{passed} passed, {} failed, {skipped} skipped", failed.len());
+    std::process::exit(i32::from(!failed.is_empty()));
+}
