@@ -159,6 +159,7 @@ pub struct Index {
 
 /// A manifest or an index.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "short-lived; read and taken apart")]
 pub enum Document {
     Manifest(Manifest),
     Index(Index),

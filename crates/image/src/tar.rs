@@ -172,7 +172,7 @@ impl<R: Read> Archive<R> {
             _ => 0,
         };
         self.remaining = content;
-        self.padding = content.next_multiple_of(BLOCK as u64).checked_sub(content).unwrap_or(0);
+        self.padding = content.next_multiple_of(BLOCK as u64).saturating_sub(content);
         Ok(Entry {
             path,
             kind,
