@@ -3,15 +3,142 @@
 //! What callers use (the container has been chosen and access checked before):
 //!
 //! ```text
-//! pub type Response = hyper::Response<http_body_util::Full<bytes::Bytes>>;
-//! pub async fn exec<B>(request: hyper::Request<B>, streams: Arc<dyn PodStreams>, target: Target,
+//! pub type Response = http::Response<http_body_util::Full<bytes::Bytes>>;
+//! pub async fn exec<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target,
 //!                      command: Vec<String>, wanted: Wanted) -> Response
-//! pub async fn attach<B>(request: hyper::Request<B>, streams: Arc<dyn PodStreams>, target: Target,
+//! pub async fn attach<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target,
 //!                        wanted: Wanted) -> Response
-//! pub async fn port_forward<B>(request: hyper::Request<B>, streams: Arc<dyn PodStreams>, target: Target) -> Response
+//! pub async fn port_forward<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target) -> Response
 //! ```
 //!
 //! `request` must be the one hyper handed out, so that `hyper::upgrade::on` works: serve connections with upgrades
 //! (`serve_connection_with_upgrades`), HTTP/1.1. GET (WebSocket) and POST (SPDY) both come here. The response is
 //! `101 Switching Protocols`, or a `Status` when the pod, the subprotocol or the request does not allow it; after
 //! a 101 the pump runs in a task of its own.
+//!
+//! | client | exec, attach | port-forward |
+//! |---|---|---|
+//! | kubectl from 1.31 | WebSocket `v5.channel.k8s.io` | WebSocket `SPDY/3.1+portforward.k8s.io`: SPDY in messages |
+//! | older, Go clients | SPDY `v4.channel.k8s.io` | SPDY `portforward.k8s.io` |
+//! | Python, JavaScript, browsers | WebSocket `v4.channel.k8s.io`, base64 | WebSocket `v4.channel.k8s.io`, `?ports=` |
+
+mod forward;
+mod negotiate;
+mod remote;
+pub mod spdy;
+mod websocket;
+
+use api::status::Status;
+use api::streams::{PodStreams, Session, Target, Wanted};
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Full;
+use hyper_util::rt::TokioIo;
+use negotiate::{Offer, refuse};
+use remote::{Purpose, Remote};
+use std::sync::Arc;
+
+pub type Response = http::Response<Full<Bytes>>;
+
+/// Ends the handler early with the response that says why.
+macro_rules! or_refuse {
+    ($result:expr) => {
+        match $result {
+            Ok(value) => value,
+            Err(status) => return refuse(&status),
+        }
+    };
+}
+
+/// `POST|GET .../pods/x/exec`.
+pub async fn exec<B>(
+    request: Request<B>,
+    streams: Arc<dyn PodStreams>,
+    target: Target,
+    command: Vec<String>,
+    wanted: Wanted,
+) -> Response {
+    if command.is_empty() {
+        return refuse(&Status::bad_request("you must specify at least one command for the container"));
+    }
+    let start = async |wanted| streams.exec(&target, command, wanted).await;
+    remote(request, wanted, Purpose::Exec, start).await
+}
+
+/// `POST|GET .../pods/x/attach`.
+pub async fn attach<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target, wanted: Wanted) -> Response {
+    let start = async |wanted| streams.attach(&target, wanted).await;
+    remote(request, wanted, Purpose::Attach, start).await
+}
+
+async fn remote<B>(
+    mut request: Request<B>,
+    mut wanted: Wanted,
+    purpose: Purpose,
+    start: impl AsyncFnOnce(Wanted) -> Result<Session, Status>,
+) -> Response {
+    let offer = or_refuse!(Offer::read(request.headers(), request.version()));
+    // With a terminal standard error comes merged.
+    wanted.stderr &= !wanted.tty;
+    if !(wanted.stdin || wanted.stdout || wanted.stderr) {
+        return refuse(&Status::bad_request("you must specify at least 1 of stdin, stdout, stderr"));
+    }
+    let known = match offer {
+        Offer::WebSocket { .. } => remote::WEBSOCKET_PROTOCOLS,
+        Offer::Spdy { .. } => remote::SPDY_PROTOCOLS,
+    };
+    let protocol = match offer.choose(known, Some("")) {
+        Ok(protocol) => protocol,
+        Err(response) => return *response,
+    };
+    let session = or_refuse!(start(wanted).await);
+    let remote = Remote { session, wanted, purpose, protocol };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let response = offer.accept(protocol);
+    tokio::spawn(async move {
+        match upgrade.await {
+            Ok(upgraded) => match offer {
+                Offer::WebSocket { .. } => remote.over_websocket(TokioIo::new(upgraded)).await,
+                Offer::Spdy { .. } => remote.over_spdy(TokioIo::new(upgraded)).await,
+            },
+            Err(error) => tracing::debug!(%error, "the client left before the stream began"),
+        }
+    });
+    response
+}
+
+/// `POST|GET .../pods/x/portforward`.
+pub async fn port_forward<B>(mut request: Request<B>, streams: Arc<dyn PodStreams>, target: Target) -> Response {
+    let offer = or_refuse!(Offer::read(request.headers(), request.version()));
+    let (known, default) = match offer {
+        Offer::WebSocket { .. } => (forward::WEBSOCKET_PROTOCOLS, None),
+        Offer::Spdy { .. } => (forward::SPDY_PROTOCOLS, Some("")),
+    };
+    let protocol = match offer.choose(known, default) {
+        Ok(protocol) => protocol,
+        Err(response) => return *response,
+    };
+    let forward = forward::Forward { streams, target };
+    let channels = match offer {
+        Offer::WebSocket { .. } if protocol != forward::TUNNEL => {
+            Some(or_refuse!(forward::ports(request.uri().query().unwrap_or_default())))
+        }
+        _ => None,
+    };
+    let upgrade = hyper::upgrade::on(&mut request);
+    let response = offer.accept(protocol);
+    tokio::spawn(async move {
+        match (upgrade.await, offer, channels) {
+            (Ok(upgraded), Offer::WebSocket { .. }, Some(ports)) => {
+                forward.over_channels(TokioIo::new(upgraded), protocol, ports).await;
+            }
+            (Ok(upgraded), Offer::WebSocket { .. }, None) => {
+                let socket = websocket::server(TokioIo::new(upgraded)).await;
+                forward.over_spdy(websocket::Tunnel::new(socket)).await;
+            }
+            (Ok(upgraded), Offer::Spdy { .. }, _) => forward.over_spdy(TokioIo::new(upgraded)).await,
+            (Err(error), ..) => tracing::debug!(%error, "the client left before the stream began"),
+        }
+    });
+    response
+}
