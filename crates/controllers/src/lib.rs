@@ -1,1 +1,48 @@
-//! controllers
+//! Reconcilers and scheduler: what turns wanted state into objects that the node agent, the network and the gateway act
+//! on. They see the API only, through [`api::client::Client`] and informers; every one is level-triggered and idempotent.
+//!
+//! [`run`] starts them all. `runner` and `queue` are the machinery; each other module is one kind of reconciler.
+#![forbid(unsafe_code)]
+
+mod claim;
+mod context;
+mod deployment;
+mod events;
+mod objects;
+mod queue;
+mod recent;
+mod replicaset;
+mod runner;
+mod scheduler;
+#[cfg(test)]
+mod testing;
+
+pub use context::{Clock, Config};
+
+use api::client::Client;
+use std::sync::Arc;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// Runs all reconcilers until `shutdown` becomes true (or its sender is dropped) and all have stopped.
+pub async fn run(client: Arc<dyn Client>, config: Config, shutdown: watch::Receiver<bool>) {
+    let context = context::Context::new(client, config);
+    let mut tasks = JoinSet::new();
+    for (workers, make) in RECONCILERS {
+        let (reconciler, sources) = make(&context);
+        runner::spawn(&mut tasks, &context, reconciler, sources, *workers, &shutdown);
+    }
+    tasks.spawn(runner::until(shutdown.clone(), scheduler::run(Arc::clone(&context))));
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended
+            && error.is_panic()
+        {
+            tracing::error!(%error, "a controller has died");
+        }
+    }
+}
+
+type Make = fn(&Arc<context::Context>) -> (Arc<dyn runner::Reconcile>, Vec<runner::Source>);
+
+/// Each with the number of its workers.
+const RECONCILERS: &[(usize, Make)] = &[(4, deployment::new), (4, replicaset::new)];
