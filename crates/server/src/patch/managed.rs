@@ -6,7 +6,7 @@
 //! all it lists, together with whoever owns the same value; a value that differs from another's is a conflict, unless
 //! forced; what the manager listed before and no longer lists goes away, unless someone else owns it.
 
-use super::fields::{Element, Set, path_text};
+use super::fields::{Set, path_text};
 use super::typed::{Changes, Typed, without_system_fields};
 use api::Object;
 use api::object::Meta;
@@ -520,7 +520,7 @@ fn sync_last_applied(result: &mut Object, applied: &Object, manager: &str) {
 fn owned(object: &Object, manager: &str) -> Vec<String> {
     let entries = read(Some(object)).unwrap_or_default();
     let mine = entries.iter().filter(|entry| entry.manager == manager);
-    mine.flat_map(|entry| entry.fields.paths()).map(|path: Vec<Element>| path_text(&path)).collect()
+    mine.flat_map(|entry| entry.fields.paths()).map(|path| path_text(&path)).collect()
 }
 
 #[cfg(test)]
