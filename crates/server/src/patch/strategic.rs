@@ -148,9 +148,9 @@ impl<'a> Merger<'a> {
 
     fn field(&self, schema: &'a Schema, key: &str) -> &'a Schema {
         match &self.types.resolve(schema).shape {
-            Shape::Object(object) => object.fields.get(key).map_or(&*ANY, |field| field.as_ref()),
+            Shape::Object(object) => object.fields.get(key).map_or(&ANY, |field| field.as_ref()),
             Shape::Map(values) => values,
-            _ => &*ANY,
+            _ => &ANY,
         }
     }
 

@@ -154,7 +154,7 @@ impl Forward {
             async move {
                 while let Some((channel, payload)) = incoming.next().await {
                     // Odd channels are for errors; clients send nothing there.
-                    if channel % 2 == 0
+                    if channel.is_multiple_of(2)
                         && let Some(input) = inputs.get(usize::from(channel / 2))
                     {
                         let _ = input.send(payload).await;

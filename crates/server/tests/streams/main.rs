@@ -354,3 +354,25 @@ async fn a_client_that_leaves_ends_its_process() {
         }
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_python_client_streams_too() {
+    let has_client = std::process::Command::new("python3").args(["-c", "import kubernetes.stream"]).output();
+    if !has_client.is_ok_and(|output| output.status.success()) {
+        println!("SKIPPED: the Python client (pip install kubernetes) is not installed");
+        return;
+    }
+    let server = Fake::start().await;
+    let target = echo_server().await;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/streams/client.py");
+    let output = Command::new("python3")
+        .arg(script)
+        .arg(format!("http://{}", server.address))
+        .arg(target.to_string())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .expect("python starts");
+    assert_eq!(text(&output.stdout), "ok\n", "{}", text(&output.stderr));
+    assert_used(&server, "true");
+}

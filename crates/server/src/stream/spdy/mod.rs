@@ -551,7 +551,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 self.shared.window_changed.notify_waiters();
             }
             // Odd ids are the client's; even ones answer ours.
-            Control::Ping(id) if id % 2 == 1 => self.shared.control(frame::ping(id)),
+            Control::Ping(id) if !id.is_multiple_of(2) => self.shared.control(frame::ping(id)),
             Control::Settings { initial_window: Some(size) } => {
                 let mut state = self.shared.lock();
                 (state.windows, state.initial_window) = (true, i64::from(size));
@@ -580,7 +580,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             self.inbound.retain(|_, inbound| !inbound.chunks.is_closed());
         }
         let mut state = self.shared.lock();
-        if id % 2 == 0 || id <= state.last_stream {
+        if id.is_multiple_of(2) || id <= state.last_stream {
             return Err(SpdyError::StreamId(id));
         }
         state.last_stream = id;
