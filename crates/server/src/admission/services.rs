@@ -1,0 +1,287 @@
+//! Services: addresses from the service range and node ports. An allocation is a key of its own, written in the
+//! transaction that writes the Service and compared to be absent there: two Services never get the same one.
+
+use super::{Effects, Operation};
+use crate::core::{Core, Target};
+use crate::rest::{cause, storage};
+use api::object::{Meta, Object, child, object_of};
+use api::status::{Status, StatusResult};
+use bytes::Bytes;
+use serde_json::{Value, json};
+use std::net::Ipv4Addr;
+use store::{Compare, KeyRange, Op, RangeRequest};
+
+const NODE_PORTS: std::ops::RangeInclusive<i64> = 30000..=32767;
+/// Random picks before all allocations are read to find a free one.
+const PICKS: usize = 16;
+
+fn address_key(address: &str) -> Bytes {
+    format!("/allocations/serviceips/{address}").into()
+}
+
+fn port_key(port: i64) -> Bytes {
+    format!("/allocations/nodeports/{port}").into()
+}
+
+/// What a Service holds.
+#[derive(Default, PartialEq, Eq, Clone, Debug)]
+struct Held {
+    address: Option<String>,
+    ports: Vec<i64>,
+}
+
+fn held(service: &Object) -> Held {
+    let address = service.str_at("/spec/clusterIP");
+    let ports = service.pointer("/spec/ports").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let mut ports: Vec<i64> = ports.iter().filter_map(|p| p.get("nodePort")?.as_i64()).filter(|p| *p != 0).collect();
+    let health = service.pointer("/spec/healthCheckNodePort").and_then(Value::as_i64).unwrap_or(0);
+    if health != 0 {
+        ports.push(health);
+    }
+    ports.sort_unstable();
+    ports.dedup();
+    Held { address: (!address.is_empty() && address != "None").then(|| address.to_owned()), ports }
+}
+
+/// What is given back when a Service goes.
+pub fn release(service: &Object) -> Effects {
+    let held = held(service);
+    let mut effects = Effects::default();
+    for key in held.address.iter().map(|a| address_key(a)).chain(held.ports.iter().map(|p| port_key(*p))) {
+        effects.then.push(Op::Delete(KeyRange::one(key)));
+    }
+    effects
+}
+
+pub async fn admit(
+    core: &Core,
+    target: &Target,
+    operation: Operation<'_>,
+    object: &mut Object,
+) -> StatusResult<Effects> {
+    let live = match operation {
+        Operation::Create => None,
+        Operation::Update { live, subresource: "" } => Some(live),
+        Operation::Update { .. } | Operation::Delete { .. } => return Ok(Effects::default()),
+    };
+    let mut effects = Effects::default();
+    let owner = Bytes::from(format!("{}/{}", target.namespace, target.name));
+    let before = live.map(held).unwrap_or_default();
+    if let Some(live) = live {
+        carry_over(live, object);
+    }
+    settle_address(core, target, live, object, &before, &owner, &mut effects).await?;
+    settle_ports(core, target, object, &before, &owner, &mut effects).await?;
+    let after = held(object);
+    if let Some(address) = before.address.filter(|a| after.address.as_ref() != Some(a)) {
+        effects.then.push(Op::Delete(KeyRange::one(address_key(&address))));
+    }
+    for port in before.ports.iter().filter(|p| !after.ports.contains(p)) {
+        effects.then.push(Op::Delete(KeyRange::one(port_key(*port))));
+    }
+    Ok(effects)
+}
+
+fn type_of(service: &Object) -> &str {
+    match service.str_at("/spec/type") {
+        "" => "ClusterIP",
+        other => other,
+    }
+}
+
+fn wants_node_ports(service: &Object) -> bool {
+    let load_balancer_ports =
+        service.pointer("/spec/allocateLoadBalancerNodePorts").and_then(Value::as_bool).unwrap_or(true);
+    match type_of(service) {
+        "NodePort" => true,
+        "LoadBalancer" => load_balancer_ports,
+        _ => false,
+    }
+}
+
+/// What was allocated stays when the update does not mention it.
+fn carry_over(live: &Object, new: &mut Object) {
+    if type_of(new) != "ExternalName" && type_of(live) != "ExternalName" && new.str_at("/spec/clusterIP").is_empty() {
+        for field in ["clusterIP", "clusterIPs"] {
+            if let Some(value) = live.pointer("/spec").and_then(|s| s.get(field)).cloned() {
+                child(object_of(new), "spec").insert(field.into(), value);
+            }
+        }
+    }
+    let keep = wants_node_ports(new);
+    let old = live.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
+    for port in new.pointer_mut("/spec/ports").and_then(Value::as_array_mut).into_iter().flatten() {
+        let same = |o: &&Value| o.get("port") == port.get("port") && o.get("protocol") == port.get("protocol");
+        let known = old.iter().find(same).and_then(|o| o.get("nodePort")).cloned();
+        let Some(fields) = port.as_object_mut() else { continue };
+        if keep && fields.get("nodePort").and_then(Value::as_i64).unwrap_or(0) == 0 {
+            if let Some(known) = known {
+                fields.insert("nodePort".into(), known);
+            }
+        } else if !keep && fields.get("nodePort") == known.as_ref() {
+            fields.remove("nodePort");
+        }
+    }
+}
+
+async fn settle_address(
+    core: &Core,
+    target: &Target,
+    live: Option<&Object>,
+    object: &mut Object,
+    before: &Held,
+    owner: &Bytes,
+    effects: &mut Effects,
+) -> StatusResult<()> {
+    let spec = child(object_of(object), "spec");
+    if spec.get("type").and_then(Value::as_str) == Some("ExternalName") {
+        for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
+            spec.remove(field);
+        }
+        return Ok(());
+    }
+    let mut asked = spec.get("clusterIP").and_then(Value::as_str).unwrap_or("").to_owned();
+    if asked.is_empty()
+        && let Some(first) = spec.get("clusterIPs").and_then(Value::as_array).and_then(|l| l.first())
+    {
+        asked = first.as_str().unwrap_or("").to_owned();
+    }
+    if let Some(live) = live.filter(|live| type_of(live) != "ExternalName") {
+        let old = live.str_at("/spec/clusterIP");
+        if !old.is_empty() && old != asked {
+            let text = format!("Invalid value: [\"{asked}\"]: may not change once set");
+            return Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs[0]", text)]));
+        }
+    }
+    if asked.is_empty() {
+        asked = pick_address(core).await?;
+        reserve(effects, address_key(&asked), owner);
+    } else if asked != "None" && before.address.as_deref() != Some(&asked) {
+        check_address(core, target, &asked).await?;
+        reserve(effects, address_key(&asked), owner);
+    }
+    let spec = child(object_of(object), "spec");
+    spec.insert("clusterIPs".into(), json!([asked]));
+    spec.insert("clusterIP".into(), asked.into());
+    spec.entry("ipFamilies").or_insert_with(|| json!(["IPv4"]));
+    spec.entry("ipFamilyPolicy").or_insert_with(|| "SingleStack".into());
+    Ok(())
+}
+
+fn reserve(effects: &mut Effects, key: Bytes, owner: &Bytes) {
+    effects.compare.push(Compare::ModRevision(key.clone(), 0));
+    effects.then.push(storage::put(key, owner.clone()));
+}
+
+async fn check_address(core: &Core, target: &Target, asked: &str) -> StatusResult<()> {
+    let refuse = |why: String| {
+        let text = format!("Invalid value: [\"{asked}\"]: failed to allocate IP {asked}: {why}");
+        Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs", text)]))
+    };
+    let Ok(address) = asked.parse::<Ipv4Addr>() else {
+        let text = format!("Invalid value: \"{asked}\": must be a valid IPv4 address");
+        return Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs[0]", text)]));
+    };
+    if !core.services.contains(address) {
+        let range = core.services;
+        return refuse(format!(
+            "the provided IP ({asked}) is not in the valid range. The range of valid IPs is {range}"
+        ));
+    }
+    if core.storage.get_kv(address_key(asked)).await?.is_some() {
+        return refuse("provided IP is already allocated".into());
+    }
+    Ok(())
+}
+
+async fn pick_address(core: &Core) -> StatusResult<String> {
+    for _ in 0..PICKS {
+        let address = core.services.any(api::names::random_u64()).to_string();
+        if core.storage.get_kv(address_key(&address)).await?.is_none() {
+            return Ok(address);
+        }
+    }
+    let taken = allocated(core, "/allocations/serviceips/").await?;
+    let start = api::names::random_u64() >> 1;
+    (0..1 << 20)
+        .map(|step| core.services.any(start + step).to_string())
+        .find(|address| !taken.contains(address))
+        .ok_or_else(|| Status::internal("no free address is left in the range of Service addresses"))
+}
+
+async fn allocated(core: &Core, prefix: &'static str) -> StatusResult<std::collections::HashSet<String>> {
+    let request = RangeRequest { range: KeyRange::prefix(prefix), revision: 0, limit: 0, count_only: false };
+    let answer = core.storage.range(request).await?;
+    let name = |key: &[u8]| String::from_utf8_lossy(key.get(prefix.len()..).unwrap_or_default()).into_owned();
+    Ok(answer.kvs.iter().map(|kv| name(&kv.key)).collect())
+}
+
+async fn settle_ports(
+    core: &Core,
+    target: &Target,
+    object: &mut Object,
+    before: &Held,
+    owner: &Bytes,
+    effects: &mut Effects,
+) -> StatusResult<()> {
+    if !wants_node_ports(object) {
+        return Ok(());
+    }
+    let mut given: Vec<(i64, String)> = Vec::new();
+    let mut ports = object.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
+    for (index, port) in ports.iter().enumerate() {
+        let asked = port.get("nodePort").and_then(Value::as_i64).unwrap_or(0);
+        if asked == 0 {
+            continue;
+        }
+        let refuse = |why: &str| {
+            let field = format!("spec.ports[{index}].nodePort");
+            Err(target.invalid(vec![cause("FieldValueInvalid", &field, format!("Invalid value: {asked}: {why}"))]))
+        };
+        if !NODE_PORTS.contains(&asked) && !before.ports.contains(&asked) {
+            return refuse("provided port is not in the valid range. The range of valid ports is 30000-32767");
+        }
+        let protocol = port.get("protocol").and_then(Value::as_str).unwrap_or("TCP").to_owned();
+        if given.iter().any(|(g, p)| *g == asked && *p == protocol) {
+            return refuse("provided port is already allocated");
+        }
+        let new = !before.ports.contains(&asked) && !given.iter().any(|(g, _)| *g == asked);
+        if new && core.storage.get_kv(port_key(asked)).await?.is_some() {
+            return refuse("provided port is already allocated");
+        }
+        if new {
+            reserve(effects, port_key(asked), owner);
+        }
+        given.push((asked, protocol));
+    }
+    for port in &mut ports {
+        let Some(fields) = port.as_object_mut() else { continue };
+        if fields.get("nodePort").and_then(Value::as_i64).unwrap_or(0) != 0 {
+            continue;
+        }
+        let picked = pick_port(core, &given, before).await?;
+        reserve(effects, port_key(picked), owner);
+        given.push((picked, String::new()));
+        fields.insert("nodePort".into(), picked.into());
+    }
+    child(object_of(object), "spec").insert("ports".into(), ports.into());
+    Ok(())
+}
+
+async fn pick_port(core: &Core, given: &[(i64, String)], before: &Held) -> StatusResult<i64> {
+    let span = (NODE_PORTS.end() - NODE_PORTS.start() + 1) as u64;
+    let own = |port: i64| given.iter().any(|(g, _)| *g == port) || before.ports.contains(&port);
+    let start = api::names::random_u64() % span;
+    let nth = |step: u64| NODE_PORTS.start() + ((start + step * 7919) % span) as i64;
+    for step in 0..PICKS as u64 {
+        let port = nth(step);
+        if !own(port) && core.storage.get_kv(port_key(port)).await?.is_none() {
+            return Ok(port);
+        }
+    }
+    let taken = allocated(core, "/allocations/nodeports/").await?;
+    NODE_PORTS
+        .into_iter()
+        .find(|port| !own(*port) && !taken.contains(&port.to_string()))
+        .ok_or_else(|| Status::internal("no free node port is left"))
+}

@@ -1,0 +1,141 @@
+//! The kinds served at this moment: the built-in ones and those of CustomResourceDefinitions.
+
+use api::kind::{Kind, Resource, Scope};
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+
+/// One consistent view; requests hold the one they began with.
+pub struct Set {
+    kinds: BTreeMap<Resource, Arc<Kind>>,
+    /// Names of custom definitions and what they serve.
+    custom: BTreeMap<String, Vec<Arc<Kind>>>,
+    /// Goes up with every change; caches of derived documents are keyed by it.
+    pub generation: u64,
+}
+
+pub struct Kinds {
+    builtin: Vec<Arc<Kind>>,
+    current: RwLock<Arc<Set>>,
+}
+
+impl Kinds {
+    pub fn new(builtin: Vec<Arc<Kind>>) -> Self {
+        let set = Set::build(&builtin, BTreeMap::new(), 0);
+        Kinds { builtin, current: RwLock::new(Arc::new(set)) }
+    }
+
+    pub fn current(&self) -> Arc<Set> {
+        self.current.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Serves `kinds` for the custom definition `name` from now on; none = it is gone.
+    pub fn set_custom(&self, name: &str, kinds: Vec<Kind>) {
+        let mut current = self.current.write().unwrap_or_else(|e| e.into_inner());
+        let mut custom = current.custom.clone();
+        if kinds.is_empty() {
+            custom.remove(name);
+        } else {
+            custom.insert(name.to_owned(), kinds.into_iter().map(Arc::new).collect());
+        }
+        *current = Arc::new(Set::build(&self.builtin, custom, current.generation + 1));
+    }
+}
+
+impl Set {
+    fn build(builtin: &[Arc<Kind>], custom: BTreeMap<String, Vec<Arc<Kind>>>, generation: u64) -> Self {
+        let mut kinds = BTreeMap::new();
+        for kind in custom.values().flatten().chain(builtin) {
+            kinds.insert(kind.resource.clone(), kind.clone());
+        }
+        Set { kinds, custom, generation }
+    }
+
+    pub fn get(&self, group: &str, version: &str, plural: &str) -> Option<&Arc<Kind>> {
+        self.kinds.get(&Resource::new(group, version, plural))
+    }
+
+    pub fn find(&self, resource: &Resource) -> Option<&Arc<Kind>> {
+        self.kinds.get(resource)
+    }
+
+    /// A kind by group and plural, whatever version it is served in.
+    pub fn any_version(&self, group: &str, plural: &str) -> Option<&Arc<Kind>> {
+        self.kinds.values().find(|k| *k.resource.group == *group && *k.resource.plural == *plural)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Kind>> {
+        self.kinds.values()
+    }
+
+    pub fn custom(&self, name: &str) -> &[Arc<Kind>] {
+        self.custom.get(name).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    pub fn is_custom(&self, kind: &Kind) -> bool {
+        self.custom.values().flatten().any(|k| k.resource == kind.resource)
+    }
+
+    /// Whether another definition than `name` serves this kind name, plural, singular or short name in `group`.
+    pub fn taken(&self, name: &str, group: &str, word: &str) -> bool {
+        let own = self.custom(name);
+        self.iter().any(|k| {
+            *k.resource.group == *group
+                && !own.iter().any(|o| o.resource == k.resource)
+                && (*k.resource.plural == *word
+                    || k.singular == word
+                    || k.kind == word
+                    || k.list_kind == word
+                    || k.short_names.iter().any(|s| s == word))
+        })
+    }
+
+    /// Groups in the order they are shown, each with its versions, preferred first.
+    pub fn groups(&self) -> Vec<(String, Vec<String>)> {
+        let mut groups: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for resource in self.kinds.keys() {
+            let versions = groups.entry(resource.group.to_string()).or_default();
+            if !versions.iter().any(|v| **v == *resource.version) {
+                versions.push(resource.version.to_string());
+            }
+        }
+        for versions in groups.values_mut() {
+            versions.sort_by_key(|v| std::cmp::Reverse(version_rank(v)));
+        }
+        groups.into_iter().collect()
+    }
+
+    pub fn in_version<'a>(&'a self, group: &'a str, version: &'a str) -> impl Iterator<Item = &'a Arc<Kind>> {
+        self.iter().filter(move |k| *k.resource.group == *group && *k.resource.version == *version)
+    }
+
+    pub fn scope_list(&self) -> Vec<(Resource, Scope, String)> {
+        self.iter().map(|k| (k.resource.clone(), k.scope, k.kind.clone())).collect()
+    }
+}
+
+/// Kubernetes' order of versions: v2 > v1 > v1beta2 > v1beta1 > v1alpha1 > anything else.
+pub fn version_rank(version: &str) -> (u8, u64, u64) {
+    let Some(rest) = version.strip_prefix('v') else { return (0, 0, 0) };
+    let digits = rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len());
+    let (major, tail) = rest.split_at(digits);
+    let Ok(major) = major.parse::<u64>() else { return (0, 0, 0) };
+    if tail.is_empty() {
+        return (3, major, 0);
+    }
+    for (rank, word) in [(2, "beta"), (1, "alpha")] {
+        if let Some(minor) = tail.strip_prefix(word) {
+            return minor.parse().map(|minor| (rank, major, minor)).unwrap_or((0, 0, 0));
+        }
+    }
+    (0, 0, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn versions_are_ordered_as_kubernetes_does() {
+        let mut versions = ["v1alpha1", "v10", "v2", "foo1", "v1beta2", "v1", "v1beta10", "v11alpha2"];
+        versions.sort_by_key(|v| std::cmp::Reverse(super::version_rank(v)));
+        assert_eq!(versions, ["v10", "v2", "v1", "v1beta10", "v1beta2", "v11alpha2", "v1alpha1", "foo1"]);
+    }
+}
