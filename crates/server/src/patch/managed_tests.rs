@@ -174,7 +174,7 @@ fn conflicts_are_reported_as_kubernetes_reports_them() {
     let status = ssa(Some(&live), &applied, "ci", false).expect_err("conflict");
     assert_eq!(
         status.message,
-        "Apply failed with 1 conflict: conflict with \"kubectl-client-side-apply\" using apps/v1 at 2024-01-01T00:00:00Z: .spec.replicas"
+        "Apply failed with 1 conflict: conflict with \"kubectl-client-side-apply\" using apps/v1: .spec.replicas"
     );
     assert_eq!((status.code(), status.causes.len()), (409, 1));
     let cause = status.causes.first().expect("one cause");
@@ -183,7 +183,7 @@ fn conflicts_are_reported_as_kubernetes_reports_them() {
     let status = ssa(Some(&live), &both, "ci", false).expect_err("conflicts");
     assert_eq!(
         status.message,
-        "Apply failed with 2 conflicts: conflicts with \"kubectl-client-side-apply\" using apps/v1 at 2024-01-01T00:00:00Z:\n- .spec.paused\n- .spec.replicas"
+        "Apply failed with 2 conflicts: conflicts with \"kubectl-client-side-apply\" using apps/v1:\n- .spec.paused\n- .spec.replicas"
     );
     let forced = ssa(Some(&live), &both, "ci", true).expect("forced");
     assert_eq!(forced.pointer("/spec/replicas"), Some(&json!(2)));
