@@ -5,9 +5,12 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod crd;
 pub mod informer;
 pub mod intstr;
+pub mod jsonpath;
 pub mod kind;
+pub mod kinds;
 pub mod names;
 pub mod object;
 pub mod quantity;
@@ -15,6 +18,7 @@ pub mod schema;
 pub mod selector;
 pub mod status;
 pub mod streams;
+pub mod table;
 pub mod testing;
 pub mod time;
 
