@@ -28,7 +28,7 @@ mod remote;
 pub mod spdy;
 mod websocket;
 
-use api::status::Status;
+use api::status::{Reason, Status};
 use api::streams::{PodStreams, Session, Target, Wanted};
 use bytes::Bytes;
 use http::Request;
@@ -37,6 +37,23 @@ use hyper_util::rt::TokioIo;
 use negotiate::{Offer, refuse};
 use remote::{Purpose, Remote};
 use std::sync::Arc;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// Upgraded connections at once.
+const MAX_SESSIONS: usize = 1024;
+static SESSIONS: Semaphore = Semaphore::const_new(MAX_SESSIONS);
+
+/// A place among the sessions, or why there is none.
+fn place() -> Result<SemaphorePermit<'static>, Status> {
+    SESSIONS.try_acquire().map_err(|_| {
+        let mut status = Status::new(
+            Reason::TooManyRequests,
+            format!("{MAX_SESSIONS} exec, attach and port-forward sessions are open; end some or try again later"),
+        );
+        status.retry_after_seconds = Some(5);
+        status
+    })
+}
 
 pub type Response = http::Response<Full<Bytes>>;
 
@@ -91,11 +108,13 @@ async fn remote<B>(
         Ok(protocol) => protocol,
         Err(response) => return *response,
     };
+    let place = or_refuse!(place());
     let session = or_refuse!(start(wanted).await);
     let remote = Remote { session, wanted, purpose, protocol };
     let upgrade = hyper::upgrade::on(&mut request);
     let response = offer.accept(protocol);
     tokio::spawn(async move {
+        let _place = place;
         match upgrade.await {
             Ok(upgraded) => match offer {
                 Offer::WebSocket { .. } => remote.over_websocket(TokioIo::new(upgraded)).await,
@@ -118,6 +137,7 @@ pub async fn port_forward<B>(mut request: Request<B>, streams: Arc<dyn PodStream
         Ok(protocol) => protocol,
         Err(response) => return *response,
     };
+    let place = or_refuse!(place());
     let forward = forward::Forward { streams, target };
     let channels = match offer {
         Offer::WebSocket { .. } if protocol != forward::TUNNEL => {
@@ -128,6 +148,7 @@ pub async fn port_forward<B>(mut request: Request<B>, streams: Arc<dyn PodStream
     let upgrade = hyper::upgrade::on(&mut request);
     let response = offer.accept(protocol);
     tokio::spawn(async move {
+        let _place = place;
         match (upgrade.await, offer, channels) {
             (Ok(upgraded), Offer::WebSocket { .. }, Some(ports)) => {
                 forward.over_channels(TokioIo::new(upgraded), protocol, ports).await;

@@ -1,6 +1,7 @@
 //! Exec, attach, cp and port-forward with the real `kubectl`, over WebSocket and over SPDY.
 
 mod fake;
+mod real;
 
 use fake::Fake;
 use std::path::Path;
@@ -26,12 +27,16 @@ struct Kubectl {
 
 impl Kubectl {
     fn new(server: &Fake, websockets: &'static str) -> Self {
-        let home = tempfile::tempdir().expect("a directory");
         let config = format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: x\nclusters: [{{name: x, cluster: {{server: \"http://{}\"}}}}]\n\
              contexts: [{{name: x, context: {{cluster: x, user: x}}}}]\nusers: [{{name: x, user: {{}}}}]\n",
             server.address
         );
+        Kubectl::with_config(&config, websockets)
+    }
+
+    fn with_config(config: &str, websockets: &'static str) -> Self {
+        let home = tempfile::tempdir().expect("a directory");
         std::fs::write(home.path().join("config"), config).expect("written");
         Kubectl { home, websockets }
     }
