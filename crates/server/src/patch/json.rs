@@ -7,6 +7,9 @@ use serde_json::Value;
 pub const MAX_OPERATIONS: usize = 10_000;
 /// What all `copy` operations of one patch may add, as JSON text.
 const MAX_COPIED_BYTES: usize = 16 << 20;
+/// How deep what a patch puts in may reach; as deep as a body may be nested. Without it a patch could build what no
+/// recursive code can walk.
+const MAX_DEPTH: usize = 100;
 
 /// `doc` after all operations, or nothing of it: the first operation that cannot be done refuses the whole patch.
 pub fn json_patch(doc: &Value, operations: &Value) -> StatusResult<Value> {
@@ -79,7 +82,11 @@ impl<'a> Operation<'a> {
         match self {
             Operation::Add(path, value) => path.add(doc, (*value).clone()),
             Operation::Remove(path) => path.remove(doc).map(drop),
-            Operation::Replace(path, value) => path.get_mut(doc).map(|place| *place = (*value).clone()),
+            Operation::Replace(path, value) => {
+                path.get_mut(doc)?;
+                path.remove(doc)?;
+                path.add(doc, (*value).clone())
+            }
             Operation::Move { from, path } => {
                 if path.is_inside(from) {
                     return Err("a value cannot be moved into itself".to_owned());
@@ -108,6 +115,14 @@ impl<'a> Operation<'a> {
                 Err(format!("testing value {path} failed: it is {}, not {}", short(actual), short(expected)))
             }
         }
+    }
+}
+
+fn depth(value: &Value) -> usize {
+    match value {
+        Value::Array(list) => 1 + list.iter().map(depth).max().unwrap_or(0),
+        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
+        _ => 0,
     }
 }
 
@@ -170,6 +185,9 @@ impl Pointer {
     }
 
     fn add(&self, doc: &mut Value, value: Value) -> Result<(), String> {
+        if self.tokens.len() + depth(&value) > MAX_DEPTH {
+            return Err(format!("the object would be nested more than {MAX_DEPTH} deep"));
+        }
         let Some((last, parents)) = self.tokens.split_last() else {
             *doc = value;
             return Ok(());
@@ -354,6 +372,24 @@ pub(super) mod tests {
         assert_eq!(json_patch(&json!({}), &many.into()).expect_err("too many").code(), 413);
         let doubling: Vec<Value> = (0..40).map(|_| json!({"op": "copy", "from": "/a", "path": "/a/-"})).collect();
         assert_eq!(json_patch(&json!({"a": ["xxxxxxxx"]}), &doubling.into()).expect_err("grows").code(), 422);
+    }
+
+    #[test]
+    fn nothing_is_nested_too_deep() {
+        let mut doc = json!({"a": {}});
+        let mut length = 1;
+        // Each copy puts the whole chain at its own end.
+        let status = loop {
+            assert!(length < 1000, "not refused");
+            match json_patch(&doc, &json!([{"op": "copy", "from": "/a", "path": "/a".repeat(length + 1)}])) {
+                Ok(deeper) => doc = deeper,
+                Err(status) => break status,
+            }
+            length *= 2;
+        };
+        assert!(status.message.ends_with("nested more than 100 deep"), "{status}");
+        let long = "/a".repeat(200);
+        assert_eq!(json_patch(&doc, &json!([{"op": "add", "path": long, "value": 1}])).expect_err("deep").code(), 422);
     }
 
     #[test]
