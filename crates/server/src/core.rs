@@ -1,14 +1,16 @@
 //! What every request needs: the store, the kinds served now, the running watches.
 
+use crate::admission::time_to_live;
 use crate::auth::TokenIssuer;
 use crate::kinds::Kinds;
-use crate::rest::storage::Storage;
+use crate::rest::storage::{Storage, status_of};
 use crate::watch::Feeds;
 use api::kind::{Kind, Scope};
 use api::status::{Reason, Status, StatusResult};
 use api::streams::PodStreams;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
 use store::Store;
 
 pub struct Core {
@@ -18,7 +20,18 @@ pub struct Core {
     pub services: ServiceRange,
     pub tokens: TokenIssuer,
     streams: RwLock<Option<Arc<dyn PodStreams>>>,
+    expiry: tokio::sync::Mutex<Option<Expiry>>,
 }
+
+/// The lease that objects written now share.
+#[derive(Clone, Copy)]
+struct Expiry {
+    lease: store::LeaseId,
+    granted: Instant,
+}
+
+/// Objects written in this time share a lease: they expire that much later than they need to.
+const SHARE_LEASE: Duration = Duration::from_secs(300);
 
 impl Core {
     pub fn new(store: Arc<dyn Store>, kinds: Kinds, services: ServiceRange, tokens: TokenIssuer) -> Self {
@@ -29,11 +42,26 @@ impl Core {
             services,
             tokens,
             streams: RwLock::new(None),
+            expiry: tokio::sync::Mutex::new(None),
         }
     }
 
     pub fn set_streams(&self, streams: Arc<dyn PodStreams>) {
         *self.streams.write().unwrap_or_else(|e| e.into_inner()) = Some(streams);
+    }
+
+    /// The lease an object of this kind is written with; 0 = it stays until it is deleted.
+    pub async fn lease_for(&self, kind: &Kind) -> StatusResult<store::LeaseId> {
+        let Some(life) = time_to_live(kind) else { return Ok(0) };
+        let mut expiry = self.expiry.lock().await;
+        if let Some(known) = *expiry
+            && known.granted.elapsed() < SHARE_LEASE
+        {
+            return Ok(known.lease);
+        }
+        let lease = self.storage.store.lease_grant(life + SHARE_LEASE).await.map_err(status_of)?;
+        *expiry = Some(Expiry { lease, granted: Instant::now() });
+        Ok(lease)
     }
 
     pub fn streams(&self) -> StatusResult<Arc<dyn PodStreams>> {

@@ -8,7 +8,7 @@ use crate::patch;
 use api::kind::Scope;
 use api::object::{Meta, Object};
 use api::status::{Cause, Status, StatusResult};
-use store::{Compare, Txn};
+use store::{Compare, Op, Txn};
 
 /// How often a name is generated anew when it is taken.
 const NAMES: usize = 8;
@@ -69,7 +69,8 @@ impl Core {
             }
             compare.push(Compare::ModRevision(key.clone(), 0));
             compare.append(&mut effects.compare);
-            let mut then = vec![storage::put(key.clone(), value)];
+            let lease = self.lease_for(&kind).await?;
+            let mut then = vec![Op::Put { key: key.clone(), value, lease }];
             then.append(&mut effects.then);
             let answer = self.storage.txn(Txn { compare, then, otherwise: vec![] }).await?;
             if answer.succeeded {

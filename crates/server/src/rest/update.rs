@@ -161,7 +161,8 @@ impl Core {
                 then.extend(self.release(target, &live).then);
                 then
             } else {
-                vec![storage::put(key.clone(), value)]
+                let lease = self.lease_for(kind).await?;
+                vec![Op::Put { key: key.clone(), value, lease }]
             };
             then.append(&mut effects.then);
             let answer = self.storage.txn(Txn { compare, then, otherwise: vec![] }).await?;
