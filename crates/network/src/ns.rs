@@ -116,3 +116,11 @@ pub(crate) fn sysctl(name: &str, value: &str) -> Result<()> {
         other => other.map_err(Error::file("write the sysctl", path)),
     }
 }
+
+/// Runs `work` in a new network namespace that is gone when it returns.
+pub(crate) fn in_scratch<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    on_thread(|| {
+        sys::unshare_net().map_err(Error::system("make a network namespace"))?;
+        work()
+    })
+}
