@@ -7,7 +7,12 @@
 mod claim;
 mod context;
 mod deployment;
+mod endpoints;
 mod events;
+mod gateways;
+mod gc;
+mod namespaces;
+mod nodes;
 mod objects;
 mod queue;
 mod recent;
@@ -33,6 +38,8 @@ pub async fn run(client: Arc<dyn Client>, config: Config, shutdown: watch::Recei
         runner::spawn(&mut tasks, &context, reconciler, sources, *workers, &shutdown);
     }
     tasks.spawn(runner::until(shutdown.clone(), scheduler::run(Arc::clone(&context))));
+    tasks.spawn(runner::until(shutdown.clone(), gc::run(Arc::clone(&context))));
+    tasks.spawn(runner::until(shutdown.clone(), gateways::make_defaults(Arc::clone(&context))));
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended
             && error.is_panic()
@@ -45,4 +52,14 @@ pub async fn run(client: Arc<dyn Client>, config: Config, shutdown: watch::Recei
 type Make = fn(&Arc<context::Context>) -> (Arc<dyn runner::Reconcile>, Vec<runner::Source>);
 
 /// Each with the number of its workers.
-const RECONCILERS: &[(usize, Make)] = &[(4, deployment::new), (4, replicaset::new)];
+const RECONCILERS: &[(usize, Make)] = &[
+    (4, deployment::new),
+    (4, replicaset::new),
+    (2, endpoints::new),
+    (2, namespaces::new),
+    (1, nodes::new),
+    (1, nodes::ended_pods),
+    (1, gateways::classes),
+    (1, gateways::new),
+    (2, gateways::routes),
+];

@@ -109,7 +109,11 @@ async fn a_bad_version_stops_and_times_out() {
     world.create(&DEPLOYMENTS, deployment(4, "v1")).await;
     world.wait(&DEPLOYMENTS, "web", rolled_out).await;
     set_image(&world, "bad").await;
-    let stuck = world.wait(&DEPLOYMENTS, "web", |d| int(d, "/status/unavailableReplicas") == Some(2)).await;
+    let stuck = world.wait(&DEPLOYMENTS, "web", |d| {
+        let count = |name: &str| int(d, &format!("/status/{name}"));
+        (count("replicas"), count("updatedReplicas"), count("unavailableReplicas")) == (Some(5), Some(2), Some(2))
+    });
+    let stuck = stuck.await;
     assert_eq!(int(&stuck, "/status/availableReplicas"), Some(3));
     world.wait_all(&PODS, |pods| pods.len() == 5).await;
     let (v1, bad) = (set_of(&world, "v1").await, set_of(&world, "bad").await);

@@ -1,0 +1,95 @@
+//! Which endpoints a Service should have: pure.
+
+use crate::objects::{flag, has_ended, int, is_ready, list};
+use api::object::{Meta, Object, SharedObject};
+use serde_json::{Map, Value, json};
+
+pub(super) struct Endpoint {
+    /// Of its pod.
+    pub uid: String,
+    pub value: Value,
+}
+
+/// Endpoints with the same port numbers; named target ports can differ from pod to pod.
+pub(super) struct Group {
+    pub ports: Value,
+    pub endpoints: Vec<Endpoint>,
+}
+
+pub(super) fn groups(service: &Object, pods: &[SharedObject]) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for pod in pods {
+        let Some(endpoint) = endpoint(service, pod) else { continue };
+        let Some(ports) = ports(service, pod) else { continue };
+        match groups.iter_mut().find(|group| group.ports == ports) {
+            Some(group) => group.endpoints.push(endpoint),
+            None => groups.push(Group { ports, endpoints: vec![endpoint] }),
+        }
+    }
+    if groups.is_empty() {
+        groups.push(Group { ports: Value::Null, endpoints: Vec::new() });
+    }
+    groups
+}
+
+fn endpoint(service: &Object, pod: &Object) -> Option<Endpoint> {
+    let address = pod.str_at("/status/podIP");
+    if address.is_empty() || has_ended(pod) {
+        return None;
+    }
+    let (serving, terminating) = (is_ready(pod), pod.is_deleting());
+    let even_unready = flag(service, "/spec/publishNotReadyAddresses");
+    let mut value = json!({
+        "addresses": [address],
+        "conditions": {"ready": even_unready || (serving && !terminating), "serving": serving, "terminating": terminating},
+        "targetRef": {"kind": "Pod", "namespace": pod.namespace(), "name": pod.name(), "uid": pod.uid()},
+    });
+    if let Some(fields) = value.as_object_mut() {
+        let node = pod.str_at("/spec/nodeName");
+        if !node.is_empty() {
+            fields.insert("nodeName".into(), node.into());
+        }
+        let hostname = pod.str_at("/spec/hostname");
+        if !hostname.is_empty() && pod.str_at("/spec/subdomain") == service.name() {
+            fields.insert("hostname".into(), hostname.into());
+        }
+    }
+    Some(Endpoint { uid: pod.uid().to_owned(), value })
+}
+
+/// The Service's ports as numbers of this pod. `None` if it has ports and the pod none of them.
+fn ports(service: &Object, pod: &Object) -> Option<Value> {
+    let asked = list(service, "/spec/ports");
+    let found: Vec<Value> = asked.iter().filter_map(|port| resolved(port, pod)).collect();
+    if found.is_empty() && !asked.is_empty() {
+        return None;
+    }
+    Some(found.into())
+}
+
+fn resolved(port: &Value, pod: &Object) -> Option<Value> {
+    let protocol = if port.str_at("/protocol").is_empty() { "TCP" } else { port.str_at("/protocol") };
+    let number = match port.get("targetPort") {
+        Some(Value::String(name)) => named(pod, name, protocol)?,
+        Some(Value::Number(number)) if number.as_i64() != Some(0) => number.as_i64()?,
+        _ => int(port, "/port")?,
+    };
+    let mut value = Map::new();
+    value.insert("name".into(), port.str_at("/name").into());
+    value.insert("port".into(), number.into());
+    value.insert("protocol".into(), protocol.into());
+    if let Some(application) = port.get("appProtocol").filter(|application| !application.is_null()) {
+        value.insert("appProtocol".into(), application.clone());
+    }
+    Some(Value::Object(value))
+}
+
+fn named(pod: &Object, name: &str, protocol: &str) -> Option<i64> {
+    let sidecars = list(pod, "/spec/initContainers").iter().filter(|c| c.str_at("/restartPolicy") == "Always");
+    let containers = list(pod, "/spec/containers").iter().chain(sidecars);
+    let port = containers.flat_map(|container| list(container, "/ports")).find(|port| {
+        port.str_at("/name") == name && matches!(port.str_at("/protocol"), "" if protocol == "TCP")
+            || port.str_at("/name") == name && port.str_at("/protocol") == protocol
+    })?;
+    int(port, "/containerPort")
+}
