@@ -1,1 +1,28 @@
-//! gateway
+//! The layer-7 way in: HTTP/1.1 and HTTP/2 from outside to the pods behind Services, by the rules of HTTPRoutes
+//! (`gateway.networking.k8s.io/v1`).
+//!
+//! - [`routing`] turns API objects into an immutable table and finds the rule of a request.
+//! - [`upstream`] knows the endpoints of a Service port, keeps connections to them and speaks HTTP with them.
+//! - `proxy` carries one request from the one to the other; `serve` holds the client's connections.
+//! - `follow` watches the API and swaps the table when something changed.
+//!
+//! No tenant code runs in here. What clients and upstreams send is parsed with limits, framed anew, and never trusted to
+//! describe its own length twice.
+#![forbid(unsafe_code)]
+
+mod config;
+mod counters;
+mod follow;
+mod gateway;
+mod proxy;
+mod reply;
+mod request;
+mod serve;
+mod tunnel;
+
+pub mod routing;
+pub mod upstream;
+
+pub use config::Config;
+pub use counters::Counters;
+pub use gateway::{Gateway, GatewayError};

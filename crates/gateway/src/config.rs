@@ -1,0 +1,45 @@
+//! Settings and limits of the gateway.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+/// How the gateway listens and what it bounds. [`Config::new`] has sensible values for all but the socket.
+#[derive(Debug)]
+pub struct Config {
+    /// Bound by the caller (in the host's network namespace); one address serves all Gateways' HTTP listeners.
+    pub listener: TcpListener,
+    /// Gateways whose `gatewayClassName` is this are served.
+    pub class: String,
+    /// Bytes of a request's head.
+    pub max_head: usize,
+    /// Header lines of a request.
+    pub max_headers: usize,
+    /// Client connections at a time; further ones wait in the kernel's queue.
+    pub max_connections: usize,
+    /// Concurrent streams of one HTTP/2 client.
+    pub max_streams: u32,
+    /// How long a client may take to send a request's head, and may keep a connection idle.
+    pub head_timeout: Duration,
+    pub connect_timeout: Duration,
+    /// How long an unused connection to an endpoint is kept.
+    pub upstream_idle: Duration,
+    /// How long requests in flight may take to end after shutdown began.
+    pub drain: Duration,
+}
+
+impl Config {
+    pub fn new(listener: TcpListener) -> Config {
+        Config {
+            listener,
+            class: "atoll".to_owned(),
+            max_head: 64 << 10,
+            max_headers: 128,
+            max_connections: 16 << 10,
+            max_streams: 128,
+            head_timeout: Duration::from_secs(60),
+            connect_timeout: Duration::from_secs(3),
+            upstream_idle: Duration::from_secs(60),
+            drain: Duration::from_secs(30),
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What the gateway counts. Names follow Prometheus' conventions, `atoll_gateway_<field>`.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        #[derive(Debug, Default)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: AtomicU64,)*
+        }
+        impl Counters {
+            /// Name and value of every counter and gauge.
+            pub fn read(&self) -> Vec<(&'static str, u64)> {
+                vec![$((concat!("atoll_gateway_", stringify!($name)), self.$name.load(Relaxed)),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    connections_total,
+    /// Gauge.
+    connections_open,
+    requests_total,
+    /// Gauge.
+    requests_active,
+    responses_1xx_total,
+    responses_2xx_total,
+    responses_3xx_total,
+    responses_4xx_total,
+    responses_5xx_total,
+    /// Requests that were malformed or ambiguous.
+    refused_total,
+    no_route_total,
+    no_endpoint_total,
+    invalid_backend_total,
+    upstream_connects_total,
+    upstream_connect_failures_total,
+    upstream_reused_total,
+    upstream_failures_total,
+    upstream_timeouts_total,
+    retries_total,
+    ejections_total,
+    upgrades_total,
+    mirrored_total,
+    /// Times that the routing table was made anew.
+    tables_total,
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64) {
+        counter.fetch_add(1, Relaxed);
+    }
+    pub(crate) fn response(&self, status: http::StatusCode) {
+        let counter = match status.as_u16() / 100 {
+            1 => &self.responses_1xx_total,
+            2 => &self.responses_2xx_total,
+            3 => &self.responses_3xx_total,
+            4 => &self.responses_4xx_total,
+            _ => &self.responses_5xx_total,
+        };
+        Self::add(counter);
+    }
+}
+
+/// Counts up a gauge while it lives.
+pub(crate) struct Level<'a>(&'a AtomicU64);
+
+impl<'a> Level<'a> {
+    pub fn up(gauge: &'a AtomicU64) -> Level<'a> {
+        gauge.fetch_add(1, Relaxed);
+        Level(gauge)
+    }
+}
+
+impl Drop for Level<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
+    }
+}

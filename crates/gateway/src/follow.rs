@@ -1,0 +1,164 @@
+//! Follows the API: a changed EndpointSlice changes its Service's endpoints at once, everything else makes a new table.
+
+use crate::gateway::Shared;
+use crate::routing::{Objects, build};
+use crate::upstream::{Upstream, Upstreams, addresses};
+use api::client::{Client, ListOptions};
+use api::informer::{Change, Informer, Subscription};
+use api::kind::Resource;
+use api::object::{Meta, SharedObject};
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+const GROUP: &str = "gateway.networking.k8s.io";
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// Changes that come within this time make one table.
+const GATHER: Duration = Duration::from_millis(2);
+const TIDY: Duration = Duration::from_secs(15);
+
+struct Informers {
+    classes: Informer,
+    gateways: Informer,
+    routes: Informer,
+    services: Informer,
+    namespaces: Informer,
+    slices: Informer,
+    /// Only where the API serves ReferenceGrants.
+    grants: Option<Informer>,
+}
+
+/// What changed since the last look.
+#[derive(Default)]
+struct Dirty {
+    table: bool,
+    /// Namespace and name of services whose slices changed.
+    services: HashSet<(String, String)>,
+}
+
+pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mut upstreams: Upstreams) {
+    let informers = Informers::start(&client);
+    let mut subscriptions = informers.subscribe();
+    let mut slices = informers.slices.subscribe();
+    informers.synced().await;
+    rebuild(&shared, &informers, &class, &mut upstreams);
+    let mut tidy = tokio::time::interval(TIDY);
+    loop {
+        let mut dirty = Dirty::default();
+        tokio::select! {
+            change = slices.next() => dirty.slice(change),
+            () = any(&mut subscriptions) => {
+                dirty.table = true;
+                tokio::time::sleep(GATHER).await;
+            }
+            _ = tidy.tick() => upstreams.iter().for_each(|upstream| {
+                upstream.endpoints().iter().for_each(|endpoint| endpoint.tidy());
+            }),
+        }
+        while let Some(change) = slices.try_next() {
+            dirty.slice(change);
+        }
+        for subscription in &mut subscriptions {
+            while subscription.try_next().is_some() {
+                dirty.table = true;
+            }
+        }
+        if dirty.table {
+            rebuild(&shared, &informers, &class, &mut upstreams);
+        } else {
+            for upstream in upstreams.iter() {
+                if dirty.services.contains(&(upstream.namespace.clone(), upstream.service.clone())) {
+                    refresh(&informers, upstream);
+                }
+            }
+        }
+    }
+}
+
+/// Waits for a change of any of them.
+async fn any(subscriptions: &mut [Subscription]) {
+    let mut waiting: Vec<_> = subscriptions.iter_mut().map(|subscription| Box::pin(subscription.next())).collect();
+    std::future::poll_fn(|cx| {
+        let ready = waiting.iter_mut().any(|next| Future::poll(next.as_mut(), cx).is_ready());
+        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+impl Dirty {
+    fn slice(&mut self, change: Change) {
+        match change {
+            Change::Everything => self.table = true,
+            Change::Object { old, new, .. } => {
+                for slice in [old, new].into_iter().flatten() {
+                    if let Some(service) = slice.label(SERVICE_NAME) {
+                        self.services.insert((slice.namespace().to_owned(), service.to_owned()));
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut Upstreams) {
+    let objects = Objects {
+        classes: informers.classes.list(),
+        gateways: informers.gateways.list(),
+        routes: informers.routes.list(),
+        services: informers.services.list(),
+        namespaces: informers.namespaces.list(),
+        grants: informers.grants.as_ref().map(Informer::list).unwrap_or_default(),
+    };
+    upstreams.begin();
+    let table = build(&objects, class, upstreams);
+    upstreams.retire();
+    for upstream in upstreams.iter() {
+        refresh(informers, upstream);
+    }
+    tracing::debug!(entries = table.len(), "made a new routing table");
+    shared.set_table(table);
+}
+
+fn refresh(informers: &Informers, upstream: &Upstream) {
+    let slices: Vec<SharedObject> = informers
+        .slices
+        .list_in(&upstream.namespace)
+        .into_iter()
+        .filter(|slice| slice.label(SERVICE_NAME) == Some(&upstream.service))
+        .collect();
+    upstream.set_endpoints(&addresses(slices.iter(), &upstream.port_name));
+}
+
+impl Informers {
+    fn start(client: &Arc<dyn Client>) -> Informers {
+        let follow = |group: &str, version: &str, plural: &str| {
+            Informer::spawn(client.clone(), Resource::new(group, version, plural), "", ListOptions::default())
+        };
+        let grants = client.resources().into_iter().map(|(resource, _, _)| resource);
+        let grants = grants.filter(|r| &*r.group == GROUP && &*r.plural == "referencegrants").next_back();
+        Informers {
+            classes: follow(GROUP, "v1", "gatewayclasses"),
+            gateways: follow(GROUP, "v1", "gateways"),
+            routes: follow(GROUP, "v1", "httproutes"),
+            services: follow("", "v1", "services"),
+            namespaces: follow("", "v1", "namespaces"),
+            slices: follow("discovery.k8s.io", "v1", "endpointslices"),
+            grants: grants.map(|resource| Informer::spawn(client.clone(), resource, "", ListOptions::default())),
+        }
+    }
+
+    /// Of all that make a new table.
+    fn subscribe(&self) -> Vec<Subscription> {
+        [&self.classes, &self.gateways, &self.routes, &self.services, &self.namespaces]
+            .into_iter()
+            .chain(&self.grants)
+            .map(Informer::subscribe)
+            .collect()
+    }
+
+    async fn synced(&self) {
+        for informer in [&self.gateways, &self.routes, &self.services, &self.namespaces, &self.slices, &self.classes] {
+            informer.synced().await;
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! One address behind a Service: its open connections, its load, its recent failures.
+
+use super::Settings;
+use crate::counters::Counters;
+use bytes::BytesMut;
+use hyper::body::Incoming;
+use hyper::client::conn::http2::SendRequest;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
+
+/// Idle connections kept per endpoint.
+const MAX_IDLE: usize = 256;
+const FIRST_EJECTION: Duration = Duration::from_secs(1);
+const MAX_EJECTION: Duration = Duration::from_secs(30);
+/// A request that must not be sent twice only uses a connection that was in use this recently: servers close idle ones,
+/// and the two events can cross on the wire.
+const FRESH: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    settings: Arc<Settings>,
+    idle: Mutex<Vec<Connection>>,
+    http2: tokio::sync::Mutex<Option<SendRequest<Incoming>>>,
+    active: AtomicUsize,
+    failures: AtomicU32,
+    /// Milliseconds since start of the process; 0 is not ejected.
+    ejected_until: AtomicU64,
+    retired: AtomicBool,
+}
+
+/// An HTTP/1.1 connection to an endpoint.
+#[derive(Debug)]
+pub struct Connection {
+    pub stream: TcpStream,
+    /// What was read and not yet used.
+    pub read: BytesMut,
+    /// Room to write a request's head in.
+    pub out: Vec<u8>,
+    /// Served a request before.
+    pub reused: bool,
+    idle_since: Instant,
+}
+
+/// A request's share of an endpoint's load, until its response has ended.
+#[derive(Debug)]
+pub struct Lease(Arc<Endpoint>);
+
+impl Lease {
+    pub fn take(endpoint: Arc<Endpoint>) -> Lease {
+        endpoint.active.fetch_add(1, Relaxed);
+        Lease(endpoint)
+    }
+    pub fn endpoint(&self) -> &Arc<Endpoint> {
+        &self.0
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Relaxed);
+    }
+}
+
+fn now_ms() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    // Never 0, which means "not ejected".
+    START.get_or_init(Instant::now).elapsed().as_millis() as u64 + 1
+}
+
+impl Endpoint {
+    pub(super) fn new(address: SocketAddr, settings: Arc<Settings>) -> Endpoint {
+        Endpoint {
+            address,
+            settings,
+            idle: Mutex::default(),
+            http2: tokio::sync::Mutex::default(),
+            active: AtomicUsize::new(0),
+            failures: AtomicU32::new(0),
+            ejected_until: AtomicU64::new(0),
+            retired: AtomicBool::new(false),
+        }
+    }
+
+    pub fn active(&self) -> usize {
+        self.active.load(Relaxed)
+    }
+
+    pub fn counters(&self) -> &Counters {
+        &self.settings.counters
+    }
+
+    pub fn is_ejected(&self) -> bool {
+        let until = self.ejected_until.load(Relaxed);
+        until != 0 && until > now_ms()
+    }
+
+    /// The endpoint answered.
+    pub fn succeeded(&self) {
+        if self.failures.load(Relaxed) != 0 {
+            self.failures.store(0, Relaxed);
+            self.ejected_until.store(0, Relaxed);
+        }
+    }
+
+    /// It could not be connected to, or broke off: it is passed over for a while that doubles each time.
+    pub fn failed(&self) {
+        let before = self.failures.fetch_add(1, Relaxed).min(16);
+        let pause = FIRST_EJECTION.saturating_mul(1 << before).min(MAX_EJECTION);
+        self.ejected_until.store(now_ms() + pause.as_millis() as u64, Relaxed);
+        Counters::add(&self.counters().ejections_total);
+        self.lock().clear();
+    }
+
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Relaxed);
+        self.lock().clear();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An open connection: an idle one if it still lives, else a new one. `repeatable` says that the request may be sent
+    /// again if a kept connection turns out to be closed.
+    pub async fn connect(&self, repeatable: bool) -> io::Result<Connection> {
+        if let Some(connection) = self.pop(repeatable) {
+            Counters::add(&self.counters().upstream_reused_total);
+            return Ok(connection);
+        }
+        self.connect_new().await
+    }
+
+    pub async fn connect_new(&self) -> io::Result<Connection> {
+        let stream = self.dial().await?;
+        Ok(Connection {
+            stream,
+            read: BytesMut::with_capacity(8 << 10),
+            out: Vec::with_capacity(1 << 10),
+            reused: false,
+            idle_since: Instant::now(),
+        })
+    }
+
+    async fn dial(&self) -> io::Result<TcpStream> {
+        Counters::add(&self.counters().upstream_connects_total);
+        let connecting = TcpStream::connect(self.address);
+        let result = match tokio::time::timeout(self.settings.connect_timeout, connecting).await {
+            Ok(result) => result,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        if result.is_err() {
+            Counters::add(&self.counters().upstream_connect_failures_total);
+        }
+        let stream = result?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn pop(&self, repeatable: bool) -> Option<Connection> {
+        let mut idle = self.lock();
+        while let Some(connection) = idle.pop() {
+            let age = connection.idle_since.elapsed();
+            if age > self.settings.idle || (!repeatable && age > FRESH) {
+                // The rest has been idle for longer still.
+                if age > self.settings.idle {
+                    idle.clear();
+                } else {
+                    idle.push(connection);
+                }
+                return None;
+            }
+            // Alive is who has neither closed nor said anything unasked.
+            match connection.stream.try_read(&mut [0]) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(connection),
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Keeps a connection whose exchange ended cleanly.
+    pub fn keep(&self, mut connection: Connection) {
+        if self.retired.load(Relaxed) || !connection.read.is_empty() {
+            return;
+        }
+        connection.reused = true;
+        connection.idle_since = Instant::now();
+        let mut idle = self.lock();
+        if idle.len() < MAX_IDLE {
+            idle.push(connection);
+        }
+    }
+
+    /// Closes what has been idle for too long.
+    pub fn tidy(&self) {
+        let limit = self.settings.idle;
+        self.lock().retain(|connection| connection.idle_since.elapsed() <= limit);
+    }
+
+    /// The one HTTP/2 connection, made if there is none.
+    pub async fn http2(&self) -> io::Result<SendRequest<Incoming>> {
+        let mut slot = self.http2.lock().await;
+        if let Some(sender) = slot.as_ref().filter(|sender| !sender.is_closed()) {
+            return Ok(sender.clone());
+        }
+        let io = hyper_util::rt::TokioIo::new(self.dial().await?);
+        let executor = hyper_util::rt::TokioExecutor::new();
+        let (sender, connection) =
+            hyper::client::conn::http2::handshake(executor, io).await.map_err(io::Error::other)?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!("HTTP/2 connection to an endpoint ended: {error}");
+            }
+        });
+        *slot = Some(sender.clone());
+        Ok(sender)
+    }
+}

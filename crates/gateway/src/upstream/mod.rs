@@ -1,0 +1,187 @@
+//! Service ports and their endpoints: who there is, who is chosen, and connections that are kept open to them.
+//!
+//! `http1` and `http2` speak with an endpoint, `framing` says where an HTTP/1.1 body ends, `body` streams it.
+
+mod body;
+mod endpoint;
+mod framing;
+mod http1;
+mod http2;
+mod slices;
+
+pub use body::UpstreamBody;
+pub use endpoint::{Connection, Endpoint, Lease};
+pub use framing::{Chunks, Framing};
+pub use http1::{Exchange, Failure, Head, exchange, has_token, parse_head};
+pub use http2::{Refusal, exchange as exchange_http2};
+pub use slices::addresses;
+
+use crate::counters::Counters;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+/// Namespace, service, port number.
+type Key = (String, String, u16);
+
+/// All Service ports that routes refer to. Owned by the task that follows the API.
+pub struct Upstreams {
+    all: HashMap<Key, Wanted>,
+    settings: Arc<Settings>,
+    generation: u64,
+}
+
+struct Wanted {
+    upstream: Arc<Upstream>,
+    generation: u64,
+}
+
+/// What all endpoints share.
+#[derive(Debug, Default)]
+pub struct Settings {
+    pub counters: Arc<Counters>,
+    pub connect_timeout: Duration,
+    pub idle: Duration,
+}
+
+impl Upstreams {
+    pub fn new(settings: Settings) -> Upstreams {
+        Upstreams { all: HashMap::new(), settings: Arc::new(settings), generation: 0 }
+    }
+
+    /// Begins a new table: what is not wanted until [`Upstreams::retire`] is let go.
+    pub fn begin(&mut self) {
+        self.generation += 1;
+    }
+
+    /// The upstream of a Service port; the same one as before if the port is the same.
+    pub fn want(&mut self, namespace: &str, service: &str, port: u16, name: &str, http2: bool) -> Arc<Upstream> {
+        let key = (namespace.to_owned(), service.to_owned(), port);
+        let fresh = || Arc::new(Upstream::new(namespace, service, name, http2, self.settings.clone()));
+        let generation = self.generation;
+        let entry = self.all.entry(key).or_insert_with(|| Wanted { upstream: fresh(), generation });
+        if entry.upstream.port_name != name || entry.upstream.http2 != http2 {
+            entry.upstream = Arc::new(Upstream::new(namespace, service, name, http2, self.settings.clone()));
+        }
+        entry.generation = generation;
+        entry.upstream.clone()
+    }
+
+    pub fn retire(&mut self) {
+        let generation = self.generation;
+        self.all.retain(|_, wanted| wanted.generation == generation);
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.all.values().map(|wanted| &wanted.upstream)
+    }
+}
+
+/// One port of one Service.
+#[derive(Debug)]
+pub struct Upstream {
+    pub namespace: String,
+    pub service: String,
+    /// Name of the Service's port, by which EndpointSlices refer to it.
+    pub port_name: String,
+    /// Spoken to in HTTP/2 from the first byte (gRPC).
+    pub http2: bool,
+    endpoints: RwLock<Arc<[Arc<Endpoint>]>>,
+    settings: Arc<Settings>,
+}
+
+impl Upstream {
+    fn new(namespace: &str, service: &str, port_name: &str, http2: bool, settings: Arc<Settings>) -> Upstream {
+        Upstream {
+            namespace: namespace.to_owned(),
+            service: service.to_owned(),
+            port_name: port_name.to_owned(),
+            http2,
+            endpoints: RwLock::new(Arc::from([])),
+            settings,
+        }
+    }
+
+    pub fn endpoints(&self) -> Arc<[Arc<Endpoint>]> {
+        self.endpoints.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the endpoints; those that stay keep their connections and their record. Requests in flight to those
+    /// that go are not disturbed.
+    pub fn set_endpoints(&self, addresses: &[SocketAddr]) {
+        let old = self.endpoints();
+        if old.len() == addresses.len() && old.iter().zip(addresses).all(|(o, a)| o.address == *a) {
+            return;
+        }
+        let known: HashMap<SocketAddr, &Arc<Endpoint>> = old.iter().map(|e| (e.address, e)).collect();
+        let new: Vec<Arc<Endpoint>> = addresses
+            .iter()
+            .map(|address| match known.get(address) {
+                Some(endpoint) => Arc::clone(endpoint),
+                None => Arc::new(Endpoint::new(*address, self.settings.clone())),
+            })
+            .collect();
+        for gone in old.iter().filter(|endpoint| !addresses.contains(&endpoint.address)) {
+            gone.retire();
+        }
+        *self.endpoints.write().unwrap_or_else(PoisonError::into_inner) = new.into();
+    }
+
+    /// The better of two random endpoints, by requests in flight; `avoid` and ejected ones only if there is no other.
+    pub fn pick(&self, random: u64, avoid: Option<&Arc<Endpoint>>) -> Option<Arc<Endpoint>> {
+        let endpoints = self.endpoints();
+        let count = endpoints.len() as u64;
+        if count <= 1 {
+            return endpoints.first().cloned();
+        }
+        let avoided = |e: &Arc<Endpoint>| avoid.is_some_and(|other| Arc::ptr_eq(e, other)) || e.is_ejected();
+        let first = endpoints.get((random % count) as usize)?;
+        let second = endpoints.get(((random + 1 + (random >> 32) % (count - 1)) % count) as usize)?;
+        let chosen = match (avoided(first), avoided(second)) {
+            (false, false) if second.active() < first.active() => second,
+            (false, _) => first,
+            (true, false) => second,
+            (true, true) => {
+                let start = (random % count) as usize;
+                let others = || endpoints.iter().cycle().skip(start).take(endpoints.len());
+                let different = |e: &&Arc<Endpoint>| avoid.is_none_or(|other| !Arc::ptr_eq(e, other));
+                others().find(|e| !avoided(e)).or_else(|| others().find(different)).unwrap_or(first)
+            }
+        };
+        Some(chosen.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn upstream(count: u8) -> Upstream {
+        let upstream = Upstream::new("n", "s", "", false, Arc::default());
+        let addresses: Vec<SocketAddr> = (0..count).map(|n| ([127, 0, 0, n], 80).into()).collect();
+        upstream.set_endpoints(&addresses);
+        upstream
+    }
+
+    #[test]
+    fn endpoints_that_stay_are_the_same() {
+        let upstream = upstream(3);
+        let before = upstream.endpoints();
+        upstream.set_endpoints(&[before[2].address, before[0].address]);
+        let after = upstream.endpoints();
+        assert!(Arc::ptr_eq(&before[2], &after[0]) && Arc::ptr_eq(&before[0], &after[1]));
+    }
+
+    proptest! {
+        #[test]
+        fn the_one_to_avoid_is_avoided(count in 2u8..6, avoid in 0usize..6, random: u64) {
+            let upstream = upstream(count);
+            let endpoints = upstream.endpoints();
+            let avoid = &endpoints[avoid % endpoints.len()];
+            let picked = upstream.pick(random, Some(avoid)).unwrap();
+            prop_assert!(!Arc::ptr_eq(&picked, avoid));
+        }
+    }
+}
