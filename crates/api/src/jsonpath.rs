@@ -33,7 +33,12 @@ pub fn find<'a>(value: &'a Value, path: &str) -> Vec<&'a Value> {
                 Step::Where(field, text) => {
                     let equal = |item: &&Value| {
                         let at = field.iter().try_fold(*item, |at, name| at.get(name));
-                        at.is_some_and(|at| at.as_str().map_or_else(|| at.to_string() == *text, |have| have == text))
+                        at.is_some_and(|at| match at {
+                            Value::String(have) => have == text,
+                            Value::Bool(have) => text == if *have { "true" } else { "false" },
+                            Value::Number(have) => have.to_string().as_str() == text,
+                            _ => false,
+                        })
                     };
                     value.as_array().into_iter().flatten().filter(equal).collect()
                 }

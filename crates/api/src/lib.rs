@@ -13,6 +13,7 @@ pub mod kind;
 pub mod kinds;
 pub mod names;
 pub mod object;
+pub mod openapi;
 pub mod quantity;
 pub mod schema;
 pub mod selector;

@@ -43,12 +43,11 @@ pub fn root(problems: &mut Problems, path: &str, json: &Value) -> Schema {
             problems.invalid(&format!("{path}.type"), kind, "must be object at the root");
         }
     }
-    if let Some(metadata) = json.pointer("/properties/metadata/properties").and_then(Value::as_object) {
-        if metadata.keys().any(|key| key != "name" && key != "generateName") {
-            let detail =
-                "must not specify anything other than name and generateName, but metadata is implicitly specified";
-            problems.forbidden(&format!("{path}.properties[metadata]"), detail);
-        }
+    if let Some(metadata) = json.pointer("/properties/metadata/properties").and_then(Value::as_object)
+        && metadata.keys().any(|key| key != "name" && key != "generateName")
+    {
+        let detail = "must not specify anything other than name and generateName, but metadata is implicitly specified";
+        problems.forbidden(&format!("{path}.properties[metadata]"), detail);
     }
     let mut reader = Reader { problems, nodes: 0 };
     let mut schema = reader.schema(json, path, 0);

@@ -151,10 +151,10 @@ fn complete(type_name: &str, schema: &mut Schema) {
     object.atomic = lists::ATOMIC_TYPES.contains(&short);
     object.retain_keys = lists::RETAIN_KEYS_TYPES.contains(&short);
     for (name, field) in &mut object.fields {
-        if let Some((kind, strategic)) = lists::of(short, name) {
-            if let Shape::List { kind: at, strategic: merge, .. } = &mut Arc::make_mut(field).shape {
-                (*at, *merge) = (kind, strategic);
-            }
+        if let Some((kind, strategic)) = lists::of(short, name)
+            && let Shape::List { kind: at, strategic: merge, .. } = &mut Arc::make_mut(field).shape
+        {
+            (*at, *merge) = (kind, strategic);
         }
         if lists::ATOMIC_MAPS.contains(&(short, name)) {
             let field = Arc::make_mut(field);

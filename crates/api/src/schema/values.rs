@@ -125,25 +125,25 @@ impl Found<'_> {
     }
 
     fn number(&mut self, checks: &Checks, number: f64, value: &Value, path: &Path) {
-        if let Some(min) = checks.minimum {
-            if number < min || (checks.exclusive_minimum && number == min) {
-                let than = if checks.exclusive_minimum { "greater than" } else { "greater than or equal to" };
-                self.add(
-                    "FieldValueInvalid",
-                    path,
-                    format!("Invalid value: {value}: {path} in body should be {than} {min}"),
-                );
-            }
+        if let Some(min) = checks.minimum
+            && (number < min || (checks.exclusive_minimum && number == min))
+        {
+            let than = if checks.exclusive_minimum { "greater than" } else { "greater than or equal to" };
+            self.add(
+                "FieldValueInvalid",
+                path,
+                format!("Invalid value: {value}: {path} in body should be {than} {min}"),
+            );
         }
-        if let Some(max) = checks.maximum {
-            if number > max || (checks.exclusive_maximum && number == max) {
-                let than = if checks.exclusive_maximum { "less than" } else { "less than or equal to" };
-                self.add(
-                    "FieldValueInvalid",
-                    path,
-                    format!("Invalid value: {value}: {path} in body should be {than} {max}"),
-                );
-            }
+        if let Some(max) = checks.maximum
+            && (number > max || (checks.exclusive_maximum && number == max))
+        {
+            let than = if checks.exclusive_maximum { "less than" } else { "less than or equal to" };
+            self.add(
+                "FieldValueInvalid",
+                path,
+                format!("Invalid value: {value}: {path} in body should be {than} {max}"),
+            );
         }
         if let Some(step) = checks.multiple_of.filter(|step| !is_multiple(number, *step)) {
             let message = format!("Invalid value: {value}: {path} in body should be a multiple of {step}");
@@ -203,10 +203,10 @@ fn broken_logic(logic: &Value, value: &Value, left: usize) -> Vec<String> {
     let list = |key: &str| logic.get(key).and_then(Value::as_array);
     let valid = |key: &str| list(key).map(|all| all.iter().filter(|one| holds(one, value, left)).count());
     let mut broken = Vec::new();
-    if let (Some(all), Some(valid)) = (list("allOf"), valid("allOf")) {
-        if valid < all.len() {
-            broken.push("must validate all the schemas (allOf)".to_owned());
-        }
+    if let (Some(all), Some(valid)) = (list("allOf"), valid("allOf"))
+        && valid < all.len()
+    {
+        broken.push("must validate all the schemas (allOf)".to_owned());
     }
     if valid("anyOf") == Some(0) {
         broken.push("must validate at least one schema (anyOf)".to_owned());

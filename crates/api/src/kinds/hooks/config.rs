@@ -93,10 +93,10 @@ pub fn validate_secret(new: &Object, old: Option<&Object>) -> Vec<Cause> {
             p.invalid_text(&format!("data[{key}]"), "<secret contents redacted>", "must be JSON");
         }
     }
-    if let Some(old) = old {
-        if text(new, "type") != text(old, "type") {
-            p.immutable("type", at(new, "type"), at(old, "type"));
-        }
+    if let Some(old) = old
+        && text(new, "type") != text(old, "type")
+    {
+        p.immutable("type", at(new, "type"), at(old, "type"));
     }
     frozen(&mut p, new, old, &["data"]);
     p.into_causes()

@@ -9,10 +9,10 @@ use std::collections::HashSet;
 
 pub fn validate_class(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     let mut p = Problems::default();
-    if let Some(old) = old {
-        if pointer(new, "/spec/controllerName") != pointer(old, "/spec/controllerName") {
-            p.invalid("spec.controllerName", pointer(new, "/spec/controllerName"), "Value is immutable");
-        }
+    if let Some(old) = old
+        && pointer(new, "/spec/controllerName") != pointer(old, "/spec/controllerName")
+    {
+        p.invalid("spec.controllerName", pointer(new, "/spec/controllerName"), "Value is immutable");
     }
     p.into_causes()
 }
@@ -153,10 +153,10 @@ fn filters(p: &mut Problems, path: &str, filters: &[Value], matches: &[Value]) {
         for field in ["requestRedirect", "urlRewrite"] {
             path_change(p, &format!("{path}.{field}.path"), pointer(filter, &format!("/{field}/path")), matches);
         }
-        if let Some(code) = pointer(filter, "/requestRedirect/statusCode").as_i64() {
-            if !matches!(code, 301 | 302) {
-                p.unsupported(&format!("{path}.requestRedirect.statusCode"), &code.to_string(), &["301", "302"]);
-            }
+        if let Some(code) = pointer(filter, "/requestRedirect/statusCode").as_i64()
+            && !matches!(code, 301 | 302)
+        {
+            p.unsupported(&format!("{path}.requestRedirect.statusCode"), &code.to_string(), &["301", "302"]);
         }
     }
     if seen.contains("RequestRedirect") && seen.contains("URLRewrite") {
@@ -213,11 +213,12 @@ fn millis(text: &str) -> Option<u64> {
 
 fn timeouts(p: &mut Problems, path: &str, timeouts: &Value) {
     let (request, backend) = (millis(text(timeouts, "request")), millis(text(timeouts, "backendRequest")));
-    if let (Some(request), Some(backend)) = (request, backend) {
-        if request != 0 && backend > request {
-            let detail = "backendRequest timeout cannot be longer than request timeout";
-            p.invalid_text(&format!("{path}.backendRequest"), text(timeouts, "backendRequest"), detail);
-        }
+    if let (Some(request), Some(backend)) = (request, backend)
+        && request != 0
+        && backend > request
+    {
+        let detail = "backendRequest timeout cannot be longer than request timeout";
+        p.invalid_text(&format!("{path}.backendRequest"), text(timeouts, "backendRequest"), detail);
     }
 }
 

@@ -113,10 +113,10 @@ fn disks(p: &mut Problems, path: &str, disks: &[Value]) {
         if kinds.len() > 1 {
             p.invalid(&path, &kinds.len().into(), "can only have a single target type defined");
         }
-        if let Some(order) = at(disk, "bootOrder").as_i64() {
-            if !orders.insert(order) {
-                p.invalid(&format!("{path}.bootOrder"), &order.into(), "is already used by another disk");
-            }
+        if let Some(order) = at(disk, "bootOrder").as_i64()
+            && !orders.insert(order)
+        {
+            p.invalid(&format!("{path}.bootOrder"), &order.into(), "is already used by another disk");
         }
         let serial = text(disk, "serial");
         if !serial.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b)) {
@@ -180,11 +180,11 @@ fn hardware(p: &mut Problems, path: &str, domain: &Value) {
     }
     super::pod_spec::resources(p, &format!("{path}.resources"), at(domain, "resources"));
     let limit = Quantity::from_value(pointer(domain, "/resources/limits/memory"));
-    if let (Ok(limit), Ok(guest)) = (limit, Quantity::from_value(at(memory, "guest"))) {
-        if guest > limit {
-            let detail = format!("must be equal to or less than the memory limit of {limit}");
-            p.invalid(&format!("{path}.memory.guest"), at(memory, "guest"), &detail);
-        }
+    if let (Ok(limit), Ok(guest)) = (limit, Quantity::from_value(at(memory, "guest")))
+        && guest > limit
+    {
+        let detail = format!("must be equal to or less than the memory limit of {limit}");
+        p.invalid(&format!("{path}.memory.guest"), at(memory, "guest"), &detail);
     }
     let firmware = at(domain, "firmware");
     let boot = at(firmware, "kernelBoot");

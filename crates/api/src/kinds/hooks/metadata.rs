@@ -24,10 +24,10 @@ pub fn prepare_namespace(namespace: &mut Object) {
 
 /// What a node can give is what it has, unless it says otherwise.
 pub fn default_node(node: &mut Object) {
-    if let Some(status) = object_mut(node, "/status") {
-        if let Some(capacity) = status.get("capacity").cloned().filter(Value::is_object) {
-            fill(status, "allocatable", capacity);
-        }
+    if let Some(status) = object_mut(node, "/status")
+        && let Some(capacity) = status.get("capacity").cloned().filter(Value::is_object)
+    {
+        fill(status, "allocatable", capacity);
     }
 }
 

@@ -428,11 +428,11 @@ pub fn resources(p: &mut Problems, path: &str, resources: &Value) {
                 p.invalid(&format!("{path}[{name}]"), value, "must be an integer");
             }
             let limit = limits.get(name).and_then(|limit| Quantity::from_value(limit).ok());
-            if let (true, Some(limit)) = (list == "requests", limit) {
-                if quantity > limit {
-                    let detail = format!("must be less than or equal to {name} limit of {limit}");
-                    p.invalid_text(&path, &quantity.to_string(), &detail);
-                }
+            if let (true, Some(limit)) = (list == "requests", limit)
+                && quantity > limit
+            {
+                let detail = format!("must be less than or equal to {name} limit of {limit}");
+                p.invalid_text(&path, &quantity.to_string(), &detail);
             }
         }
     }

@@ -19,10 +19,10 @@ pub fn validate(p: &mut Problems, path: &str, probe: &Value, of: Use) {
     for field in ["initialDelaySeconds", "timeoutSeconds", "periodSeconds", "successThreshold", "failureThreshold"] {
         p.at_least(&format!("{path}.{field}"), int(probe, field), 0);
     }
-    if of != Use::Readiness {
-        if let Some(value) = int(probe, "successThreshold").filter(|value| *value != 1) {
-            p.invalid(&format!("{path}.successThreshold"), &value.into(), "must be 1");
-        }
+    if of != Use::Readiness
+        && let Some(value) = int(probe, "successThreshold").filter(|value| *value != 1)
+    {
+        p.invalid(&format!("{path}.successThreshold"), &value.into(), "must be 1");
     }
     let grace = format!("{path}.terminationGracePeriodSeconds");
     match int(probe, "terminationGracePeriodSeconds") {

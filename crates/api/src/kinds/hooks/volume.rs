@@ -86,10 +86,10 @@ fn source(p: &mut Problems, path: &str, volume: &Value) {
             }
         }
         "emptyDir" => {
-            if let Ok(size) = crate::quantity::Quantity::from_value(at(value, "sizeLimit")) {
-                if size.is_negative() {
-                    p.forbidden(&format!("{path}.sizeLimit"), "SizeLimit field must be a valid resource quantity");
-                }
+            if let Ok(size) = crate::quantity::Quantity::from_value(at(value, "sizeLimit"))
+                && size.is_negative()
+            {
+                p.forbidden(&format!("{path}.sizeLimit"), "SizeLimit field must be a valid resource quantity");
             }
         }
         _ => {}

@@ -14,10 +14,10 @@ pub fn default_template(object: &mut Object) {
 
 pub fn default_deployment(object: &mut Object) {
     default_template(object);
-    if let Some(strategy) = object_mut(object, "/spec/strategy") {
-        if strategy.get("type").and_then(Value::as_str) == Some("RollingUpdate") {
-            fill(strategy, "rollingUpdate", json!({}));
-        }
+    if let Some(strategy) = object_mut(object, "/spec/strategy")
+        && strategy.get("type").and_then(Value::as_str) == Some("RollingUpdate")
+    {
+        fill(strategy, "rollingUpdate", json!({}));
     }
     if let Some(update) = object_mut(object, "/spec/strategy/rollingUpdate") {
         fill(update, "maxSurge", "25%");
