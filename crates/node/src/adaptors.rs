@@ -1,0 +1,229 @@
+//! The ports over `image::Store` and `network::Router`. Both are synchronous: their work goes to blocking threads.
+
+use crate::boundary::{Rootfs, SandboxNetwork};
+use crate::ports::{
+    Attach, Credentials, DiskImage, ImageConfig, ImageError, Images, NetworkError, Networks, Records, ResolvedImage,
+    ServiceRule,
+};
+use async_trait::async_trait;
+use image::{Digest, GcOptions, Kind, PullOptions, Reference, Store};
+use network::{AttachRequest, DnsServer, LinkKind, Router};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+
+/// Pin owners, used in turn: the new set is pinned before the old one is let go.
+const OWNERS: [&str; 2] = ["agent-a", "agent-b"];
+
+pub(crate) struct StoreImages {
+    store: Arc<Store>,
+    host_netns: Option<PathBuf>,
+}
+
+impl StoreImages {
+    pub fn new(store: Arc<Store>, host_netns: Option<PathBuf>) -> Self {
+        StoreImages { store, host_netns }
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        reference: &str,
+        work: impl FnOnce(&Store, &str) -> image::Result<T> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let (store, name) = (self.store.clone(), reference.to_owned());
+        match tokio::task::spawn_blocking(move || work(&store, &name)).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(translate(reference, &error)),
+            Err(error) => Err(ImageError::Unusable { reference: reference.into(), message: error.to_string() }),
+        }
+    }
+}
+
+fn translate(reference: &str, error: &image::Error) -> ImageError {
+    use image::Error as E;
+    let (reference, message) = (reference.to_owned(), error.chain());
+    match error {
+        E::InvalidReference { why, .. } => ImageError::InvalidName { reference, why: why.clone() },
+        E::InvalidDigest(_) => ImageError::InvalidName { reference, why: message },
+        E::NotFound(_)
+        | E::Platform { .. }
+        | E::Registry { .. }
+        | E::RegistryNotFound { .. }
+        | E::Unauthorized { .. }
+        | E::DigestMismatch { .. }
+        | E::SizeMismatch { .. } => ImageError::Pull { reference, message },
+        _ => ImageError::Unusable { reference, message },
+    }
+}
+
+fn resolved(store: &Store, reference: &str) -> image::Result<ResolvedImage> {
+    let found = store.resolve(reference)?;
+    let size = store.inspect(reference).map(|i| i.size).unwrap_or(0);
+    let (config, rootfs) = match found.kind {
+        Kind::Container { config, layers } => {
+            let run = config.config;
+            let config = ImageConfig {
+                entrypoint: run.entrypoint,
+                cmd: run.cmd,
+                env: run.env,
+                user: run.user,
+                workdir: run.working_dir,
+                volumes: run.volumes.into_keys().collect(),
+                ports: run.exposed_ports.into_keys().collect(),
+                stop_signal: run.stop_signal,
+            };
+            (config, Rootfs::Layers { image: found.reference.clone(), layers })
+        }
+        Kind::Component { path, digest } => {
+            let rootfs = Rootfs::Component { image: found.reference.clone(), path, digest: digest.to_string() };
+            (ImageConfig::default(), rootfs)
+        }
+        Kind::Disk(_) => (ImageConfig::default(), Rootfs::Machine),
+    };
+    Ok(ResolvedImage { reference: reference.to_owned(), id: found.digest.to_string(), size, config, rootfs })
+}
+
+#[async_trait]
+impl Images for StoreImages {
+    async fn find(&self, reference: &str) -> Result<Option<ResolvedImage>, ImageError> {
+        let result = self.run(reference, |store, name| match resolved(store, name) {
+            Err(image::Error::NotFound(_)) => Ok(None),
+            other => other.map(Some),
+        });
+        result.await
+    }
+
+    async fn pull(&self, reference: &str, credentials: &[Credentials]) -> Result<ResolvedImage, ImageError> {
+        let host = Reference::parse(reference, self.store.local_hosts())
+            .map_err(|e| translate(reference, &e))?
+            .on_docker_hub()
+            .repository
+            .host
+            .unwrap_or_default();
+        let bare = !reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost");
+        let matching = credentials.iter().find(|c| c.registry == host || (host == "docker.io" && c.registry == "index.docker.io"));
+        let options = PullOptions {
+            credentials: matching
+                .map(|c| image::Credentials { username: c.username.clone(), password: c.password.clone() }),
+            ..PullOptions::default()
+        };
+        let netns = self.host_netns.clone();
+        let work = move |store: &Store, name: &str| {
+            let fetch = || store.pull(name, &options, &image::silent).map(drop);
+            let fetched = match &netns {
+                Some(path) => network::in_netns(path, fetch).unwrap_or_else(|error| {
+                    Err(image::Error::Registry { host: host.clone(), why: format!("host network: {error}") })
+                }),
+                None => fetch(),
+            };
+            match fetched {
+                Ok(()) => resolved(store, name),
+                // A name without a registry may be one that was imported here: then that one is meant.
+                Err(error) if bare => resolved(store, name).map_err(|_| error),
+                Err(error) => Err(error),
+            }
+        };
+        self.run(reference, work).await
+    }
+
+    async fn disk(&self, reference: &str) -> Result<DiskImage, ImageError> {
+        let disk = self.run(reference, |store, name| store.disk_image(name, None)).await?;
+        Ok(DiskImage { path: disk.path, format: disk.format })
+    }
+
+    async fn collect(&self, in_use: &BTreeSet<String>) -> Result<u64, ImageError> {
+        let in_use = in_use.clone();
+        let work = move |store: &Store, _: &str| {
+            let owners = store.pin_owners()?;
+            let (new, old) = if owners.iter().any(|o| o == OWNERS[0]) {
+                (OWNERS[1], OWNERS[0])
+            } else {
+                (OWNERS[0], OWNERS[1])
+            };
+            store.unpin(new)?;
+            for digest in in_use.iter().filter_map(|d| d.parse::<Digest>().ok()) {
+                store.pin(new, &digest)?;
+            }
+            store.unpin(old)?;
+            store.gc(&GcOptions::default()).map(|report| report.bytes)
+        };
+        self.run("", work).await
+    }
+}
+
+pub(crate) struct RouterNetworks {
+    router: Arc<Router>,
+    pub dns: OnceLock<Arc<DnsServer>>,
+}
+
+impl RouterNetworks {
+    pub fn new(router: Arc<Router>) -> Self {
+        RouterNetworks { router, dns: OnceLock::new() }
+    }
+
+    async fn run<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&Router) -> network::Result<T> + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let router = self.router.clone();
+        let failed = |message: String| NetworkError { operation, message };
+        match tokio::task::spawn_blocking(move || work(&router)).await {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => Err(failed(crate::volumes::chain(&error))),
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+}
+
+#[async_trait]
+impl Networks for RouterNetworks {
+    async fn attach(&self, request: &Attach) -> Result<SandboxNetwork, NetworkError> {
+        let wanted = AttachRequest {
+            uid: request.uid.clone(),
+            namespace: request.namespace.clone(),
+            address_key: request.address_key.clone(),
+            kind: if request.tap { LinkKind::Tap } else { LinkKind::Namespace },
+        };
+        let attachment = self.run("attach", move |router| router.attach(&wanted)).await?;
+        Ok(SandboxNetwork {
+            address: Some(attachment.address),
+            netns: attachment.netns,
+            tap: attachment.tap,
+            router_netns: Some(self.router.netns_path()),
+            mac: attachment.mac,
+            gateway: Some(attachment.gateway),
+            mtu: attachment.mtu,
+            ..SandboxNetwork::default()
+        })
+    }
+
+    async fn detach(&self, uid: &str) -> Result<(), NetworkError> {
+        let uid = uid.to_owned();
+        self.run("detach", move |router| router.detach(&uid)).await
+    }
+
+    async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError> {
+        let work = move |router: &Router| {
+            // One Service with a foreign address must not keep all others from working.
+            let cidr = router.config().service_cidr;
+            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|r| cidr.contains(r.cluster_ip));
+            for rule in foreign {
+                tracing::warn!("service {}/{}: address {} is not in {cidr}", rule.namespace, rule.name, rule.cluster_ip);
+            }
+            router.sync_services(&ours).map(drop)
+        };
+        self.run("services", work).await
+    }
+
+    async fn list(&self) -> Result<Vec<String>, NetworkError> {
+        self.run("list", |router| Ok(router.list())).await
+    }
+
+    async fn sync_dns(&self, records: Records) -> Result<(), NetworkError> {
+        if let Some(dns) = self.dns.get().cloned() {
+            let _ = tokio::task::spawn_blocking(move || dns.set(&records)).await;
+        }
+        Ok(())
+    }
+}

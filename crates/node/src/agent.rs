@@ -1,0 +1,358 @@
+//! The agent: finds what an earlier one left, follows the pods bound to this node, and has one worker for each.
+
+use crate::adaptors::{RouterNetworks, StoreImages};
+use crate::boundary::{Boundary, BoundaryError};
+use crate::config::Config;
+use crate::down;
+use crate::events::Recorder;
+use crate::etc_files::Resolver;
+use crate::pod::{self, Update};
+use crate::ports::{Images, Networks};
+use crate::proxy;
+use crate::record::{self, IdRanges, Record};
+use crate::registration::{Machine, Registration};
+use crate::shared::Shared;
+use crate::streams::Streams;
+use crate::views::Views;
+use crate::volumes::tree;
+use api::client::{Client, ListOptions};
+use api::informer::{Change, Informer};
+use api::kind::Resource;
+use api::object::{Meta, SharedObject};
+use api::streams::PodStreams;
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::task::{Id, JoinSet};
+
+/// Time workers get to finish what they are at when the agent ends.
+const LEAVE: Duration = Duration::from_secs(5);
+const COLLECT_EVERY: Duration = Duration::from_secs(600);
+/// Uids of pods that are done with, remembered against late news of them.
+const REMEMBERED: usize = 4096;
+
+/// The node agent. Cheap until [`Agent::run`].
+pub struct Agent {
+    config: Config,
+    client: Arc<dyn Client>,
+    images: Arc<dyn Images>,
+    networks: Arc<dyn Networks>,
+    router: Option<Arc<RouterNetworks>>,
+    boundaries: BTreeMap<&'static str, Arc<dyn Boundary>>,
+    views: Arc<Views>,
+}
+
+impl Agent {
+    pub fn new(
+        config: Config,
+        client: Arc<dyn Client>,
+        images: Arc<image::Store>,
+        router: Arc<network::Router>,
+        boundaries: Vec<Arc<dyn Boundary>>,
+    ) -> Agent {
+        let router = Arc::new(RouterNetworks::new(router));
+        let images = Arc::new(StoreImages::new(images, config.host_netns.clone()));
+        let mut agent = Agent::with_ports(config, client, images, router.clone(), boundaries);
+        agent.router = Some(router);
+        agent
+    }
+
+    /// With other implementations of the ports, for tests.
+    pub fn with_ports(
+        config: Config,
+        client: Arc<dyn Client>,
+        images: Arc<dyn Images>,
+        networks: Arc<dyn Networks>,
+        boundaries: Vec<Arc<dyn Boundary>>,
+    ) -> Agent {
+        let boundaries = boundaries.into_iter().map(|b| (b.name(), b)).collect();
+        Agent { config, client, images, networks, router: None, boundaries, views: Arc::default() }
+    }
+
+    /// The DNS server that shall know Services and pods.
+    #[must_use]
+    pub fn with_dns(self, dns: Arc<network::DnsServer>) -> Agent {
+        if let Some(router) = &self.router {
+            let _ = router.dns.set(dns);
+        }
+        self
+    }
+
+    /// How the API reaches into pods. Works while the agent runs.
+    pub fn streams(&self) -> Arc<dyn PodStreams> {
+        Arc::new(Streams { views: self.views.clone() })
+    }
+
+    /// Stops every workload from what is on disk alone; the API is not asked. Answers how many ran.
+    pub async fn destroy_all(&self) -> usize {
+        down::destroy_all(&self.config, &self.networks, &self.boundaries).await
+    }
+
+    /// Runs until `shutdown` turns true (or its sender goes); workloads are left running.
+    pub async fn run(&self, mut shutdown: watch::Receiver<bool>) {
+        let mut running = Running::start(self).await;
+        tokio::select! {
+            () = running.follow() => {}
+            _ = shutdown.wait_for(|stop| *stop) => {}
+        }
+        running.leave().await;
+    }
+}
+
+/// `atoll down` without an agent: stops every workload found in `config.data_dir`. Answers how many ran.
+pub async fn destroy_all(config: &Config, router: Arc<network::Router>, boundaries: Vec<Arc<dyn Boundary>>) -> usize {
+    let networks: Arc<dyn Networks> = Arc::new(RouterNetworks::new(router));
+    let boundaries = boundaries.into_iter().map(|b| (b.name(), b)).collect();
+    down::destroy_all(config, &networks, &boundaries).await
+}
+
+struct Handle {
+    tell: watch::Sender<Update>,
+    object: SharedObject,
+}
+
+struct Running {
+    shared: Arc<Shared>,
+    pods: Informer,
+    /// Sandboxes on disk that no worker has taken over yet.
+    records: HashMap<String, Record>,
+    bare: Vec<String>,
+    workers: JoinSet<()>,
+    ids: HashMap<Id, String>,
+    handles: HashMap<String, Handle>,
+    done: (BTreeSet<String>, VecDeque<String>),
+    helpers: JoinSet<()>,
+}
+
+impl Running {
+    async fn start(agent: &Agent) -> Running {
+        let config = agent.config.clone();
+        let copy = config.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let resolver = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+            (record::scan(&copy), Machine::look(&copy), Resolver::parse(&resolver))
+        });
+        let (scan, machine, node_resolver) = match looked.await {
+            Ok((scan, machine, resolver)) => {
+                let scan = scan.unwrap_or_else(|error| {
+                    tracing::error!("{}: {error}", config.pods_dir().display());
+                    record::Scan::default()
+                });
+                (scan, machine, resolver)
+            }
+            Err(_) => (record::Scan::default(), Machine::look(&config), Resolver::default()),
+        };
+        let ids = IdRanges::new();
+        for record in scan.records.iter().filter(|r| !r.ended) {
+            ids.reserve(record.sandbox.id_base);
+        }
+        let client = &agent.client;
+        let follow = |group: &str, plural: &str, options: ListOptions| {
+            Informer::spawn(client.clone(), Resource::new(group, "v1", plural), "", options)
+        };
+        let mine = ListOptions { field_selector: format!("spec.nodeName={}", config.name), ..ListOptions::default() };
+        let pods = follow("", "pods", mine);
+        let services = follow("", "services", ListOptions::default());
+        let slices = follow("discovery.k8s.io", "endpointslices", ListOptions::default());
+        let mut helpers = JoinSet::new();
+        helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));
+        let registration = Registration {
+            config: config.clone(),
+            client: client.clone(),
+            boundaries: agent.boundaries.values().cloned().collect(),
+            machine: machine.clone(),
+        };
+        helpers.spawn(registration.run());
+        let shared = Arc::new(Shared {
+            client: client.clone(),
+            images: agent.images.clone(),
+            networks: agent.networks.clone(),
+            boundaries: agent.boundaries.clone(),
+            events: Recorder::spawn(client.clone(), &config.name),
+            ids,
+            views: agent.views.clone(),
+            services,
+            node_resolver,
+            node_cpu_milli: machine.cores.saturating_mul(1000),
+            node_memory: machine.memory,
+            pulls: Shared::pull_slots(),
+            config,
+        });
+        helpers.spawn(collect(shared.clone()));
+        Running {
+            shared,
+            pods,
+            records: scan.records.into_iter().map(|r| (r.sandbox.uid.clone(), r)).collect(),
+            bare: scan.bare,
+            workers: JoinSet::new(),
+            ids: HashMap::new(),
+            handles: HashMap::new(),
+            done: (BTreeSet::new(), VecDeque::new()),
+            helpers,
+        }
+    }
+
+    async fn follow(&mut self) {
+        let mut changes = self.pods.subscribe();
+        self.pods.synced().await;
+        self.look_at_all();
+        self.remove_orphans().await;
+        loop {
+            tokio::select! {
+                change = changes.next() => match change {
+                    Change::Everything => self.look_at_all(),
+                    Change::Object { old, new, .. } => {
+                        if let Some(old) = old
+                            && new.as_ref().is_none_or(|n| n.uid() != old.uid())
+                        {
+                            self.gone(old.uid());
+                        }
+                        if let Some(new) = new {
+                            self.present(new);
+                        }
+                    }
+                },
+                Some(ended) = self.workers.join_next_with_id() => self.ended(ended),
+            }
+        }
+    }
+
+    fn look_at_all(&mut self) {
+        let pods = self.pods.list();
+        let uids: BTreeSet<&str> = pods.iter().map(|p| p.uid()).collect();
+        let gone: Vec<String> = self.handles.keys().filter(|u| !uids.contains(u.as_str())).cloned().collect();
+        for uid in gone {
+            self.gone(&uid);
+        }
+        for pod in pods {
+            self.present(pod);
+        }
+    }
+
+    fn present(&mut self, object: SharedObject) {
+        let uid = object.uid().to_owned();
+        if let Some(handle) = self.handles.get_mut(&uid) {
+            handle.object = object.clone();
+            handle.tell.send_replace(Update::Present(object));
+            return;
+        }
+        if self.done.0.contains(&uid) {
+            return;
+        }
+        let record = self.records.remove(&uid);
+        let (tell, worker) = pod::worker(self.shared.clone(), object.clone(), record);
+        let task = self.workers.spawn(worker);
+        self.ids.insert(task.id(), uid.clone());
+        self.handles.insert(uid, Handle { tell, object });
+    }
+
+    fn gone(&mut self, uid: &str) {
+        if let Some(handle) = self.handles.get(uid) {
+            handle.tell.send_replace(Update::Gone);
+        }
+    }
+
+    fn ended(&mut self, ended: Result<(Id, ()), tokio::task::JoinError>) {
+        let (id, panicked) = match &ended {
+            Ok((id, ())) => (*id, false),
+            Err(error) => (error.id(), error.is_panic()),
+        };
+        let Some(uid) = self.ids.remove(&id) else { return };
+        let Some(handle) = self.handles.remove(&uid) else { return };
+        if panicked {
+            tracing::error!(pod = handle.object.name(), "its worker failed and is started again");
+            let dir = self.shared.config.pod_dir(&uid);
+            if let Ok(Some(record)) = Record::read(&dir) {
+                self.records.insert(uid, record);
+            }
+            self.present(handle.object);
+            return;
+        }
+        if self.done.0.insert(uid.clone()) {
+            self.done.1.push_back(uid);
+        }
+        if self.done.1.len() > REMEMBERED
+            && let Some(oldest) = self.done.1.pop_front()
+        {
+            self.done.0.remove(&oldest);
+        }
+    }
+
+    /// What is on disk or attached and belongs to no pod any more.
+    async fn remove_orphans(&mut self) {
+        let records = std::mem::take(&mut self.records);
+        for record in records.into_values() {
+            self.helpers.spawn(remove_orphan(self.shared.clone(), record));
+        }
+        let known = |uid: &String| self.handles.contains_key(uid);
+        let mut attached: BTreeSet<String> = self.bare.drain(..).collect();
+        match self.shared.networks.list().await {
+            Ok(uids) => attached.extend(uids),
+            Err(error) => tracing::warn!("{error}"),
+        }
+        attached.retain(|uid| !known(uid) && crate::config::is_plain_name(uid));
+        for uid in attached {
+            let dir = self.shared.config.pod_dir(&uid);
+            if dir.join("sandbox.json").exists() {
+                // Its orphan's removal sees to it.
+                continue;
+            }
+            if let Err(error) = self.shared.networks.detach(&uid).await {
+                tracing::warn!(pod = uid, "leftovers of the network: {error}");
+            }
+            let _ = tokio::task::spawn_blocking(move || tree::remove(&dir)).await;
+        }
+    }
+
+    async fn leave(mut self) {
+        self.helpers.abort_all();
+        for handle in self.handles.values() {
+            handle.tell.send_replace(Update::Leave);
+        }
+        let all = async { while self.workers.join_next().await.is_some() {} };
+        if tokio::time::timeout(LEAVE, all).await.is_err() {
+            tracing::warn!("some pods were in the middle of something; the next start goes on with it");
+        }
+    }
+}
+
+async fn remove_orphan(shared: Arc<Shared>, record: Record) {
+    let sandbox = &record.sandbox;
+    if !record.ended
+        && let Some(boundary) = shared.boundaries.get(record.boundary.as_str())
+    {
+        match boundary.destroy(sandbox).await {
+            Ok(()) | Err(BoundaryError::NoSandbox(_)) => {}
+            Err(error) => {
+                tracing::error!(pod = sandbox.name, namespace = sandbox.namespace, "orphan cannot be removed: {error}");
+                return;
+            }
+        }
+    }
+    if !sandbox.network.host
+        && let Err(error) = shared.networks.detach(&sandbox.uid).await
+    {
+        tracing::error!(pod = sandbox.name, "orphan's network: {error}");
+        return;
+    }
+    let (dir, run_dir, base) = (sandbox.dir.clone(), sandbox.run_dir.clone(), sandbox.id_base);
+    let removed = tokio::task::spawn_blocking(move || tree::remove(&run_dir).and_then(|()| tree::remove(&dir))).await;
+    if let Ok(Err(error)) = removed {
+        tracing::error!(pod = record.sandbox.name, "orphan's directory: {error}");
+    }
+    shared.ids.release(base);
+}
+
+/// Lets the image store drop what nothing uses.
+async fn collect(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(COLLECT_EVERY).await;
+        let in_use = shared.views.all().iter().flat_map(|v| v.images.clone()).collect();
+        match shared.images.collect(&in_use).await {
+            Ok(0) => {}
+            Ok(bytes) => tracing::info!("images: {bytes} bytes that nothing used are gone"),
+            Err(error) => tracing::warn!("images: {error}"),
+        }
+    }
+}

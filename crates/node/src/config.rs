@@ -1,0 +1,93 @@
+//! What the agent is told at start. Everything else it learns from the API or from disk.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+/// Settings of one node.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The node's name: `metadata.name` of its Node object and `spec.nodeName` of its pods.
+    pub name: String,
+    /// `DATA`; the agent owns `DATA/pods`.
+    pub data_dir: PathBuf,
+    /// `/run/atoll/<instance>`.
+    pub run_dir: PathBuf,
+    /// 8 hex digits; part of cgroup paths.
+    pub instance: String,
+    /// The program itself, for re-executed roles.
+    pub exe: PathBuf,
+    pub cluster_dns: Ipv4Addr,
+    /// `cluster.local`.
+    pub cluster_domain: String,
+    /// `10.43.0.0/16`.
+    pub service_cidr: String,
+    /// `10.42.0.0/16`.
+    pub pod_cidr: String,
+    /// `127.0.0.1:5000`.
+    pub registry_addr: String,
+    /// Address under which the node is known (`status.hostIP`).
+    pub node_ip: Ipv4Addr,
+    /// The host's network namespace (`/proc/self/fd/<n>` or a pinned path), from which images are pulled; `None`: the
+    /// one the agent runs in.
+    pub host_netns: Option<PathBuf>,
+    pub max_pods: u32,
+    /// Bound on processes of one pod; `None` leaves it to the kernel.
+    pub pod_pids_limit: Option<u64>,
+    pub log_max_bytes: u64,
+    /// Logs of ended attempts kept for one container, the newest of them.
+    pub log_keep_attempts: u32,
+}
+
+impl Config {
+    /// Everything but the three that have no sensible default.
+    pub fn new(name: impl Into<String>, data_dir: impl Into<PathBuf>, run_dir: impl Into<PathBuf>) -> Self {
+        let run_dir: PathBuf = run_dir.into();
+        let instance = run_dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+        Config {
+            name: name.into(),
+            data_dir: data_dir.into(),
+            run_dir,
+            instance,
+            exe: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe")),
+            cluster_dns: Ipv4Addr::new(10, 43, 0, 10),
+            cluster_domain: "cluster.local".into(),
+            service_cidr: "10.43.0.0/16".into(),
+            pod_cidr: "10.42.0.0/16".into(),
+            registry_addr: "127.0.0.1:5000".into(),
+            node_ip: Ipv4Addr::new(169, 254, 1, 1),
+            host_netns: None,
+            max_pods: 250,
+            pod_pids_limit: Some(8192),
+            log_max_bytes: 10 << 20,
+            log_keep_attempts: 2,
+        }
+    }
+
+    pub(crate) fn pods_dir(&self) -> PathBuf {
+        self.data_dir.join("pods")
+    }
+    pub(crate) fn pod_dir(&self, uid: &str) -> PathBuf {
+        self.pods_dir().join(uid)
+    }
+    pub(crate) fn pod_run_dir(&self, uid: &str) -> PathBuf {
+        self.run_dir.join("pods").join(uid)
+    }
+    pub(crate) fn pod_cgroup(&self, uid: &str) -> String {
+        format!("atoll/{}/pod{uid}", self.instance)
+    }
+}
+
+/// `DATA/pods/<uid>/logs/<container>/<attempt>.log`.
+pub(crate) fn log_path(pod_dir: &Path, container: &str, attempt: u32) -> PathBuf {
+    pod_dir.join("logs").join(container).join(format!("{attempt}.log"))
+}
+
+/// Whether a name that will become a path component is one: object names, container names and uids are checked by the
+/// API, and once more here.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 253
+        && name != "."
+        && name != ".."
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+}

@@ -1,0 +1,115 @@
+//! What the agent needs of the image store and of the network, as two narrow traits. The adaptors over
+//! `image::Store` and `network::Router` are in [`crate::adaptors`]; tests bring fakes.
+
+use crate::boundary::{Rootfs, SandboxNetwork};
+use async_trait::async_trait;
+pub use network::dns::Records;
+pub use network::{Protocol, ServiceRule};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+/// The parts of an OCI image configuration that shape a container.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ImageConfig {
+    pub entrypoint: Vec<String>,
+    pub cmd: Vec<String>,
+    /// `KEY=value`.
+    pub env: Vec<String>,
+    pub user: String,
+    pub workdir: String,
+    pub volumes: Vec<String>,
+    /// `8080/tcp`.
+    pub ports: Vec<String>,
+    /// `SIGQUIT`, `3` or empty.
+    pub stop_signal: String,
+}
+
+#[derive(Clone, Debug)]
+pub struct ResolvedImage {
+    /// Normalised reference.
+    pub reference: String,
+    /// `sha256:...`.
+    pub id: String,
+    pub size: u64,
+    pub config: ImageConfig,
+    pub rootfs: Rootfs,
+}
+
+/// User name and password for one registry host.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Credentials {
+    pub registry: String,
+    pub username: String,
+    pub password: String,
+}
+
+impl std::fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Credentials({} at {})", self.username, self.registry)
+    }
+}
+
+/// A disk inside an image: the backing file of a machine's disk, never written to.
+#[derive(Clone, Debug)]
+pub struct DiskImage {
+    pub path: PathBuf,
+    /// `raw` or `qcow2`.
+    pub format: String,
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ImageError {
+    #[error("couldn't parse image name \"{reference}\": {why}")]
+    InvalidName { reference: String, why: String },
+    /// Could not be fetched: not there, no access, no network, wrong architecture, damaged.
+    #[error("{message}")]
+    Pull { reference: String, message: String },
+    /// It is here but not what is needed (no disk inside, not unpackable, ...).
+    #[error("image \"{reference}\": {message}")]
+    Unusable { reference: String, message: String },
+}
+
+#[async_trait]
+pub trait Images: Send + Sync + 'static {
+    /// The image if it is here already, ready to run. Never touches the network.
+    async fn find(&self, reference: &str) -> Result<Option<ResolvedImage>, ImageError>;
+    /// Fetches the image (again) and unpacks it. Concurrent pulls of one reference share the work.
+    async fn pull(&self, reference: &str, credentials: &[Credentials]) -> Result<ResolvedImage, ImageError>;
+    /// The disk in an image that is here.
+    async fn disk(&self, reference: &str) -> Result<DiskImage, ImageError>;
+    /// Lets the store drop what no pod uses; called from time to time. Returns bytes freed.
+    async fn collect(&self, in_use: &BTreeSet<String>) -> Result<u64, ImageError>;
+}
+
+/// What a pod asks of the network.
+#[derive(Clone, Debug)]
+pub struct Attach {
+    pub uid: String,
+    pub namespace: String,
+    /// The address belongs to this key, so a machine keeps its own over re-creations.
+    pub address_key: Option<String>,
+    /// A tap in the router instead of a namespace.
+    pub tap: bool,
+}
+
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{operation}: {message}")]
+pub struct NetworkError {
+    pub operation: &'static str,
+    pub message: String,
+}
+
+#[async_trait]
+pub trait Networks: Send + Sync + 'static {
+    /// Idempotent by `uid`.
+    async fn attach(&self, request: &Attach) -> Result<SandboxNetwork, NetworkError>;
+    /// Idempotent; unknown uids are fine.
+    async fn detach(&self, uid: &str) -> Result<(), NetworkError>;
+    /// Replaces all Service rules.
+    async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError>;
+    /// Uids that have an attachment.
+    async fn list(&self) -> Result<Vec<String>, NetworkError>;
+    /// Replaces all DNS records.
+    async fn sync_dns(&self, records: Records) -> Result<(), NetworkError>;
+}

@@ -1,0 +1,252 @@
+//! Services as the network sees them: rules for ClusterIPs and names for DNS, from Services and EndpointSlices. Pure
+//! functions and one task: a change acts at once, further ones within [`PAUSE`] are gathered.
+
+use crate::ports::{Networks, Protocol, Records, ServiceRule};
+use api::informer::Informer;
+use api::k8s::api::core::v1::{Service, ServiceSpec};
+use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
+use api::object::{Meta, SharedObject};
+use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
+use serde::Deserialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+const PAUSE: Duration = Duration::from_millis(50);
+const RETRY: Duration = Duration::from_secs(2);
+/// Everything is handed over again this often, should the kernel's state have been touched.
+const RESYNC: Duration = Duration::from_secs(300);
+
+/// Runs until cancelled.
+pub(crate) async fn run(node: String, services: Informer, slices: Informer, networks: Arc<dyn Networks>) {
+    let (mut service_changes, mut slice_changes) = (services.subscribe(), slices.subscribe());
+    services.synced().await;
+    slices.synced().await;
+    loop {
+        while service_changes.try_next().is_some() {}
+        while slice_changes.try_next().is_some() {}
+        let (rules, records) = compute(&node, &services.list(), &slices.list());
+        let mut failed = false;
+        for error in [networks.sync_services(rules).await.err(), networks.sync_dns(records).await.err()].into_iter().flatten() {
+            tracing::warn!("services are not up to date, trying again: {error}");
+            failed = true;
+        }
+        tokio::time::sleep(PAUSE).await;
+        tokio::select! {
+            _ = service_changes.next() => {}
+            _ = slice_changes.next() => {}
+            () = tokio::time::sleep(if failed { RETRY } else { RESYNC }) => {}
+        }
+    }
+}
+
+fn protocol(text: Option<&str>) -> Protocol {
+    match text {
+        Some("UDP") => Protocol::Udp,
+        Some("SCTP") => Protocol::Sctp,
+        _ => Protocol::Tcp,
+    }
+}
+
+type Slices = BTreeMap<(String, String), Vec<EndpointSlice>>;
+
+/// Pure: rules and names of these objects.
+pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObject]) -> (Vec<ServiceRule>, Records) {
+    let mut by_service: Slices = BTreeMap::new();
+    for object in slices {
+        let Some(service) = object.label("kubernetes.io/service-name") else { continue };
+        let Ok(slice) = EndpointSlice::deserialize(&**object) else { continue };
+        if slice.address_type == "IPv4" {
+            by_service.entry((object.namespace().to_owned(), service.to_owned())).or_default().push(slice);
+        }
+    }
+    let (mut rules, mut records) = (Vec::new(), Records::default());
+    for object in services {
+        let Ok(service) = Service::deserialize(&**object) else { continue };
+        let Some(spec) = service.spec else { continue };
+        let key = (object.namespace().to_owned(), object.name().to_owned());
+        let none = Vec::new();
+        let slices = by_service.get(&key).unwrap_or(&none);
+        let address = spec.cluster_ip.as_deref().and_then(|ip| ip.parse::<Ipv4Addr>().ok());
+        let external = spec.type_.as_deref() == Some("ExternalName");
+        let headless = spec.cluster_ip.as_deref() == Some("None");
+        let kind = match address {
+            _ if external => {
+                let name = spec.external_name.clone().unwrap_or_default();
+                Some(ServiceKind::External(name.trim_end_matches('.').to_ascii_lowercase()).clone())
+                    .filter(|_| !name.is_empty())
+            }
+            Some(address) => {
+                rules.extend(rules_of(node, &key, &spec, address, slices));
+                Some(ServiceKind::ClusterIp(address))
+            }
+            None if headless => Some(ServiceKind::Headless(headless_endpoints(&spec, slices))),
+            None => None,
+        };
+        if let Some(kind) = kind {
+            let ports = dns_ports(&spec, slices, headless);
+            records.services.push(ServiceRecord { namespace: key.0, name: key.1, kind, ports });
+        }
+    }
+    rules.sort_by_key(|r| (r.cluster_ip, r.protocol, r.port));
+    (rules, records)
+}
+
+/// Ready, or, where none is, those that still serve while they end
+/// (<https://kubernetes.io/docs/reference/networking/virtual-ips/#traffic-distribution>).
+fn usable<'a>(endpoints: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
+    let condition = |e: &Endpoint, pick: fn(&api::k8s::api::discovery::v1::EndpointConditions) -> Option<bool>| {
+        e.conditions.as_ref().and_then(pick)
+    };
+    let ready: Vec<_> = endpoints.iter().copied().filter(|e| condition(e, |c| c.ready) != Some(false)).collect();
+    if !ready.is_empty() {
+        return ready;
+    }
+    endpoints
+        .iter()
+        .copied()
+        .filter(|e| condition(e, |c| c.serving) == Some(true) && condition(e, |c| c.terminating) == Some(true))
+        .collect()
+}
+
+fn rules_of(
+    node: &str,
+    key: &(String, String),
+    spec: &ServiceSpec,
+    address: Ipv4Addr,
+    slices: &[EndpointSlice],
+) -> Vec<ServiceRule> {
+    let local = spec.internal_traffic_policy.as_deref() == Some("Local");
+    let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
+        let seconds = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref()).and_then(|c| c.timeout_seconds);
+        seconds.and_then(|s| u32::try_from(s).ok()).unwrap_or(10_800)
+    });
+    let mut out = Vec::new();
+    for port in spec.ports.iter().flatten() {
+        let Ok(number) = u16::try_from(port.port) else { continue };
+        let name = port.name.as_deref().unwrap_or("");
+        let mut candidates: Vec<(&Endpoint, u16)> = Vec::new();
+        for slice in slices {
+            let found = slice.ports.iter().flatten().find(|p| p.name.as_deref().unwrap_or("") == name);
+            let Some(target) = found.and_then(|p| p.port).and_then(|p| u16::try_from(p).ok()) else { continue };
+            let here = |e: &&Endpoint| !local || e.node_name.as_deref() == Some(node);
+            candidates.extend(slice.endpoints.iter().filter(here).map(|e| (e, target)));
+        }
+        let chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
+        let endpoints: BTreeSet<(Ipv4Addr, u16)> = candidates
+            .iter()
+            .filter(|(e, _)| chosen.iter().any(|c| std::ptr::eq(*c, *e)))
+            .flat_map(|(e, target)| e.addresses.iter().filter_map(|a| a.parse().ok()).map(|a| (a, *target)))
+            .collect();
+        out.push(ServiceRule {
+            namespace: key.0.clone(),
+            name: key.1.clone(),
+            cluster_ip: address,
+            protocol: protocol(port.protocol.as_deref()),
+            port: number,
+            endpoints: endpoints.into_iter().collect(),
+            affinity_seconds: affinity,
+        });
+    }
+    out
+}
+
+fn headless_endpoints(spec: &ServiceSpec, slices: &[EndpointSlice]) -> Vec<EndpointRecord> {
+    let all: Vec<&Endpoint> = slices.iter().flat_map(|s| s.endpoints.iter()).collect();
+    let chosen = if spec.publish_not_ready_addresses == Some(true) { all } else { usable(&all) };
+    let mut out = Vec::new();
+    for endpoint in chosen {
+        for address in endpoint.addresses.iter().filter_map(|a| a.parse().ok()) {
+            let record = EndpointRecord { address, hostname: endpoint.hostname.clone().filter(|h| !h.is_empty()) };
+            if !out.contains(&record) {
+                out.push(record);
+            }
+        }
+    }
+    out
+}
+
+fn dns_ports(spec: &ServiceSpec, slices: &[EndpointSlice], headless: bool) -> Vec<PortRecord> {
+    let of_slices = |name: &str| {
+        let ports = slices.iter().flat_map(|s| s.ports.iter().flatten());
+        ports.filter(|p| p.name.as_deref().unwrap_or("") == name).find_map(|p| p.port)
+    };
+    let ports = spec.ports.iter().flatten().filter_map(|p| {
+        let name = p.name.clone().filter(|n| !n.is_empty());
+        let number = if headless { of_slices(name.as_deref().unwrap_or("")).unwrap_or(p.port) } else { p.port };
+        Some(PortRecord { name, protocol: protocol(p.protocol.as_deref()), port: u16::try_from(number).ok()? })
+    });
+    ports.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn service(name: &str, spec: Value) -> SharedObject {
+        Arc::new(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "ns"}, "spec": spec}))
+    }
+    fn slice(service: &str, ports: Value, endpoints: Value) -> SharedObject {
+        Arc::new(json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": format!("{service}-1"), "namespace": "ns", "labels": {"kubernetes.io/service-name": service}},
+            "ports": ports, "endpoints": endpoints}))
+    }
+    fn endpoint(address: &str, ready: bool) -> Value {
+        json!({"addresses": [address], "conditions": {"ready": ready}})
+    }
+
+    #[test]
+    fn cluster_ips() {
+        let services = [service(
+            "web",
+            json!({"clusterIP": "10.43.0.5", "sessionAffinity": "ClientIP", "ports": [
+                {"name": "http", "port": 80, "targetPort": 8080}, {"name": "dns", "port": 53, "protocol": "UDP"}]}),
+        )];
+        let slices = [slice(
+            "web",
+            json!([{"name": "http", "port": 8080}, {"name": "dns", "port": 5353, "protocol": "UDP"}]),
+            json!([endpoint("10.42.0.9", true), endpoint("10.42.0.3", true), endpoint("10.42.0.4", false)]),
+        )];
+        let (rules, records) = compute("n", &services, &slices);
+        let two = |port| vec![(Ipv4Addr::new(10, 42, 0, 3), port), (Ipv4Addr::new(10, 42, 0, 9), port)];
+        assert_eq!(rules.len(), 2);
+        assert_eq!((rules[0].protocol, rules[0].port, &rules[0].endpoints), (Protocol::Tcp, 80, &two(8080)));
+        assert_eq!((rules[1].protocol, rules[1].port, &rules[1].endpoints), (Protocol::Udp, 53, &two(5353)));
+        assert_eq!(rules[0].affinity_seconds, Some(10_800));
+        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(Ipv4Addr::new(10, 43, 0, 5)));
+        assert_eq!(records.services[0].ports[0].port, 80);
+    }
+
+    #[test]
+    fn without_ready_endpoints_those_that_still_serve_are_used() {
+        let services = [service("web", json!({"clusterIP": "10.43.0.5", "ports": [{"port": 80}]}))];
+        let ending = json!({"addresses": ["10.42.0.7"], "conditions": {"ready": false, "serving": true, "terminating": true}});
+        let go = |endpoints: Value| {
+            let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
+            compute("n", &services, &slices).0[0].endpoints.clone()
+        };
+        assert_eq!(go(json!([ending, endpoint("10.42.0.8", false)])), [(Ipv4Addr::new(10, 42, 0, 7), 80)]);
+        assert_eq!(go(json!([ending, endpoint("10.42.0.8", true)])), [(Ipv4Addr::new(10, 42, 0, 8), 80)]);
+        assert!(go(json!([])).is_empty());
+    }
+
+    #[test]
+    fn headless_external_and_unset() {
+        let services = [
+            service("db", json!({"clusterIP": "None", "ports": [{"name": "pg", "port": 5432}]})),
+            service("out", json!({"type": "ExternalName", "externalName": "Example.COM."})),
+            service("new", json!({"ports": [{"port": 1}]})),
+        ];
+        let endpoints = json!([{"addresses": ["10.42.0.3"], "hostname": "db-0"}, endpoint("10.42.0.4", false)]);
+        let slices = [slice("db", json!([{"name": "pg", "port": 6000}]), endpoints)];
+        let (rules, records) = compute("n", &services, &slices);
+        assert!(rules.is_empty());
+        let record = EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 3), hostname: Some("db-0".into()) };
+        assert_eq!(records.services[0].kind, ServiceKind::Headless(vec![record]));
+        assert_eq!(records.services[0].ports[0].port, 6000);
+        assert_eq!(records.services[1].kind, ServiceKind::External("example.com".into()));
+        assert_eq!(records.services.len(), 2);
+    }
+}
