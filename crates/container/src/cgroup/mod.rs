@@ -1,0 +1,337 @@
+//! Control groups, whichever way the host has them: version 2 alone, version 1 alone, or both side by side (each
+//! version 1 controller on a mount of its own and a version 2 tree, often without controllers). A group here is one
+//! path below every one of those mounts. A controller that is missing is skipped; setting a limit for it says so.
+
+mod limits;
+mod stats;
+
+pub use stats::Stats;
+
+use crate::error::{During, Error, Result};
+use rustix::process::{Pid, Signal};
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What is used of version 1; the other controllers keep their tasks where they are.
+const V1_CONTROLLERS: &[&str] = &["cpu", "cpuacct", "memory", "pids", "devices", "freezer"];
+const V2_CONTROLLERS: &[&str] = &["cpu", "memory", "pids"];
+
+/// The mounted trees of this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hierarchies {
+    pub v1: Vec<V1>,
+    pub v2: Option<V2>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct V1 {
+    pub controllers: Vec<String>,
+    pub mount: PathBuf,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct V2 {
+    pub controllers: Vec<String>,
+    pub mount: PathBuf,
+}
+
+impl Hierarchies {
+    pub fn discover() -> Result<Self> {
+        let text = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
+        let mut found = Self::parse(&text);
+        if let Some(v2) = &mut found.v2 {
+            let text = fs::read_to_string(v2.mount.join("cgroup.controllers")).unwrap_or_default();
+            v2.controllers = words(&text).filter(|c| V2_CONTROLLERS.contains(c)).map(str::to_owned).collect();
+        }
+        Ok(found)
+    }
+
+    /// proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source,
+    /// super options.
+    fn parse(mountinfo: &str) -> Self {
+        let mut found = Self::default();
+        for line in mountinfo.lines() {
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let (mut left, mut right) = (left.split(' ').skip(3), right.split(' '));
+            let (Some(root), Some(point)) = (left.next(), left.next()) else { continue };
+            let (Some(kind), Some(options)) = (right.next(), right.nth(1)) else { continue };
+            if root != "/" {
+                continue;
+            }
+            match kind {
+                "cgroup2" if found.v2.is_none() => {
+                    found.v2 = Some(V2 { controllers: Vec::new(), mount: point.into() });
+                }
+                "cgroup" => {
+                    let controllers: Vec<String> =
+                        options.split(',').filter(|o| V1_CONTROLLERS.contains(o)).map(str::to_owned).collect();
+                    let known = |c: &String| found.v1.iter().any(|h| h.controllers.contains(c));
+                    if !controllers.is_empty() && !controllers.iter().any(known) {
+                        found.v1.push(V1 { controllers, mount: point.into() });
+                    }
+                }
+                _ => {}
+            }
+        }
+        found
+    }
+
+    fn v1(&self, controller: &str) -> Option<&Path> {
+        self.v1.iter().find(|h| h.controllers.iter().any(|c| c == controller)).map(|h| h.mount.as_path())
+    }
+
+    fn v2(&self, controller: &str) -> Option<&Path> {
+        self.v2.as_ref().filter(|v| v.controllers.iter().any(|c| c == controller)).map(|v| v.mount.as_path())
+    }
+
+    fn mounts(&self) -> impl Iterator<Item = &Path> {
+        self.v1.iter().map(|h| h.mount.as_path()).chain(self.v2.iter().map(|v| v.mount.as_path()))
+    }
+}
+
+/// A control group: one relative path in all hierarchies.
+#[derive(Clone, Debug)]
+pub struct Cgroup {
+    hierarchies: Hierarchies,
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Names a group; it need not exist.
+    pub fn new(hierarchies: Hierarchies, path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let plain = path.components().all(|c| matches!(c, Component::Normal(_)));
+        if !plain || path.as_os_str().is_empty() {
+            return Err(Error::Refused(format!("cgroup {path:?}: must be a relative path without `.` and `..`")));
+        }
+        Ok(Self { hierarchies, path })
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn child(&self, name: &str) -> Result<Self> {
+        Self::new(self.hierarchies.clone(), self.path.join(name))
+    }
+
+    /// The group beside this one.
+    pub fn sibling(&self, name: &str) -> Result<Self> {
+        Self::new(self.hierarchies.clone(), self.path.with_file_name(name))
+    }
+
+    /// Whether putting a process here goes through version 1, where each move may wait for all processors.
+    pub fn has_v1(&self) -> bool {
+        !self.hierarchies.v1.is_empty()
+    }
+
+    /// Makes the directories; on version 2 lets the controllers through on the way down.
+    pub fn create(&self) -> Result<()> {
+        for hierarchy in &self.hierarchies.v1 {
+            make(&hierarchy.mount.join(&self.path))?;
+        }
+        let Some(v2) = &self.hierarchies.v2 else { return Ok(()) };
+        let wanted: Vec<String> = v2.controllers.iter().map(|c| format!("+{c}")).collect();
+        let mut directory = v2.mount.clone();
+        for part in &self.path {
+            if !wanted.is_empty() {
+                // Refused where processes sit in the parent; then the limits say what is missing.
+                let _ = fs::write(directory.join("cgroup.subtree_control"), wanted.join(" "));
+            }
+            directory.push(part);
+            make(&directory)?;
+        }
+        Ok(())
+    }
+
+    /// Moves the calling process here, in every version 1 hierarchy; in version 2 too if `with_v2`.
+    pub fn join(&self, with_v2: bool) -> Result<()> {
+        let v2 = self.hierarchies.v2.as_ref().filter(|_| with_v2).map(|v| v.mount.as_path());
+        for mount in self.hierarchies.v1.iter().map(|h| h.mount.as_path()).chain(v2) {
+            let file = mount.join(&self.path).join("cgroup.procs");
+            fs::write(&file, "0").during(|| format!("joining cgroup {}", file.display()))?;
+        }
+        Ok(())
+    }
+
+    /// Moves another process here.
+    pub fn admit(&self, pid: i32) -> Result<()> {
+        for mount in self.hierarchies.mounts() {
+            let file = mount.join(&self.path).join("cgroup.procs");
+            fs::write(&file, pid.to_string()).during(|| format!("joining cgroup {}", file.display()))?;
+        }
+        Ok(())
+    }
+
+    /// The version 2 directory, for `CLONE_INTO_CGROUP`.
+    pub fn v2_directory(&self) -> Option<OwnedFd> {
+        use rustix::fs::{Mode, OFlags, open};
+        let directory = self.hierarchies.v2.as_ref()?.mount.join(&self.path);
+        open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
+    }
+
+    /// Pids in this group and those below it.
+    pub fn pids(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        for mount in self.hierarchies.mounts() {
+            collect(&mount.join(&self.path), &mut pids, 0);
+        }
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Kills all that is in here and below, and waits until it is gone. False if something is still there at the
+    /// deadline.
+    pub fn kill(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        self.thaw();
+        loop {
+            if let Some(v2) = &self.hierarchies.v2 {
+                let _ = fs::write(v2.mount.join(&self.path).join("cgroup.kill"), "1");
+            }
+            let pids = self.pids();
+            if pids.is_empty() {
+                return true;
+            }
+            for pid in pids.into_iter().filter(|p| *p > 1).filter_map(Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Asks for all to be killed and does not wait.
+    pub fn kill_now(&self) {
+        self.kill(Duration::ZERO);
+    }
+
+    pub fn freeze(&self) -> Result<()> {
+        self.set_frozen(true)
+    }
+
+    pub fn thaw(&self) {
+        let _ = self.set_frozen(false);
+    }
+
+    fn set_frozen(&self, frozen: bool) -> Result<()> {
+        if let Some(v2) = &self.hierarchies.v2 {
+            let file = v2.mount.join(&self.path).join("cgroup.freeze");
+            if file.exists() {
+                return fs::write(&file, if frozen { "1" } else { "0" }).during(|| format!("writing {}", file.display()));
+            }
+        }
+        let Some(mount) = self.hierarchies.v1("freezer") else {
+            return Err(Error::Refused("this host has no freezer among its control groups".into()));
+        };
+        let file = mount.join(&self.path).join("freezer.state");
+        fs::write(&file, if frozen { "FROZEN" } else { "THAWED" }).during(|| format!("writing {}", file.display()))
+    }
+
+    /// Removes the directories, deepest first, waiting for the kernel to let go of those just emptied.
+    pub fn remove(&self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
+        for mount in self.hierarchies.mounts() {
+            let directory = mount.join(&self.path);
+            loop {
+                match remove_tree(&directory, 0) {
+                    Ok(()) => break,
+                    Err(e) if e.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    Err(e) => return Err(Error::step(format!("removing cgroup {}", directory.display()), e)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the directories above that this one was the last in, up to the first level.
+    pub fn remove_empty_parents(&self) {
+        for mount in self.hierarchies.mounts() {
+            for parent in self.path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()) {
+                if fs::remove_dir(mount.join(parent)).is_err() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+fn make(directory: &Path) -> Result<()> {
+    fs::create_dir_all(directory).during(|| format!("making cgroup {}", directory.display()))
+}
+
+/// Groups are nested by containers at most, and only where the version 2 tree is delegated to them.
+const MAX_DEPTH: usize = 32;
+
+fn collect(directory: &Path, pids: &mut Vec<i32>, depth: usize) {
+    if let Ok(text) = fs::read_to_string(directory.join("cgroup.procs")) {
+        pids.extend(text.lines().filter_map(|l| l.trim().parse::<i32>().ok()));
+    }
+    if depth < MAX_DEPTH {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                collect(&entry.path(), pids, depth + 1);
+            }
+        }
+    }
+}
+
+fn remove_tree(directory: &Path, depth: usize) -> io::Result<()> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(e),
+    };
+    for entry in entries.flatten() {
+        if depth < MAX_DEPTH && entry.file_type().is_ok_and(|t| t.is_dir()) {
+            remove_tree(&entry.path(), depth + 1)?;
+        }
+    }
+    match fs::remove_dir(directory) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn words(text: &str) -> impl Iterator<Item = &str> {
+    text.split_ascii_whitespace()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_each_layout() {
+        let hybrid = "\
+26 25 0:23 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755
+27 26 0:24 / /sys/fs/cgroup/cpu,cpuacct rw,relatime - cgroup cgroup rw,cpu,cpuacct
+28 26 0:25 / /sys/fs/cgroup/memory rw,relatime shared:9 - cgroup cgroup rw,memory
+29 26 0:26 / /sys/fs/cgroup/systemd rw,relatime - cgroup systemd rw,name=systemd
+30 26 0:27 /sub /mnt/pids rw,relatime - cgroup cgroup rw,pids
+31 26 0:28 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+";
+        let found = Hierarchies::parse(hybrid);
+        assert_eq!(found.v1.len(), 2);
+        assert_eq!(found.v1("cpuacct"), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct")));
+        assert_eq!(found.v1("pids"), None);
+        assert_eq!(found.v2.as_ref().map(|v| v.mount.as_path()), Some(Path::new("/sys/fs/cgroup/unified")));
+        let pure = Hierarchies::parse("35 25 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n");
+        assert!(pure.v1.is_empty() && pure.v2.is_some());
+    }
+
+    #[test]
+    fn paths_stay_below_the_mounts() {
+        for bad in ["", "/a", "../a", "a/../../b"] {
+            assert!(Cgroup::new(Hierarchies::default(), bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! The daemon's side: starts shims, finds them again, talks to them. Blocking, with time limits; one connection for
+//! one conversation.
+
+use crate::cgroup::{Cgroup, Hierarchies};
+use crate::error::{During, Error, Result};
+use crate::shim::protocol::{ErrorKind, Request, Response, SOCKET, Sandbox, Start, State, Streams, VERSION};
+use crate::shim::{container_directory, sealed_executable};
+use crate::spec::Process;
+use crate::wire::{self, Filled, Reader};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Longer than the shim's own limit for a set-up.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A connection to a shim.
+pub struct Client {
+    stream: UnixStream,
+    reader: Reader,
+    /// The protocol version that the shim speaks.
+    pub version: u32,
+    pub shim_pid: u32,
+}
+
+/// The live ends of an executed or attached process. The connection tells how it ended; closing it ends an executed
+/// process and detaches from an attached one.
+pub struct Live {
+    pub connection: Client,
+    /// Both ways, for input, output and the window's size of a terminal. Non-blocking.
+    pub terminal: Option<OwnedFd>,
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
+}
+
+/// Starts a shim and returns when it is ready. `exe` has a role `shim` that calls [`crate::shim::main`].
+///
+/// The child is not a fork of this process: it is executed at once, in a clean environment, through a read-only view of
+/// the binary.
+pub fn launch(exe: &Path, sandbox: &Sandbox) -> Result<()> {
+    let sealed = sealed_executable(exe)?;
+    let program = format!("/proc/self/fd/{}", sealed.as_raw_fd());
+    let mut child = Command::new(&program)
+        .arg0("atoll")
+        .args(["shim", &sandbox.title])
+        .env_clear()
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .during(|| format!("executing {} as a shim", exe.display()))?;
+    let text = serde_json::to_vec(sandbox).map_err(|e| Error::step("describing the sandbox", e))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // If it dies before it has read all, its exit status says so.
+        let _ = stdin.write_all(&text);
+    }
+    let output = child.wait_with_output().during(|| "waiting for the shim".into())?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.trim();
+    Err(Error::Shim(format!("the shim did not start ({}): {}", output.status, said.get(..4096).unwrap_or(said))))
+}
+
+impl Client {
+    /// [`Error::NoShim`] if there is none.
+    pub fn connect(run_dir: &Path) -> Result<Self> {
+        let socket = run_dir.join(SOCKET);
+        let gone = |source| Error::NoShim { socket: socket.clone(), source };
+        let stream = UnixStream::connect(&socket).map_err(gone)?;
+        stream.set_read_timeout(Some(PATIENCE)).map_err(gone)?;
+        stream.set_write_timeout(Some(PATIENCE)).map_err(gone)?;
+        let mut client = Self { stream, reader: Reader::default(), version: 0, shim_pid: 0 };
+        match client.ask(&Request::Hello { version: VERSION }).map_err(|e| gone(io::Error::other(e.to_string())))? {
+            Response::Hello { version, pid } => (client.version, client.shim_pid) = (version, pid),
+            other => return Err(unexpected(&other)),
+        }
+        Ok(client)
+    }
+
+    fn ask(&mut self, request: &Request) -> Result<Response> {
+        wire::send(&self.stream, request, &[]).during(|| "asking the shim".into())?;
+        match wire::receive(&self.stream, &mut self.reader).during(|| "waiting for the shim".into())? {
+            Response::Error { kind, message } => Err(match kind {
+                ErrorKind::NoContainer => Error::NoContainer(message),
+                ErrorKind::NotRunning => Error::NotRunning(message),
+                ErrorKind::Exec(code) => Error::Exec { code, message },
+                ErrorKind::Refused => Error::Refused(message),
+                ErrorKind::Failed => Error::Shim(message),
+            }),
+            response => Ok(response),
+        }
+    }
+
+    fn command(&mut self, request: &Request) -> Result<()> {
+        match self.ask(request)? {
+            Response::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Returns when the container's program is executed. Asked again for the same attempt, tells how it stands.
+    pub fn start(&mut self, start: Start) -> Result<State> {
+        match self.ask(&Request::Start(Box::new(start)))? {
+            Response::Started(state) => Ok(state),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The sequence number is for [`Self::watch`].
+    pub fn list(&mut self) -> Result<(u64, Vec<State>)> {
+        match self.ask(&Request::List)? {
+            Response::List { sequence, containers } => Ok((sequence, containers)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Makes this connection readable when something has changed since `seen`, or the shim has gone.
+    pub fn watch(self, seen: u64) -> Result<OwnedFd> {
+        wire::send(&self.stream, &Request::Watch { seen }, &[]).during(|| "asking the shim".into())?;
+        self.stream.set_nonblocking(true).during(|| "making a socket non-blocking".into())?;
+        Ok(self.stream.into())
+    }
+
+    pub fn signal(&mut self, name: &str, signal: i32) -> Result<()> {
+        self.command(&Request::Signal { name: name.into(), signal })
+    }
+
+    /// Forgets an ended container and deletes its directory. Nothing is done if it is not there.
+    pub fn remove(&mut self, dir: &Path, name: &str) -> Result<()> {
+        let ended = self.list()?.1.into_iter().find(|s| s.name == name);
+        self.command(&Request::Remove { name: name.into() })?;
+        if let Some(state) = ended {
+            delete(&container_directory(dir, name, state.attempt))?;
+        }
+        Ok(())
+    }
+
+    pub fn exec(mut self, name: &str, process: Process, streams: Streams) -> Result<Live> {
+        let request = Request::Exec { name: name.into(), process: Box::new(process), streams };
+        let response = self.ask(&request)?;
+        self.live(response)
+    }
+
+    pub fn attach(mut self, name: &str, streams: Streams) -> Result<Live> {
+        let response = self.ask(&Request::Attach { name: name.into(), streams })?;
+        self.live(response)
+    }
+
+    fn live(mut self, response: Response) -> Result<Live> {
+        let Response::Streams { terminal, streams } = response else { return Err(unexpected(&response)) };
+        let mut next = |wanted: bool| -> Result<Option<OwnedFd>> {
+            if !wanted {
+                return Ok(None);
+            }
+            self.reader.take_fd().map(Some).ok_or_else(|| Error::Shim("the shim sent no descriptor".into()))
+        };
+        let (terminal, stdin) = (next(terminal)?, next(streams.stdin)?);
+        let (stdout, stderr) = (next(streams.stdout)?, next(streams.stderr)?);
+        self.stream.set_nonblocking(true).during(|| "making a socket non-blocking".into())?;
+        Ok(Live { connection: self, terminal, stdin, stdout, stderr })
+    }
+
+    /// For the connection of a [`Live`], which does not block: how the process ended, when it is known. Readable then.
+    /// `WouldBlock` until then; another error if the shim is gone.
+    pub fn exit_code(&mut self) -> io::Result<i32> {
+        loop {
+            match self.reader.next::<Response>()? {
+                Some(Response::Exited { code }) => return Ok(code),
+                Some(other) => return Err(io::Error::other(unexpected(&other).to_string())),
+                None => match self.reader.fill(&self.stream)? {
+                    Filled::Some => {}
+                    Filled::Nothing => return Err(io::ErrorKind::WouldBlock.into()),
+                    Filled::End => return Err(io::ErrorKind::UnexpectedEof.into()),
+                },
+            }
+        }
+    }
+
+    pub fn pause(&mut self) -> Result<()> {
+        self.command(&Request::Pause)
+    }
+
+    pub fn resume(&mut self) -> Result<()> {
+        self.command(&Request::Resume)
+    }
+
+    pub fn shutdown(mut self) -> Result<()> {
+        self.command(&Request::Shutdown)
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+impl AsRawFd for Client {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}
+
+fn unexpected(response: &Response) -> Error {
+    Error::Shim(format!("the shim answered something else than was asked: {response:?}"))
+}
+
+/// Ends a sandbox, whether its shim still runs or not, and removes what it left: processes, control groups, its
+/// directory, its socket. Done again, it does nothing.
+pub fn destroy(cgroup: &Path, dir: &Path, run_dir: &Path) -> Result<()> {
+    match Client::connect(run_dir) {
+        Ok(client) => {
+            let process = rustix::process::Pid::from_raw(client.shim_pid as i32)
+                .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
+            client.shutdown()?;
+            // It has answered and is about to exit: its control group and its lock are free after that.
+            if let Some(process) = process {
+                use rustix::event::{PollFd, PollFlags, Timespec, poll};
+                let limit = Timespec { tv_sec: 5, tv_nsec: 0 };
+                let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit));
+            }
+        }
+        Err(Error::NoShim { .. }) => {}
+        Err(e) => return Err(e),
+    }
+    let group = Cgroup::new(Hierarchies::discover()?, cgroup)?;
+    let patience = Duration::from_secs(10);
+    if !group.kill(patience) {
+        return Err(Error::Shim(format!("processes in cgroup {} do not end", cgroup.display())));
+    }
+    group.remove(patience)?;
+    for name in [SOCKET, "shim.lock"] {
+        let _ = std::fs::remove_file(run_dir.join(name));
+    }
+    delete(dir)?;
+    // Shared with the other shims: stays if there are any.
+    let _ = group.sibling("shims")?.remove(Duration::ZERO);
+    group.remove_empty_parents();
+    Ok(())
+}
+
+fn delete(directory: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::step(format!("deleting {}", directory.display()), e)),
+        _ => Ok(()),
+    }
+}
+
+/// What the group at `cgroup` uses.
+pub fn stats(cgroup: &Path) -> Result<crate::cgroup::Stats> {
+    Ok(Cgroup::new(Hierarchies::discover()?, cgroup)?.stats())
+}
+
+/// Connects to a port on the loopback of a network namespace. Call it on a thread of its own, which then ends: it stays
+/// in that namespace.
+pub fn connect_in(network: &Path, port: u16) -> io::Result<std::net::TcpStream> {
+    let namespace = std::fs::File::open(network)?;
+    let kind = rustix::thread::LinkNameSpaceType::Network;
+    rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind))?;
+    let limit = Duration::from_secs(10);
+    let v4 = std::net::TcpStream::connect_timeout(&(std::net::Ipv4Addr::LOCALHOST, port).into(), limit);
+    v4.or_else(|e| {
+        std::net::TcpStream::connect_timeout(&(std::net::Ipv6Addr::LOCALHOST, port).into(), limit).map_err(|_| e)
+    })
+}
