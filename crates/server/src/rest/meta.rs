@@ -191,7 +191,8 @@ fn finalizers(metadata: &Map<String, Value>, live: Option<&Object>, causes: &mut
             let field = format!("metadata.finalizers[{index}]");
             causes.push(cause("FieldValueInvalid", &field, format!("Invalid value: \"{text}\": {problem}")));
         }
-        if !plain && !text.contains('/') && live.is_none() {
+        // `customresourcecleanup.apiextensions.k8s.io` is qualified by its domain alone.
+        if !plain && !text.contains(['/', '.']) && live.is_none() {
             let text = format!(
                 "Invalid value: \"{text}\": name is neither a standard finalizer name nor is it fully qualified"
             );

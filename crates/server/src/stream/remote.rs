@@ -339,7 +339,11 @@ async fn feed<S: Source>(source: Option<S>, input: Option<Input>) {
 }
 
 async fn deliver<T: Target>(output: Option<Output>, target: Option<T>, exited: &CancellationToken) {
-    let (Some(mut output), Some(mut target)) = (output, target) else { return };
+    let Some(mut target) = target else { return };
+    let Some(mut output) = output else {
+        // Asked for and not there: a container's terminal has no standard error.
+        return target.finish().await;
+    };
     let mut buffer = BytesMut::new();
     loop {
         buffer.reserve(BUFFER);
