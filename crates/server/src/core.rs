@@ -140,10 +140,6 @@ impl ServiceRange {
         Ipv4Addr::from(self.base + 1)
     }
 
-    pub fn dns_address(&self) -> Ipv4Addr {
-        Ipv4Addr::from(self.base + 10)
-    }
-
     /// Any address that may be given out without being asked for.
     pub fn any(&self, random: u64) -> Ipv4Addr {
         let free = u64::from(self.size - Self::RESERVED - 1);
@@ -164,10 +160,7 @@ mod tests {
     #[test]
     fn service_addresses() {
         let range = ServiceRange::parse("10.43.7.0/16").unwrap();
-        assert_eq!(
-            (range.api_address().to_string(), range.dns_address().to_string()),
-            ("10.43.0.1".into(), "10.43.0.10".into())
-        );
+        assert_eq!(range.api_address().to_string(), "10.43.0.1");
         assert_eq!(range.to_string(), "10.43.0.0/16");
         for random in [0, 1, u64::MAX, 65_518, 65_519] {
             let address = range.any(random);

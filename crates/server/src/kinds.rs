@@ -4,11 +4,21 @@ use api::kind::{Kind, Resource, Scope};
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
 
+/// What a CustomResourceDefinition serves.
+#[derive(Clone)]
+pub struct Custom {
+    pub kinds: Vec<Arc<Kind>>,
+    /// Revision of the definition.
+    pub revision: i64,
+    /// It is being deleted: what is there may go, nothing new may come.
+    pub ending: bool,
+}
+
 /// One consistent view; requests hold the one they began with.
 pub struct Set {
     kinds: BTreeMap<Resource, Arc<Kind>>,
-    /// Names of custom definitions and what they serve.
-    custom: BTreeMap<String, Vec<Arc<Kind>>>,
+    /// By the definition's name.
+    custom: BTreeMap<String, Custom>,
     /// Goes up with every change; caches of derived documents are keyed by it.
     pub generation: u64,
 }
@@ -28,23 +38,28 @@ impl Kinds {
         self.current.read().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// Serves `kinds` for the custom definition `name` from now on; none = it is gone.
-    pub fn set_custom(&self, name: &str, kinds: Vec<Kind>) {
+    /// Serves `change` for the custom definition `name` from now on, `None` = nothing any more; unless something newer
+    /// than `revision` is known already.
+    pub fn set_custom(&self, name: &str, revision: i64, change: Option<Custom>) {
         let mut current = self.current.write().unwrap_or_else(|e| e.into_inner());
+        if current.custom.get(name).is_some_and(|known| known.revision >= revision) {
+            return;
+        }
         let mut custom = current.custom.clone();
-        if kinds.is_empty() {
-            custom.remove(name);
-        } else {
-            custom.insert(name.to_owned(), kinds.into_iter().map(Arc::new).collect());
+        match change {
+            Some(change) => drop(custom.insert(name.to_owned(), change)),
+            None if !custom.contains_key(name) => return,
+            None => drop(custom.remove(name)),
         }
         *current = Arc::new(Set::build(&self.builtin, custom, current.generation + 1));
     }
 }
 
 impl Set {
-    fn build(builtin: &[Arc<Kind>], custom: BTreeMap<String, Vec<Arc<Kind>>>, generation: u64) -> Self {
+    fn build(builtin: &[Arc<Kind>], custom: BTreeMap<String, Custom>, generation: u64) -> Self {
         let mut kinds = BTreeMap::new();
-        for kind in custom.values().flatten().chain(builtin) {
+        // What is built in cannot be redefined.
+        for kind in custom.values().flat_map(|c| &c.kinds).chain(builtin) {
             kinds.insert(kind.resource.clone(), kind.clone());
         }
         Set { kinds, custom, generation }
@@ -67,25 +82,39 @@ impl Set {
         self.kinds.values()
     }
 
-    pub fn custom(&self, name: &str) -> &[Arc<Kind>] {
-        self.custom.get(name).map(Vec::as_slice).unwrap_or_default()
+    pub fn custom(&self, name: &str) -> Option<&Custom> {
+        self.custom.get(name)
+    }
+
+    fn definition_of(&self, kind: &Kind) -> Option<&Custom> {
+        let name = format!("{}.{}", kind.resource.plural, kind.resource.group);
+        self.custom.get(&name).filter(|c| c.kinds.iter().any(|k| k.resource == kind.resource))
     }
 
     pub fn is_custom(&self, kind: &Kind) -> bool {
-        self.custom.values().flatten().any(|k| k.resource == kind.resource)
+        self.definition_of(kind).is_some()
     }
 
-    /// Whether another definition than `name` serves this kind name, plural, singular or short name in `group`.
+    /// Whether the kind's definition is being deleted.
+    pub fn is_ending(&self, kind: &Kind) -> bool {
+        self.definition_of(kind).is_some_and(|c| c.ending)
+    }
+
+    /// Whether another definition than `name` serves this plural, singular or short name in `group` already.
     pub fn taken(&self, name: &str, group: &str, word: &str) -> bool {
-        let own = self.custom(name);
-        self.iter().any(|k| {
-            *k.resource.group == *group
-                && !own.iter().any(|o| o.resource == k.resource)
-                && (*k.resource.plural == *word
-                    || k.singular == word
-                    || k.kind == word
-                    || k.list_kind == word
-                    || k.short_names.iter().any(|s| s == word))
+        self.others(name, group)
+            .any(|k| *k.resource.plural == *word || k.singular == word || k.short_names.iter().any(|s| s == word))
+    }
+
+    /// The same for the names of kinds and their lists.
+    pub fn kind_taken(&self, name: &str, group: &str, word: &str) -> bool {
+        self.others(name, group).any(|k| k.kind == word || k.list_kind == word)
+    }
+
+    fn others<'a>(&'a self, name: &str, group: &'a str) -> impl Iterator<Item = &'a Arc<Kind>> {
+        let own = name.to_owned();
+        self.iter().filter(move |k| {
+            *k.resource.group == *group && format!("{}.{}", k.resource.plural, k.resource.group) != own
         })
     }
 

@@ -29,5 +29,3 @@ mod watch;
 mod testing;
 
 pub use server::{Config, Server, ServerError};
-
-mod shim;

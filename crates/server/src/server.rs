@@ -68,7 +68,7 @@ impl Drop for Server {
 impl Server {
     /// Keys, certificates, initial objects. After this [`Server::client`] works; nothing listens yet.
     pub async fn new(config: Config) -> Result<Arc<Server>, ServerError> {
-        let kinds = crate::shim::kinds();
+        let kinds = api::kinds::builtin().into_iter().map(Arc::new).collect();
         Self::with_kinds(config, kinds).await
     }
 

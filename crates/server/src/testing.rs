@@ -5,6 +5,6 @@ use std::sync::Arc;
 
 /// A built-in kind by its plural.
 pub fn kind(plural: &str) -> Arc<Kind> {
-    let kinds = crate::shim::kinds();
-    kinds.into_iter().find(|k| *k.resource.plural == *plural).unwrap()
+    let kinds = api::kinds::builtin();
+    Arc::new(kinds.into_iter().find(|k| *k.resource.plural == *plural).unwrap())
 }

@@ -25,7 +25,13 @@ async fn anonymous_gets_nothing_but_health_and_version() {
     }
     let mut groups = vec!["/api/v1".to_owned()];
     for group in running.get("/apis").await.json()["groups"].as_array().unwrap() {
-        groups.extend(group["versions"].as_array().unwrap().iter().map(|v| format!("/apis/{}", v["groupVersion"].as_str().unwrap())));
+        groups.extend(
+            group["versions"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|v| format!("/apis/{}", v["groupVersion"].as_str().unwrap())),
+        );
     }
     for group in groups {
         for resource in running.get(&group).await.json()["resources"].as_array().unwrap() {
@@ -93,10 +99,8 @@ async fn service_accounts_have_tokens_and_may_little() {
     let answer = running.send(&token, "POST", path, &[JSON], review("").to_string()).await;
     assert_eq!((answer.code, &answer.json()["status"]["allowed"]), (201, &json!(false)));
     assert_eq!(running.post(path, &review("")).await.json()["status"]["allowed"], true);
-    let who = running
-        .send(&token, "POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", &[JSON], "{}")
-        .await
-        .json();
+    let who =
+        running.send(&token, "POST", "/apis/authentication.k8s.io/v1/selfsubjectreviews", &[JSON], "{}").await.json();
     assert_eq!(who["status"]["userInfo"]["username"], "system:serviceaccount:default:default");
     let short = running
         .post("/api/v1/namespaces/default/serviceaccounts/default/token", &json!({"spec": {"expirationSeconds": 5}}))
@@ -180,7 +184,8 @@ async fn what_does_not_fit_is_refused_with_its_place() {
 #[tokio::test]
 async fn hostile_bodies() {
     let running = Running::start().await;
-    let post = async |kind: &str, body: String| running.send(&As::Admin, "POST", CMS, &[("content-type", kind)], body).await;
+    let post =
+        async |kind: &str, body: String| running.send(&As::Admin, "POST", CMS, &[("content-type", kind)], body).await;
     post("application/json", "x".repeat(4 << 20)).await.refusal(413);
     post("application/json", "[".repeat(100_000)).await.refusal(400);
     post("application/json", "{\"a\":".repeat(1000)).await.refusal(400);
@@ -260,7 +265,9 @@ async fn lists_in_pages_and_at_versions() {
     assert_eq!(names(&exact).len(), 25);
     let newer = running.get(&format!("{CMS}?resourceVersion={version}&resourceVersionMatch=NotOlderThan")).await.json();
     assert_eq!(names(&newer).len(), 26);
-    assert!(running.get(&format!("{CMS}?resourceVersion=999999")).await.refusal(504).contains("Too large resource version"));
+    assert!(
+        running.get(&format!("{CMS}?resourceVersion=999999")).await.refusal(504).contains("Too large resource version")
+    );
     running.get(&format!("{CMS}?resourceVersionMatch=Exact")).await.refusal(422);
     running.get(&format!("{CMS}?continue=zzz")).await.refusal(400);
     running.get(&format!("{CMS}?limit=x")).await.refusal(400);
@@ -297,14 +304,16 @@ async fn generated_names_and_discovery_forms() {
     assert_ne!(one["metadata"]["name"], two["metadata"]["name"]);
 
     for version in ["v2", "v2beta1"] {
-        let accept = format!("application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList,application/json");
+        let accept =
+            format!("application/json;g=apidiscovery.k8s.io;v={version};as=APIGroupDiscoveryList,application/json");
         let answer = running.send(&As::Admin, "GET", "/apis", &[("accept", &accept)], "").await;
         assert!(answer.header("content-type").contains("as=APIGroupDiscoveryList"));
         let json = answer.json();
         assert_eq!(json["apiVersion"], format!("apidiscovery.k8s.io/{version}"));
         assert!(json["items"].as_array().unwrap().iter().any(|g| g["metadata"]["name"] == "apps"));
         let etag = answer.header("etag").to_owned();
-        let again = running.send(&As::Admin, "GET", "/apis", &[("accept", &accept), ("if-none-match", &etag)], "").await;
+        let again =
+            running.send(&As::Admin, "GET", "/apis", &[("accept", &accept), ("if-none-match", &etag)], "").await;
         assert_eq!(again.code, 304);
     }
     assert_eq!(running.get("/api").await.json()["versions"], json!(["v1"]));
@@ -373,7 +382,9 @@ async fn namespaces_end_when_they_are_empty() {
     done["spec"]["finalizers"] = json!([]);
     assert_eq!(running.put("/api/v1/namespaces/n/finalize", &done).await.code, 200);
     running.get("/api/v1/namespaces/n").await.refusal(404);
-    assert!(running.delete("/api/v1/namespaces/default", &Value::Null).await.refusal(403).contains("may not be deleted"));
+    assert!(
+        running.delete("/api/v1/namespaces/default", &Value::Null).await.refusal(403).contains("may not be deleted")
+    );
 }
 
 #[tokio::test]
@@ -457,7 +468,10 @@ async fn pods_are_completed_bound_and_ended() {
 
     let marked = running.delete(&format!("{path}/a"), &Value::Null).await.json();
     assert_eq!(marked["metadata"]["deletionGracePeriodSeconds"], 30);
-    assert_eq!(running.delete(&format!("{path}/a"), &json!({"gracePeriodSeconds": 0})).await.json()["status"], "Success");
+    assert_eq!(
+        running.delete(&format!("{path}/a"), &json!({"gracePeriodSeconds": 0})).await.json()["status"],
+        "Success"
+    );
     running.get(&format!("{path}/a")).await.refusal(404);
     // Never scheduled: nothing to wait for. By eviction this time.
     let eviction = json!({"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "b"}});

@@ -59,9 +59,8 @@ async fn lists_that_go_on_as_watches() {
     running.post(CMS, &config_map("a", "red")).await;
     let mut watch = running.watch(&format!("{CMS}?watch=1"), &[]).await;
     assert_eq!(watch.next_name().await, event("ADDED", "a"));
-    let streaming = format!(
-        "{CMS}?watch=1&sendInitialEvents=true&allowWatchBookmarks=true&resourceVersionMatch=NotOlderThan"
-    );
+    let streaming =
+        format!("{CMS}?watch=1&sendInitialEvents=true&allowWatchBookmarks=true&resourceVersionMatch=NotOlderThan");
     let mut streaming = running.watch(&streaming, &[]).await;
     assert_eq!(streaming.next_name().await, event("ADDED", "a"));
     let bookmark = streaming.next().await.unwrap();
@@ -94,7 +93,10 @@ async fn a_watch_ends_in_time_and_refuses_what_is_gone() {
     store.compact(now).await.unwrap();
     let mut watch = running.watch(&format!("{CMS}?watch=1&resourceVersion=2"), &[]).await;
     let event = watch.next().await.unwrap();
-    assert_eq!((&event["type"], &event["object"]["code"], &event["object"]["reason"]), (&json!("ERROR"), &json!(410), &json!("Expired")));
+    assert_eq!(
+        (&event["type"], &event["object"]["code"], &event["object"]["reason"]),
+        (&json!("ERROR"), &json!(410), &json!("Expired"))
+    );
     assert!(watch.next().await.is_none());
     let token = first["metadata"]["continue"].as_str().unwrap();
     let expired = running.get(&format!("{CMS}?limit=1&continue={token}")).await;

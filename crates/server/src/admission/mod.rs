@@ -25,7 +25,7 @@ use store::{Compare, Op};
 pub enum Operation<'a> {
     Create,
     Update { live: &'a Object, subresource: &'a str },
-    Delete { live: &'a Object },
+    Delete,
 }
 
 /// What goes into the same transaction, and what the client is told.

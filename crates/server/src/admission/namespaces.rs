@@ -41,7 +41,7 @@ pub fn admit(
                 child(object_of(object), "spec").insert("finalizers".into(), list.clone());
             }
         }
-        Operation::Delete { .. } => {
+        Operation::Delete => {
             if PROTECTED.contains(&target.name.as_str()) {
                 return Err(target.forbidden("this namespace may not be deleted"));
             }

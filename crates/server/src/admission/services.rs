@@ -62,7 +62,7 @@ pub async fn admit(
     let live = match operation {
         Operation::Create => None,
         Operation::Update { live, subresource: "" } => Some(live),
-        Operation::Update { .. } | Operation::Delete { .. } => return Ok(Effects::default()),
+        Operation::Update { .. } | Operation::Delete => return Ok(Effects::default()),
     };
     let mut effects = Effects::default();
     let owner = Bytes::from(format!("{}/{}", target.namespace, target.name));

@@ -1,20 +1,29 @@
-//! OpenAPI documents of the kinds served.
+//! OpenAPI documents of the kinds served, written by `api` from their schemas.
 
 use crate::kinds::Set;
-use serde_json::{Value, json};
+use api::kind::Kind;
+use serde_json::Value;
+
+fn kinds(set: &Set) -> impl Iterator<Item = &Kind> {
+    set.iter().map(AsRef::as_ref)
+}
 
 /// `api/v1`, `apis/apps/v1`, ...
 pub fn paths(set: &Set) -> Vec<String> {
-    let path = |group: &str, version: &str| {
-        if group.is_empty() { format!("api/{version}") } else { format!("apis/{group}/{version}") }
+    api::openapi::v3_paths(kinds(set))
+}
+
+/// The document at `path`.
+pub fn v3(set: &Set, path: &str) -> Option<Value> {
+    let mut parts = path.split('/');
+    let (group, version) = match (parts.next()?, parts.next()?, parts.next(), parts.next()) {
+        ("api", version, None, None) => ("", version),
+        ("apis", group, Some(version), None) => (group, version),
+        _ => return None,
     };
-    set.groups().iter().flat_map(|(g, versions)| versions.iter().map(|v| path(g, v)).collect::<Vec<_>>()).collect()
+    api::openapi::v3(group, version, kinds(set))
 }
 
-pub fn v3(_set: &Set, _path: &str) -> Option<Value> {
-    None
-}
-
-pub fn v2(_set: &Set) -> Value {
-    json!({"swagger": "2.0", "info": {"title": "Kubernetes", "version": "v1.32"}, "paths": {}, "definitions": {}})
+pub fn v2(set: &Set) -> Value {
+    api::openapi::v2(kinds(set))
 }

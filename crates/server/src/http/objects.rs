@@ -50,7 +50,7 @@ pub fn table<'a>(
     let now = api::time::now();
     let rows: Vec<Value> = objects
         .map(|object| {
-            let cells = crate::shim::cells(kind, object, now);
+            let cells = api::table::cells(kind, object, now);
             let mut row = json!({"cells": cells});
             let shown = match include {
                 Include::None => None,
@@ -63,7 +63,7 @@ pub fn table<'a>(
             row
         })
         .collect();
-    let columns = if headers { crate::shim::columns(kind) } else { Value::Null };
+    let columns = if headers { api::table::columns(kind) } else { Value::Null };
     json!({"kind": "Table", "apiVersion": version, "metadata": list, "columnDefinitions": columns, "rows": rows})
 }
 

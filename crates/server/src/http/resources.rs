@@ -270,7 +270,7 @@ impl Asked<'_> {
             "application/json-patch+json" => Patch::Json(body.value),
             "application/merge-patch+json" => Patch::Merge(body.value),
             "application/strategic-merge-patch+json" => {
-                if self.service.core.kinds.current().is_custom(kind) {
+                if !api::openapi::takes_strategic(kind) {
                     return Err(wrong());
                 }
                 Patch::Strategic(body.value)

@@ -7,7 +7,7 @@ use crate::core::{Core, Target};
 use crate::patch;
 use api::kind::Scope;
 use api::object::{Meta, Object};
-use api::status::{Cause, Status, StatusResult};
+use api::status::{Cause, Reason, Status, StatusResult};
 use store::{Compare, Op, Txn};
 
 /// How often a name is generated anew when it is taken.
@@ -25,7 +25,7 @@ impl Core {
         let mut last = None;
         for _ in 0..if generated { NAMES } else { 1 } {
             match self.create_named(permit, target, object.clone(), options).await {
-                Err(status) if generated && status.reason == api::status::Reason::AlreadyExists => last = Some(status),
+                Err(status) if generated && status.reason == Reason::AlreadyExists => last = Some(status),
                 other => return other,
             }
         }
@@ -43,7 +43,12 @@ impl Core {
         meta::identify(&target, &mut object)?;
         meta::begin(&mut target, &mut object)?;
         let kind = target.kind.clone();
-        let told = schema::settle(&target, &mut object, options, self.is_custom(&kind))?;
+        let custom = self.is_custom(&kind);
+        if custom && self.kinds.current().is_ending(&kind) {
+            let text = "create not allowed while custom resource definition is terminating";
+            return Err(Status::new(Reason::MethodNotAllowed, text));
+        }
+        let told = schema::settle(&target, &mut object, options, custom)?;
         schema::prepare_create(&kind, &mut object);
         schema::apply_defaults(&kind, &mut object);
         for _ in 0..ATTEMPTS {
@@ -75,6 +80,7 @@ impl Core {
             let answer = self.storage.txn(Txn { compare, then, otherwise: vec![] }).await?;
             if answer.succeeded {
                 new.metadata_mut().insert("resourceVersion".into(), answer.revision.to_string().into());
+                self.written(&target, &new, false);
                 return Ok(Written { object: new, created: true, warnings: effects.warnings });
             }
             if self.storage.get_kv(key).await?.is_some() {

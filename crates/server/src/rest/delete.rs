@@ -53,7 +53,7 @@ impl Core {
             let live = storage::decode_kv(kind, &kv)?;
             conditions.check(target, &live)?;
             let mut new = live.clone();
-            let mut effects = self.admit(permit, target, Operation::Delete { live: &live }, &mut new).await?;
+            let mut effects = self.admit(permit, target, Operation::Delete, &mut new).await?;
             let grace = self.grace_period(target, &live, options.grace_period_seconds);
             mark(&mut new, grace, wanted);
             let gone = is_finished(&new) && !self.waits(target, &new);
@@ -73,6 +73,7 @@ impl Core {
             let answer = self.storage.txn(Txn { compare, then, otherwise: vec![] }).await?;
             if answer.succeeded {
                 new.metadata_mut().insert("resourceVersion".into(), answer.revision.to_string().into());
+                self.written(target, &new, gone);
                 return Ok(if gone { Deleted::Gone(live) } else { Deleted::Marked(new) });
             }
         }

@@ -168,6 +168,7 @@ impl Core {
             let answer = self.storage.txn(Txn { compare, then, otherwise: vec![] }).await?;
             if answer.succeeded {
                 new.metadata_mut().insert("resourceVersion".into(), answer.revision.to_string().into());
+                self.written(target, &new, removed);
                 return Ok(Written { object: new, created: false, warnings });
             }
             if attempt > 4 {

@@ -29,8 +29,7 @@ pub struct Answer {
 
 impl Answer {
     pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.body)
-            .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.body)))
     }
     pub fn header(&self, name: &str) -> &str {
         self.headers.get(name).and_then(|v| v.to_str().ok()).unwrap_or("")
@@ -102,8 +101,7 @@ impl Running {
         if !with_certificate {
             return builder.with_no_client_auth();
         }
-        let chain: Vec<_> =
-            CertificateDer::pem_file_iter(pki.join("admin.crt")).unwrap().map(|c| c.unwrap()).collect();
+        let chain: Vec<_> = CertificateDer::pem_file_iter(pki.join("admin.crt")).unwrap().map(|c| c.unwrap()).collect();
         builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_file(pki.join("admin.key")).unwrap()).unwrap()
     }
 
@@ -266,7 +264,8 @@ impl Kubectl {
     /// Runs with `text` as `-f FILE`.
     pub async fn with(&self, args: &[&str], text: &str) -> Output {
         let file = tempfile::Builder::new().suffix(".yaml").tempfile().unwrap();
-        std::fs::write(file.path(), text).unwrap();
+        // Not JSON, whatever it begins with.
+        std::fs::write(file.path(), format!("# YAML\n{text}")).unwrap();
         let mut all = args.to_vec();
         let path = file.path().display().to_string();
         all.extend(["-f", &path]);

@@ -1,7 +1,9 @@
+use super::headers::{Deflater, Inflater};
+use super::reader::MAX_STREAMS;
 use super::*;
-use frame::{put_data, syn_stream};
+use frame::{Control, HEAD, Head, put_data, syn_stream};
 use proptest::prelude::*;
-use tokio::io::DuplexStream;
+use tokio::io::{AsyncReadExt, DuplexStream};
 
 /// A client made of the frame code, which its own tests check.
 struct Client {
