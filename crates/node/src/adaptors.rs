@@ -100,8 +100,10 @@ impl Images for StoreImages {
             .repository
             .host
             .unwrap_or_default();
-        let bare = !reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost");
-        let matching = credentials.iter().find(|c| c.registry == host || (host == "docker.io" && c.registry == "index.docker.io"));
+        let bare =
+            !reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost");
+        let matching =
+            credentials.iter().find(|c| c.registry == host || (host == "docker.io" && c.registry == "index.docker.io"));
         let options = PullOptions {
             credentials: matching
                 .map(|c| image::Credentials { username: c.username.clone(), password: c.password.clone() }),
@@ -135,11 +137,8 @@ impl Images for StoreImages {
         let in_use = in_use.clone();
         let work = move |store: &Store, _: &str| {
             let owners = store.pin_owners()?;
-            let (new, old) = if owners.iter().any(|o| o == OWNERS[0]) {
-                (OWNERS[1], OWNERS[0])
-            } else {
-                (OWNERS[0], OWNERS[1])
-            };
+            let (new, old) =
+                if owners.iter().any(|o| o == OWNERS[0]) { (OWNERS[1], OWNERS[0]) } else { (OWNERS[0], OWNERS[1]) };
             store.unpin(new)?;
             for digest in in_use.iter().filter_map(|d| d.parse::<Digest>().ok()) {
                 store.pin(new, &digest)?;
@@ -209,15 +208,16 @@ impl Networks for RouterNetworks {
             let cidr = router.config().service_cidr;
             let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|r| cidr.contains(r.cluster_ip));
             for rule in foreign {
-                tracing::warn!("service {}/{}: address {} is not in {cidr}", rule.namespace, rule.name, rule.cluster_ip);
+                tracing::warn!(
+                    "service {}/{}: address {} is not in {cidr}",
+                    rule.namespace,
+                    rule.name,
+                    rule.cluster_ip
+                );
             }
             router.sync_services(&ours).map(drop)
         };
         self.run("services", work).await
-    }
-
-    async fn list(&self) -> Result<Vec<String>, NetworkError> {
-        self.run("list", |router| Ok(router.list())).await
     }
 
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError> {

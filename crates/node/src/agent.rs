@@ -4,8 +4,8 @@ use crate::adaptors::{RouterNetworks, StoreImages};
 use crate::boundary::{Boundary, BoundaryError};
 use crate::config::Config;
 use crate::down;
-use crate::events::Recorder;
 use crate::etc_files::Resolver;
+use crate::events::Recorder;
 use crate::pod::{self, Update};
 use crate::ports::{Images, Networks};
 use crate::proxy;
@@ -197,7 +197,7 @@ impl Running {
         let mut changes = self.pods.subscribe();
         self.pods.synced().await;
         self.look_at_all();
-        self.remove_orphans().await;
+        self.remove_orphans();
         loop {
             tokio::select! {
                 change = changes.next() => match change {
@@ -280,29 +280,13 @@ impl Running {
     }
 
     /// What is on disk or attached and belongs to no pod any more.
-    async fn remove_orphans(&mut self) {
+    fn remove_orphans(&mut self) {
         let records = std::mem::take(&mut self.records);
         for record in records.into_values() {
             self.helpers.spawn(remove_orphan(self.shared.clone(), record));
         }
-        let known = |uid: &String| self.handles.contains_key(uid);
-        let mut attached: BTreeSet<String> = self.bare.drain(..).collect();
-        match self.shared.networks.list().await {
-            Ok(uids) => attached.extend(uids),
-            Err(error) => tracing::warn!("{error}"),
-        }
-        attached.retain(|uid| !known(uid) && crate::config::is_plain_name(uid));
-        for uid in attached {
-            let dir = self.shared.config.pod_dir(&uid);
-            if dir.join("sandbox.json").exists() {
-                // Its orphan's removal sees to it.
-                continue;
-            }
-            if let Err(error) = self.shared.networks.detach(&uid).await {
-                tracing::warn!(pod = uid, "leftovers of the network: {error}");
-            }
-            let _ = tokio::task::spawn_blocking(move || tree::remove(&dir)).await;
-        }
+        let bare: Vec<String> = self.bare.drain(..).filter(|uid| !self.handles.contains_key(uid)).collect();
+        self.helpers.spawn(remove_bare(self.shared.clone(), bare));
     }
 
     async fn leave(mut self) {
@@ -342,6 +326,17 @@ async fn remove_orphan(shared: Arc<Shared>, record: Record) {
         tracing::error!(pod = record.sandbox.name, "orphan's directory: {error}");
     }
     shared.ids.release(base);
+}
+
+/// Directories of set-ups that did not get as far as a record.
+async fn remove_bare(shared: Arc<Shared>, uids: Vec<String>) {
+    for uid in uids {
+        if let Err(error) = shared.networks.detach(&uid).await {
+            tracing::warn!(pod = uid, "leftovers of the network: {error}");
+        }
+        let (dir, run_dir) = (shared.config.pod_dir(&uid), shared.config.pod_run_dir(&uid));
+        let _ = tokio::task::spawn_blocking(move || tree::remove(&run_dir).and_then(|()| tree::remove(&dir))).await;
+    }
 }
 
 /// Lets the image store drop what nothing uses.

@@ -197,9 +197,7 @@ pub(crate) fn build(input: &EnvInput<'_>) -> Result<Env, EnvError> {
                 Some(value) => value,
                 None => continue,
             },
-            (Some(text), None) => {
-                expand(text, |name| own.values.get(name).or_else(|| services.get(name)).cloned())
-            }
+            (Some(text), None) => expand(text, |name| own.values.get(name).or_else(|| services.get(name)).cloned()),
             (None, None) => String::new(),
         };
         own.set(&var.name, value);

@@ -118,7 +118,8 @@ pub(crate) fn resolver(
         add(&mut out.servers, config.nameservers.as_ref());
         add(&mut out.search, config.searches.as_ref());
         for option in config.options.iter().flatten() {
-            let Some(name) = option.name.as_deref().filter(|n| !n.is_empty() && !n.contains(char::is_whitespace)) else {
+            let Some(name) = option.name.as_deref().filter(|n| !n.is_empty() && !n.contains(char::is_whitespace))
+            else {
                 continue;
             };
             out.options.retain(|o| o.split(':').next() != Some(name));
@@ -161,7 +162,8 @@ mod tests {
     fn policies() {
         let node = Resolver::parse("nameserver 9.9.9.9\nsearch lan\noptions edns0 trust-ad\n#x\n");
         let go = |v| resolver(&spec(v), "ns", DNS, "cluster.local", &node).text();
-        let cluster = "search ns.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.43.0.10\noptions ndots:5\n";
+        let cluster =
+            "search ns.svc.cluster.local svc.cluster.local cluster.local\nnameserver 10.43.0.10\noptions ndots:5\n";
         assert_eq!(go(json!({})), cluster);
         assert_eq!(go(json!({"dnsPolicy": "ClusterFirstWithHostNet", "hostNetwork": true})), cluster);
         let own = "search lan\nnameserver 9.9.9.9\noptions edns0 trust-ad\n";

@@ -27,7 +27,11 @@ pub(crate) enum MachineError {
     #[error(transparent)]
     Image(#[from] ImageError),
     #[error("disk {path}")]
-    Io { path: String, #[source] source: std::io::Error },
+    Io {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 fn invalid(field: impl Into<String>, message: impl Into<String>) -> MachineError {
@@ -193,7 +197,8 @@ fn text(value: &serde_json::Value) -> String {
 
 impl InstanceSpec {
     pub fn parse(annotation: &str) -> Result<Self, MachineError> {
-        serde_json::from_str(annotation).map_err(|e| invalid(format!("metadata.annotations[{ANNOTATION}]"), e.to_string()))
+        serde_json::from_str(annotation)
+            .map_err(|e| invalid(format!("metadata.annotations[{ANNOTATION}]"), e.to_string()))
     }
 
     /// Images to be present before [`resolve`], with their pull policies.
@@ -243,7 +248,9 @@ impl InstanceSpec {
             return Err(invalid("spec.domain.memory.guest", "is required (or resources.requests.memory)"));
         };
         let bytes = quantity::value(&text(value)).filter(|b| *b >= MIN_MEMORY);
-        bytes.ok_or_else(|| invalid("spec.domain.memory.guest", format!("{} is not an amount of at least 16Mi", text(value))))
+        bytes.ok_or_else(|| {
+            invalid("spec.domain.memory.guest", format!("{} is not an amount of at least 16Mi", text(value)))
+        })
     }
 }
 
@@ -296,7 +303,10 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
     }
     let (kernel, initrd, kernel_args) = kernel(images, instance).await?;
     if kernel.is_none() && disks.is_empty() {
-        return Err(invalid("spec.volumes", "nothing to boot from: give a containerDisk or domain.firmware.kernelBoot"));
+        return Err(invalid(
+            "spec.volumes",
+            "nothing to boot from: give a containerDisk or domain.firmware.kernelBoot",
+        ));
     }
     let (vcpus, memory_bytes) = (instance.vcpus()?, instance.memory()?);
     Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init })
@@ -323,7 +333,10 @@ async fn backing(
         return Ok((path, "raw".into()));
     }
     let kind = volume.other.keys().next().map_or("none", String::as_str);
-    Err(invalid(field, format!("volume type {kind} is not supported; use containerDisk, emptyDisk or cloudInitNoCloud")))
+    Err(invalid(
+        field,
+        format!("volume type {kind} is not supported; use containerDisk, emptyDisk or cloudInitNoCloud"),
+    ))
 }
 
 fn make_empty(path: &Path, size: u64) -> std::io::Result<()> {

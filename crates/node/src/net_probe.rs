@@ -93,13 +93,12 @@ fn follow(from: &HttpGet, location: &str) -> Option<HttpGet> {
 
 async fn send_get(get: &HttpGet) -> Result<Response<Incoming>, String> {
     let what = format!("Get \"{}\": ", get.url());
-    let stream =
-        TcpStream::connect((get.host.as_str(), get.port)).await.map_err(|e| dial_error(&what, &get.host, get.port, &e))?;
+    let stream = TcpStream::connect((get.host.as_str(), get.port))
+        .await
+        .map_err(|e| dial_error(&what, &get.host, get.port, &e))?;
     let own_host = get.headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("host")).map(|(_, v)| v.clone());
-    let mut request = Request::get(&get.path).header(
-        http::header::HOST,
-        own_host.unwrap_or_else(|| format!("{}:{}", get.host, get.port)),
-    );
+    let mut request = Request::get(&get.path)
+        .header(http::header::HOST, own_host.unwrap_or_else(|| format!("{}:{}", get.host, get.port)));
     let given = |name: &str| get.headers.iter().any(|(n, _)| n.eq_ignore_ascii_case(name));
     if !given("user-agent") {
         request = request.header(http::header::USER_AGENT, USER_AGENT);
@@ -129,7 +128,8 @@ async fn exchange<I>(io: I, request: Request<Empty<Bytes>>) -> Result<Response<I
 where
     I: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
-    let (mut sender, connection) = hyper::client::conn::http1::Builder::new().max_buf_size(64 << 10).handshake(io).await?;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::Builder::new().max_buf_size(64 << 10).handshake(io).await?;
     // Ends with the response, or with the sender when the probe times out.
     tokio::spawn(async move {
         let _ = connection.await;

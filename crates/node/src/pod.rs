@@ -65,10 +65,26 @@ pub(crate) enum Update {
 
 /// What tasks of a worker report to it.
 pub(crate) enum Wake {
-    Pulled { slot: usize, result: Result<Box<ResolvedImage>, ImageError>, took: Duration },
-    MachineImages { result: Result<(), ImageError> },
-    Probe { slot: usize, attempt: u32, kind: probes::Kind, ok: bool, message: String },
-    PostStart { slot: usize, attempt: u32, error: Option<String> },
+    Pulled {
+        slot: usize,
+        result: Result<Box<ResolvedImage>, ImageError>,
+        took: Duration,
+    },
+    MachineImages {
+        result: Result<(), ImageError>,
+    },
+    Probe {
+        slot: usize,
+        attempt: u32,
+        kind: probes::Kind,
+        ok: bool,
+        message: String,
+    },
+    PostStart {
+        slot: usize,
+        attempt: u32,
+        error: Option<String>,
+    },
     /// A ConfigMap or Secret that volumes show has changed.
     Source,
 }
@@ -77,7 +93,8 @@ pub(crate) enum Wake {
 #[derive(Clone)]
 pub(crate) struct Sandbox {
     spec: Arc<SandboxSpec>,
-    record: Arc<Record>,
+    /// As it is on disk.
+    record: Arc<Mutex<Record>>,
     boundary: Arc<dyn Boundary>,
 }
 
@@ -221,7 +238,8 @@ impl Worker {
                 for slot in &mut self.slots {
                     slot.stop_signal = record.stop_signals.get(&slot.name).copied().unwrap_or(15);
                 }
-                let sandbox = Sandbox { spec: Arc::new(record.sandbox.clone()), record: Arc::new(record), boundary };
+                let sandbox =
+                    Sandbox { spec: Arc::new(record.sandbox.clone()), record: Arc::new(Mutex::new(record)), boundary };
                 self.stage = match &self.end {
                     Some(end) => {
                         let why = Why::Finished { succeeded: end.succeeded };
@@ -334,7 +352,8 @@ impl Worker {
             self.update_volumes(&sandbox).await;
         }
         let progress: Vec<_> = self.slots.iter().map(|s| (s.role, s.progress())).collect();
-        let plan = plan::plan(&progress, self.restart_policy());
+        let began = self.slots.iter().any(|s| s.role == Role::Main && s.begun && !s.earlier);
+        let plan = plan::plan(&progress, self.restart_policy(), began);
         self.initialized |= plan.initialized;
         if let Some(succeeded) = plan.finished {
             let grace = self.spec_grace();
@@ -370,7 +389,8 @@ impl Worker {
             self.observe(sandbox, index, state).await;
         }
         for index in 0..self.slots.len() {
-            let missing = self.slots.get(index).is_some_and(|s| s.is_running() && !listed.iter().any(|l| l.name == s.name));
+            let missing =
+                self.slots.get(index).is_some_and(|s| s.is_running() && !listed.iter().any(|l| l.name == s.name));
             if missing {
                 self.lose(index);
             }
@@ -436,8 +456,9 @@ impl Worker {
         for index in 0..self.slots.len() {
             self.lose(index);
         }
-        for slot in self.slots.iter_mut().filter(|s| s.role != Role::Main && s.begun) {
-            slot.again = true;
+        for slot in self.slots.iter_mut().filter(|s| s.begun) {
+            slot.earlier = true;
+            slot.again = slot.role != Role::Main;
         }
     }
 
@@ -448,7 +469,7 @@ impl Worker {
         self.lose_running();
         let progress: Vec<_> = self.slots.iter().map(|s| (s.role, s.progress())).collect();
         let mains: Vec<_> = progress.iter().filter(|p| p.0 == Role::Main).copied().collect();
-        if let Some(succeeded) = plan::plan(&mains, self.restart_policy()).finished {
+        if let Some(succeeded) = plan::plan(&mains, self.restart_policy(), true).finished {
             self.stage = Stage::Stopping { sandbox, why: Why::Finished { succeeded }, deadline: Instant::now() };
             return true;
         }
@@ -495,6 +516,23 @@ impl Worker {
     /// `pod_ns(uid)`, as kubelet names pods in messages.
     fn full_name(&self) -> String {
         format!("{}_{}({})", self.object.name(), self.object.namespace(), self.uid)
+    }
+
+    /// Keeps the signal that stops a container where `atoll down` finds it.
+    async fn note_signal(&self, sandbox: &Sandbox, container: &str, signal: i32) {
+        let changed = {
+            let mut record = sandbox.record.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = record.stop_signals.get(container).copied().unwrap_or(15);
+            if known == signal {
+                return;
+            }
+            record.stop_signals.insert(container.to_owned(), signal);
+            record.clone()
+        };
+        let dir = self.dir.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || changed.write(&dir)).await {
+            tracing::warn!("{}", crate::volumes::chain(&error));
+        }
     }
 
     fn live_sandbox(&self) -> Option<&Sandbox> {

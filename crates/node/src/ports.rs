@@ -108,8 +108,6 @@ pub trait Networks: Send + Sync + 'static {
     async fn detach(&self, uid: &str) -> Result<(), NetworkError>;
     /// Replaces all Service rules.
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError>;
-    /// Uids that have an attachment.
-    async fn list(&self) -> Result<Vec<String>, NetworkError>;
     /// Replaces all DNS records.
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError>;
 }

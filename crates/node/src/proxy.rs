@@ -28,7 +28,9 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
         while slice_changes.try_next().is_some() {}
         let (rules, records) = compute(&node, &services.list(), &slices.list());
         let mut failed = false;
-        for error in [networks.sync_services(rules).await.err(), networks.sync_dns(records).await.err()].into_iter().flatten() {
+        for error in
+            [networks.sync_services(rules).await.err(), networks.sync_dns(records).await.err()].into_iter().flatten()
+        {
             tracing::warn!("services are not up to date, trying again: {error}");
             failed = true;
         }
@@ -119,7 +121,8 @@ fn rules_of(
 ) -> Vec<ServiceRule> {
     let local = spec.internal_traffic_policy.as_deref() == Some("Local");
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
-        let seconds = spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref()).and_then(|c| c.timeout_seconds);
+        let seconds =
+            spec.session_affinity_config.as_ref().and_then(|c| c.client_ip.as_ref()).and_then(|c| c.timeout_seconds);
         seconds.and_then(|s| u32::try_from(s).ok()).unwrap_or(10_800)
     });
     let mut out = Vec::new();
@@ -186,7 +189,9 @@ mod tests {
     use serde_json::{Value, json};
 
     fn service(name: &str, spec: Value) -> SharedObject {
-        Arc::new(json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "ns"}, "spec": spec}))
+        Arc::new(
+            json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "ns"}, "spec": spec}),
+        )
     }
     fn slice(service: &str, ports: Value, endpoints: Value) -> SharedObject {
         Arc::new(json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
@@ -222,7 +227,8 @@ mod tests {
     #[test]
     fn without_ready_endpoints_those_that_still_serve_are_used() {
         let services = [service("web", json!({"clusterIP": "10.43.0.5", "ports": [{"port": 80}]}))];
-        let ending = json!({"addresses": ["10.42.0.7"], "conditions": {"ready": false, "serving": true, "terminating": true}});
+        let ending =
+            json!({"addresses": ["10.42.0.7"], "conditions": {"ready": false, "serving": true, "terminating": true}});
         let go = |endpoints: Value| {
             let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
             compute("n", &services, &slices).0[0].endpoints.clone()

@@ -28,9 +28,6 @@ pub(crate) struct Record {
     /// Signal that asks a container to stop, where it is not 15.
     #[serde(default)]
     pub stop_signals: BTreeMap<String, i32>,
-    /// Image ids in use, by container.
-    #[serde(default)]
-    pub images: BTreeMap<String, String>,
     /// The sandbox was destroyed for good; only logs and the last status are left.
     #[serde(default)]
     pub ended: bool,
@@ -41,7 +38,12 @@ pub(crate) struct Record {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RecordError {
     #[error("{operation} {path}")]
-    Io { operation: &'static str, path: String, #[source] source: std::io::Error },
+    Io {
+        operation: &'static str,
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{path}: not a sandbox record: {why}")]
     Damaged { path: String, why: String },
     #[error("{path}: written by a newer Atoll (format {found}, this one knows {VERSION})")]
@@ -56,7 +58,6 @@ impl Record {
             boundary: boundary.into(),
             grace_seconds,
             stop_signals: BTreeMap::new(),
-            images: BTreeMap::new(),
             ended: false,
             sandbox,
         }
@@ -64,10 +65,8 @@ impl Record {
 
     /// Durable: synced, then renamed, then the directory synced. Blocks.
     pub fn write(&self, pod_dir: &Path) -> Result<(), RecordError> {
-        let bytes = serde_json::to_vec_pretty(self).map_err(|e| RecordError::Damaged {
-            path: pod_dir.display().to_string(),
-            why: e.to_string(),
-        })?;
+        let bytes = serde_json::to_vec_pretty(self)
+            .map_err(|e| RecordError::Damaged { path: pod_dir.display().to_string(), why: e.to_string() })?;
         replace(&pod_dir.join("sandbox.json"), &bytes, true)
     }
 

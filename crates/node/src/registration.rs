@@ -92,9 +92,21 @@ fn status(config: &Config, machine: &Machine, boundaries: &[Arc<dyn Boundary>], 
     let (memory, disk) = (machine.has_memory(), has_disk(config));
     let conditions = json!([
         if memory {
-            condition("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available", old)
+            condition(
+                "MemoryPressure",
+                false,
+                "KubeletHasSufficientMemory",
+                "kubelet has sufficient memory available",
+                old,
+            )
         } else {
-            condition("MemoryPressure", true, "KubeletHasInsufficientMemory", "kubelet has insufficient memory available", old)
+            condition(
+                "MemoryPressure",
+                true,
+                "KubeletHasInsufficientMemory",
+                "kubelet has insufficient memory available",
+                old,
+            )
         },
         if disk {
             condition("DiskPressure", false, "KubeletHasNoDiskPressure", "kubelet has no disk pressure", old)
@@ -104,10 +116,11 @@ fn status(config: &Config, machine: &Machine, boundaries: &[Arc<dyn Boundary>], 
         condition("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available", old),
         condition("Ready", true, "KubeletReady", "kubelet is posting ready status", old),
     ]);
-    let mut handlers = vec![json!({"name": "", "features": {"recursiveReadOnlyMounts": false, "userNamespaces": true}})];
-    handlers.extend(boundaries.iter().map(|b| {
-        json!({"name": b.name(), "features": {"recursiveReadOnlyMounts": false, "userNamespaces": !b.wants_tap()}})
-    }));
+    let mut handlers =
+        vec![json!({"name": "", "features": {"recursiveReadOnlyMounts": false, "userNamespaces": true}})];
+    handlers.extend(boundaries.iter().map(
+        |b| json!({"name": b.name(), "features": {"recursiveReadOnlyMounts": false, "userNamespaces": !b.wants_tap()}}),
+    ));
     json!({
         "capacity": resources, "allocatable": resources, "conditions": conditions,
         "addresses": [{"type": "InternalIP", "address": config.node_ip.to_string()},

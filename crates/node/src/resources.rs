@@ -24,7 +24,8 @@ pub(crate) fn of_pod(spec: &PodSpec, pids_limit: Option<u64>) -> Resources {
     let most = |a: Option<u64>, b: Option<u64>| Some(a?.max(b?));
     let is_sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
     let mut total = Resources { cpu_limit_milli: Some(0), memory_limit: Some(0), ..Resources::default() };
-    for one in spec.containers.iter().chain(spec.init_containers.iter().flatten().filter(is_sidecar)).map(of_container) {
+    for one in spec.containers.iter().chain(spec.init_containers.iter().flatten().filter(is_sidecar)).map(of_container)
+    {
         total.cpu_request_milli = total.cpu_request_milli.saturating_add(one.cpu_request_milli);
         total.memory_request = total.memory_request.saturating_add(one.memory_request);
         total.cpu_limit_milli = sum(total.cpu_limit_milli, one.cpu_limit_milli);

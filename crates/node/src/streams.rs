@@ -29,7 +29,10 @@ impl Streams {
         let container = choose(&pod, &target.container)?;
         let missing = || {
             let name = &container.name;
-            Status::new(Reason::InternalError, format!("unable to upgrade connection: container not found (\"{name}\")"))
+            Status::new(
+                Reason::InternalError,
+                format!("unable to upgrade connection: container not found (\"{name}\")"),
+            )
         };
         let live = pod.live.clone().ok_or_else(missing)?;
         if container.state != ViewState::Running {
@@ -47,8 +50,7 @@ fn names(pod: &PodView, init: bool) -> String {
 fn choose<'a>(pod: &'a PodView, name: &str) -> StatusResult<&'a ContainerView> {
     if !name.is_empty() {
         let found = pod.containers.iter().find(|c| c.name == name);
-        return found
-            .ok_or_else(|| Status::bad_request(format!("container {name} is not valid for pod {}", pod.name)));
+        return found.ok_or_else(|| Status::bad_request(format!("container {name} is not valid for pod {}", pod.name)));
     }
     let mut mains = pod.containers.iter().filter(|c| !c.init);
     match (mains.next(), mains.next()) {
@@ -188,7 +190,8 @@ mod tests {
             ("b", false, ViewState::Running, Some(0)),
         ]);
         let error = choose(&two, "").unwrap_err().message;
-        let want = "a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]";
+        let want =
+            "a container name must be specified for pod p, choose one of: [a b] or one of the init containers: [i]";
         assert_eq!(error, want);
         assert_eq!(choose(&two, "x").unwrap_err().message, "container x is not valid for pod p");
         assert_eq!(choose(&two, "i").unwrap().name, "i");

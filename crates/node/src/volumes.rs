@@ -27,12 +27,19 @@ pub(crate) enum VolumeError {
     NoKey { word: &'static str, name: String, key: String },
     #[error("{0}")]
     Invalid(String),
-    #[error("volume type {0} is not supported on this node; use configMap, secret, emptyDir, hostPath, projected or downwardAPI")]
+    #[error(
+        "volume type {0} is not supported on this node; use configMap, secret, emptyDir, hostPath, projected or downwardAPI"
+    )]
     Unsupported(&'static str),
     #[error("hostPath type check failed: {path} is not {what}")]
     HostType { path: String, what: &'static str },
     #[error("{operation} {path}")]
-    Io { operation: &'static str, path: String, #[source] source: std::io::Error },
+    Io {
+        operation: &'static str,
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 pub(crate) fn io<'a>(operation: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> VolumeError + 'a {
@@ -325,7 +332,9 @@ pub(crate) fn container_mounts(
         let target = PathBuf::from("/").join(&mount.mount_path);
         if target.components().any(|c| c == std::path::Component::ParentDir) {
             let path = &mount.mount_path;
-            return Err(VolumeError::Invalid(format!("volumeMounts[{index}].mountPath: \"{path}\" must not contain ..")));
+            return Err(VolumeError::Invalid(format!(
+                "volumeMounts[{index}].mountPath: \"{path}\" must not contain .."
+            )));
         }
         let (root, host) = match &volume.host_path {
             Some(host) => (PathBuf::from(&host.path), true),

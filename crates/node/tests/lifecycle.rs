@@ -72,7 +72,8 @@ async fn restart_policies() {
         let mut spec = one(&["exit", "1"]);
         spec["restartPolicy"] = policy.into();
         node.create(&name, spec).await;
-        let pod = node.until(&name, "backs off", |p| restarts(p, "c") >= 4 && waiting(p, "c") == "CrashLoopBackOff").await;
+        let pod =
+            node.until(&name, "backs off", |p| restarts(p, "c") >= 4 && waiting(p, "c") == "CrashLoopBackOff").await;
         assert_eq!(phase(&pod), "Running");
         let status = container(&pod, "c");
         assert_eq!(status.pointer("/lastState/terminated/exitCode"), Some(&json!(1)));
@@ -110,14 +111,16 @@ async fn init_containers_and_sidecars_in_order() {
         "containers": [{"name": "c", "image": "here:1", "command": ["run"]}]});
     node.boundary.healthy.send_replace(false);
     node.create("p", spec).await;
-    let pod = node.until("p", "sidecar runs", |p| !container(p, "side").str_at("/state/running/startedAt").is_empty()).await;
+    let pod =
+        node.until("p", "sidecar runs", |p| !container(p, "side").str_at("/state/running/startedAt").is_empty()).await;
     assert_eq!(phase(&pod), "Pending");
     assert_eq!(condition(&pod, "Initialized"), "False");
     assert_eq!(waiting(&pod, "c"), "PodInitializing");
     assert_eq!(node.boundary.count("start i2"), 0);
     node.boundary.healthy.send_replace(true);
     let pod = node.until("p", "runs", running).await;
-    let order: Vec<_> = ["i1", "side", "i2", "c"].iter().map(|n| node.boundary.position(&format!("start {n} 0"))).collect();
+    let order: Vec<_> =
+        ["i1", "side", "i2", "c"].iter().map(|n| node.boundary.position(&format!("start {n} 0"))).collect();
     assert!(order.windows(2).all(|w| w[0] < w[1]), "{order:?}");
     assert_eq!(container(&pod, "i1").pointer("/ready"), Some(&json!(true)));
     node.boundary.end("side", 1, Duration::from_secs(1));
@@ -195,8 +198,7 @@ async fn hooks_and_grace() {
     node.until_gone("p").await;
     let took = begin.elapsed().as_secs();
     assert!((19..=22).contains(&took), "{took}");
-    let order: Vec<_> =
-        ["exec c bye", "signal c 3", "signal c 9"].iter().map(|c| node.boundary.position(c)).collect();
+    let order: Vec<_> = ["exec c bye", "signal c 3", "signal c 9"].iter().map(|c| node.boundary.position(c)).collect();
     assert!(order[0].is_some() && order.windows(2).all(|w| w[0] < w[1]), "{order:?}");
 
     let mut spec = one(&["run"]);
@@ -228,7 +230,8 @@ async fn a_second_deletion_may_shorten_the_grace() {
 async fn images_that_do_not_come() {
     let node = Node::new();
     let _agent = node.start();
-    let spec = |image: &str, policy: &str| json!({"containers": [{"name": "c", "image": image, "imagePullPolicy": policy}]});
+    let spec =
+        |image: &str, policy: &str| json!({"containers": [{"name": "c", "image": image, "imagePullPolicy": policy}]});
     node.create("none", spec("nowhere:1", "IfNotPresent")).await;
     node.until("none", "error", |p| waiting(p, "c") == "ErrImagePull").await;
     let pod = node.until("none", "back-off", |p| waiting(p, "c") == "ImagePullBackOff").await;
@@ -275,7 +278,8 @@ async fn refusals_and_configuration_errors() {
     assert_eq!(container(&pod, "c").str_at("/state/terminated/reason"), "StartError");
 
     let mut spec = one(&["run"]);
-    spec["containers"][0]["env"] = json!([{"name": "A", "valueFrom": {"configMapKeyRef": {"name": "later", "key": "k"}}}]);
+    spec["containers"][0]["env"] =
+        json!([{"name": "A", "valueFrom": {"configMapKeyRef": {"name": "later", "key": "k"}}}]);
     node.create("env", spec).await;
     let pod = node.until("env", "waits for its source", |p| waiting(p, "c") == "CreateContainerConfigError").await;
     assert_eq!(container(&pod, "c").str_at("/state/waiting/message"), "configmap \"later\" not found");
@@ -370,7 +374,11 @@ async fn a_restarted_agent_takes_over_what_runs() {
     spec["containers"][0]["readinessProbe"] = json!({"exec": {"command": ["health"]}, "periodSeconds": 1});
     node.create("stay", spec).await;
     node.create("gone", one(&["run"])).await;
-    node.create("ends", json!({"restartPolicy": "Never", "containers": [{"name": "e", "image": "here:1", "command": ["run"]}]})).await;
+    node.create(
+        "ends",
+        json!({"restartPolicy": "Never", "containers": [{"name": "e", "image": "here:1", "command": ["run"]}]}),
+    )
+    .await;
     node.create("back", json!({"containers": [{"name": "b", "image": "here:1", "command": ["run"]}]})).await;
     for name in ["stay", "gone", "ends", "back"] {
         node.until(name, "runs", running).await;
@@ -428,8 +436,12 @@ async fn killed_at_any_point_it_goes_on() {
 async fn a_lost_sandbox_is_made_anew() {
     let node = Node::new();
     let _agent = node.start();
-    node.create("p", json!({"initContainers": [{"name": "i", "image": "here:1", "command": ["exit", "0"]}],
-        "containers": [{"name": "c", "image": "here:1", "command": ["run"]}]})).await;
+    node.create(
+        "p",
+        json!({"initContainers": [{"name": "i", "image": "here:1", "command": ["exit", "0"]}],
+        "containers": [{"name": "c", "image": "here:1", "command": ["run"]}]}),
+    )
+    .await;
     let mut never = json!({"containers": [{"name": "n", "image": "here:1", "command": ["run"]}]});
     never["restartPolicy"] = "Never".into();
     node.create("never", never).await;
@@ -494,7 +506,8 @@ async fn many_pods_have_ranges_of_their_own() {
     let node = Node::new();
     let _agent = node.start();
     for index in 0..20 {
-        node.create(&format!("p{index}"), json!({"containers": [{"name": format!("c{index}"), "image": "here:1"}]})).await;
+        node.create(&format!("p{index}"), json!({"containers": [{"name": format!("c{index}"), "image": "here:1"}]}))
+            .await;
     }
     let mut bases = std::collections::BTreeSet::new();
     for index in 0..20 {

@@ -75,7 +75,9 @@ async fn a_whole_machine() {
     assert_eq!(init.user_data, "#cloud-config");
     assert!(init.meta_data.contains("public-keys:\n  - \"ssh-ed25519 AAAA\"\n"), "{}", init.meta_data);
     let config = &init.network_config;
-    for part in ["10.42.0.7/32", "to: 0.0.0.0/0", "via: 169.254.1.1", "on-link: true", "02:00:0a:2a:00:07", "[10.43.0.10]"] {
+    for part in
+        ["10.42.0.7/32", "to: 0.0.0.0/0", "via: 169.254.1.1", "on-link: true", "02:00:0a:2a:00:07", "[10.43.0.10]"]
+    {
         assert!(config.contains(part), "{config}");
     }
 }

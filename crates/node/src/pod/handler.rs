@@ -40,7 +40,9 @@ impl Place {
                 let named = self.container.ports.iter().flatten().find(|p| p.name.as_deref() == Some(name));
                 match named {
                     Some(port) => i64::from(port.container_port),
-                    None => name.parse().map_err(|_| format!("couldn't find port \"{name}\" in the container's ports"))?,
+                    None => {
+                        name.parse().map_err(|_| format!("couldn't find port \"{name}\" in the container's ports"))?
+                    }
                 }
             }
         };
@@ -104,18 +106,19 @@ impl Place {
     async fn exec(&self, command: &[String]) -> Result<(), String> {
         let wanted = Wanted { stdin: false, stdout: true, stderr: true, tty: false };
         let request = ExecRequest { command: command.to_vec(), env: Vec::new(), wanted };
-        let session = self.boundary.exec(&self.sandbox, &self.container.name, request).await.map_err(|e| e.to_string())?;
+        let session =
+            self.boundary.exec(&self.sandbox, &self.container.name, request).await.map_err(|e| e.to_string())?;
         let mut output = Vec::new();
         let mut errors = Vec::new();
         let (stdout, stderr, exit) = (session.stdout, session.stderr, session.exit);
         let out = async {
             if let Some(stream) = stdout {
-                let _ = stream.take(OUTPUT_LIMIT).read_to_end(&mut output).await;
+                read_some(stream, &mut output).await;
             }
         };
         let err = async {
             if let Some(stream) = stderr {
-                let _ = stream.take(OUTPUT_LIMIT).read_to_end(&mut errors).await;
+                read_some(stream, &mut errors).await;
             }
         };
         let (exit, (), ()) = tokio::join!(exit, out, err);
@@ -129,4 +132,10 @@ impl Place {
             Err(_) => Err("the container went away".into()),
         }
     }
+}
+
+/// Keeps the beginning; reads the rest too, so that the command is not held up.
+async fn read_some(mut stream: api::streams::Output, into: &mut Vec<u8>) {
+    let _ = (&mut stream).take(OUTPUT_LIMIT).read_to_end(into).await;
+    let _ = tokio::io::copy(&mut stream, &mut tokio::io::sink()).await;
 }

@@ -118,7 +118,9 @@ impl Worker {
                 ("InspectFailed", format!("Failed to apply default image tag \"{reference}\": {error}"))
             }
             ImageError::Pull { .. } => ("Failed", format!("Failed to pull image \"{reference}\": {error}")),
-            ImageError::Unusable { .. } => ("InspectFailed", format!("Failed to inspect image \"{reference}\": {error}")),
+            ImageError::Unusable { .. } => {
+                ("InspectFailed", format!("Failed to inspect image \"{reference}\": {error}"))
+            }
         };
         self.container_event(index, Level::Warning, event, text.clone());
         let message = if matches!(error, ImageError::Pull { .. }) { error.to_string() } else { text };
@@ -330,7 +332,6 @@ pub(super) fn machine_references(images: &[(String, Option<String>)]) -> Vec<(St
     images.iter().map(|(reference, given)| (reference.clone(), policy(given.as_deref(), reference))).collect()
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -356,10 +357,10 @@ mod tests {
         let found = docker_config(config);
         let of = |c: &Credentials| (c.registry.clone(), c.username.clone(), c.password.clone());
         let found: Vec<_> = found.iter().map(of).collect();
-        assert_eq!(found, [
-            ("b".into(), "x".into(), "y".into()),
-            ("r.example".to_owned(), "u".to_owned(), "p:q".to_owned()),
-        ]);
+        assert_eq!(
+            found,
+            [("b".into(), "x".into(), "y".into()), ("r.example".to_owned(), "u".to_owned(), "p:q".to_owned()),]
+        );
         assert!(docker_config(b"[").is_empty());
         assert!(docker_auths(br#"{"r": {"auth": "!!"}}"#).is_empty());
     }

@@ -61,11 +61,10 @@ pub(crate) struct Plan {
     pub initialized: bool,
 }
 
-pub(crate) fn plan(containers: &[(Role, Progress)], policy: RestartPolicy) -> Plan {
+/// `began`: a main container has started in this sandbox, so init containers are not looked at again.
+pub(crate) fn plan(containers: &[(Role, Progress)], policy: RestartPolicy, began: bool) -> Plan {
     let mut plan = Plan::default();
     let mains = || containers.iter().enumerate().filter(|(_, c)| c.0 == Role::Main);
-    // Once a main container has started, init containers are not looked at again.
-    let began = mains().any(|(_, c)| c.1 != Progress::New);
     let mut blocked = false;
     for (index, (role, progress)) in containers.iter().enumerate() {
         match (role, progress) {
@@ -155,7 +154,8 @@ mod tests {
             ("one of two still runs", vec![(Main, Ended { code: 3 }), (Main, UP)], Never, vec![], None),
         ];
         for (name, containers, policy, start, finished) in table {
-            let plan = plan(&containers, policy);
+            let began = containers.iter().any(|c| c.0 == Main && c.1 != New);
+            let plan = plan(&containers, policy, began);
             assert_eq!((plan.start, plan.finished), (start, finished), "{name}");
         }
     }
@@ -173,7 +173,8 @@ mod tests {
         ) {
             let mut all = inits;
             all.extend(mains.into_iter().map(|p| (Main, p)));
-            let plan = plan(&all, policy);
+            let began = all.iter().any(|c| c.0 == Main && c.1 != New);
+            let plan = plan(&all, policy, began);
             for index in &plan.start {
                 let runs = matches!(all[*index].1, Running { .. });
                 prop_assert!(!runs);

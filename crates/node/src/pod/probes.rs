@@ -37,7 +37,8 @@ pub(crate) struct Counter {
 
 impl Counter {
     pub fn new(kind: Kind, probe: &Probe, ready: bool) -> Self {
-        let at_least_one = |n: Option<i32>, default: u32| n.and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0).unwrap_or(default);
+        let at_least_one =
+            |n: Option<i32>, default: u32| n.and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0).unwrap_or(default);
         Counter {
             successes_needed: at_least_one(probe.success_threshold, 1),
             failures_needed: at_least_one(probe.failure_threshold, 3),
@@ -128,20 +129,18 @@ mod tests {
     use proptest::prelude::*;
 
     fn counter(kind: Kind, success: i32, failure: i32) -> Counter {
-        let probe =
-            Probe { success_threshold: Some(success), failure_threshold: Some(failure), ..Default::default() };
+        let probe = Probe { success_threshold: Some(success), failure_threshold: Some(failure), ..Default::default() };
         Counter::new(kind, &probe, false)
     }
 
     #[test]
     fn thresholds() {
         let mut c = counter(Kind::Readiness, 2, 3);
-        let verdicts: Vec<_> =
-            [true, false, true, true, true, false, false, true, false, false, false].into_iter().map(|ok| c.add(ok)).collect();
-        assert_eq!(
-            verdicts,
-            [None, None, None, Some(true), None, None, None, None, None, None, Some(false)]
-        );
+        let verdicts: Vec<_> = [true, false, true, true, true, false, false, true, false, false, false]
+            .into_iter()
+            .map(|ok| c.add(ok))
+            .collect();
+        assert_eq!(verdicts, [None, None, None, Some(true), None, None, None, None, None, None, Some(false)]);
         let mut c = counter(Kind::Liveness, 1, 1);
         assert_eq!((c.add(true), c.add(false), c.add(false)), (None, Some(false), None));
         let mut c = counter(Kind::Startup, 1, 2);

@@ -31,13 +31,25 @@ pub(super) struct Report {
     on_disk: Option<core::PodStatus>,
     retry: Option<Instant>,
     delay: Duration,
+    /// What was written last, and what the API made of it. Should it keep a status in another form than it was given,
+    /// that is no reason to write again.
+    last: Option<(core::PodStatus, Option<core::PodStatus>)>,
+    sending: Option<core::PodStatus>,
     /// Everything known has been told.
     settled: bool,
 }
 
 impl Default for Report {
     fn default() -> Self {
-        Report { writing: None, on_disk: None, retry: None, delay: FIRST_RETRY, settled: false }
+        Report {
+            writing: None,
+            on_disk: None,
+            retry: None,
+            delay: FIRST_RETRY,
+            last: None,
+            sending: None,
+            settled: false,
+        }
     }
 }
 
@@ -107,7 +119,8 @@ impl Worker {
         if self.report.writing.is_some() || !self.present {
             return;
         }
-        self.report.settled = self.pod.status.as_ref() == Some(&status);
+        let known = self.report.last.as_ref().is_some_and(|(sent, kept)| *sent == status && *kept == self.pod.status);
+        self.report.settled = known || self.pod.status.as_ref() == Some(&status);
         if self.report.settled {
             return;
         }
@@ -117,6 +130,7 @@ impl Worker {
         let Ok(value) = serde_json::to_value(&status) else { return };
         let client = self.shared.client.clone();
         let (object, uid) = (self.object.clone(), self.uid.clone());
+        self.report.sending = Some(status);
         self.report.writing = Some(tokio::spawn(write(client, object, uid, value)));
     }
 
@@ -125,6 +139,8 @@ impl Worker {
             Written::Done(object) => {
                 self.report.delay = FIRST_RETRY;
                 self.report.retry = None;
+                let kept = core::Pod::deserialize(&*object).ok().and_then(|p| p.status);
+                self.report.last = self.report.sending.take().map(|sent| (sent, kept));
                 self.take_object(object);
             }
             Written::Conflict(object) => self.take_object(object),

@@ -14,7 +14,7 @@ use api::kind::Resource;
 use api::object::Meta;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -104,7 +104,8 @@ impl Worker {
                 self.dirty = true;
                 for slot in &mut self.slots {
                     if slot.latest_end().is_none() && !slot.is_running() {
-                        let waits = if slot.role == super::Role::Main { "ContainerCreating" } else { "PodInitializing" };
+                        let waits =
+                            if slot.role == super::Role::Main { "ContainerCreating" } else { "PodInitializing" };
                         slot.state = super::State::waiting(waits, "");
                     }
                 }
@@ -176,7 +177,7 @@ impl Worker {
         });
         joined(written.await)?;
         limited(boundary.prepare(&sandbox)).await?;
-        Ok(Sandbox { spec: Arc::new(sandbox), record: Arc::new(record), boundary })
+        Ok(Sandbox { spec: Arc::new(sandbox), record: Arc::new(Mutex::new(record)), boundary })
     }
 
     /// Undoes every step that may have been made. Logs and the last status stay.
@@ -211,14 +212,16 @@ impl Worker {
     }
 
     fn refuse_unsupported(&self, spec: &core::PodSpec) -> Result<(), SetupError> {
-        let refuse = |field: &str| Err(SetupError::Unsupported(format!("{field}: not supported by this node; leave it out")));
+        let refuse =
+            |field: &str| Err(SetupError::Unsupported(format!("{field}: not supported by this node; leave it out")));
         if spec.host_pid == Some(true) {
             return refuse("spec.hostPID");
         }
         if spec.host_ipc == Some(true) {
             return refuse("spec.hostIPC");
         }
-        if !crate::config::is_plain_name(&self.uid) || self.slots.iter().any(|s| !crate::config::is_plain_name(&s.name)) {
+        if !crate::config::is_plain_name(&self.uid) || self.slots.iter().any(|s| !crate::config::is_plain_name(&s.name))
+        {
             return Err(SetupError::Unsupported("metadata.uid and container names must be plain names".into()));
         }
         let mut ports = plan_ports(spec);
@@ -287,12 +290,7 @@ impl Worker {
             SandboxNetwork { host: true, address: Some(config.node_ip), ..SandboxNetwork::default() }
         } else {
             let key = self.object.annotation(machine::ADDRESS_KEY).map(str::to_owned);
-            let request = Attach {
-                uid: self.uid.clone(),
-                namespace: namespace.to_owned(),
-                address_key: key,
-                tap,
-            };
+            let request = Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap };
             self.shared.networks.attach(&request).await?
         };
         let resolver = self.resolver(spec);

