@@ -11,6 +11,8 @@ mod endpoints;
 mod events;
 mod gateways;
 mod gc;
+mod knative;
+mod machines;
 mod namespaces;
 mod nodes;
 mod objects;
@@ -62,4 +64,10 @@ const RECONCILERS: &[(usize, Make)] = &[
     (1, gateways::classes),
     (1, gateways::new),
     (2, gateways::routes),
+    (2, knative::services),
+    (2, knative::configurations),
+    (2, knative::revisions),
+    (1, knative::routes),
+    (2, machines::machines),
+    (2, machines::instances),
 ];
