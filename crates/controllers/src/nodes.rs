@@ -158,8 +158,7 @@ pub(crate) fn ended_pods(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Sou
         new.is_some_and(|new| has_ended(new) && !old.is_some_and(has_ended))
     };
     let gone = |_: Option<&Object>, new: Option<&Object>| new.is_none();
-    let sources =
-        vec![Source::new(pods.clone(), one).filtered(ended), Source::new(nodes.clone(), one).filtered(gone)];
+    let sources = vec![Source::new(pods.clone(), one).filtered(ended), Source::new(nodes.clone(), one).filtered(gone)];
     (Arc::new(EndedPods { context: Arc::clone(context), pods, nodes, missing: Mutex::default() }), sources)
 }
 
@@ -263,7 +262,10 @@ mod tests {
         world.client.put(&LEASES, lease("n", "2024-01-01T00:01:00.000000Z"));
         let alive = json!({"status": {"conditions": [{"type": "Ready", "status": "True", "lastHeartbeatTime": "2024-01-01T00:01:00Z"}]}});
         world.client.patch(&NODES, "", "n", "status", Patch::Merge(alive)).await.unwrap();
-        wait_node(&world, |node| node.name() == "n" && condition_status(node, "Ready") == "True" && !tainted(node, UNREACHABLE)).await;
+        wait_node(&world, |node| {
+            node.name() == "n" && condition_status(node, "Ready") == "True" && !tainted(node, UNREACHABLE)
+        })
+        .await;
         let by_hand = world.client.get(&NODES, "", "by-hand").await.unwrap();
         assert_eq!(condition_status(&by_hand, "Ready"), "");
     }

@@ -124,9 +124,8 @@ impl Round {
     /// The ReplicaSet of the template as it is now: the oldest that has it.
     fn current(&self) -> Option<SharedObject> {
         let template = plan::without_hash(self.deployment.pointer("/spec/template").unwrap_or(&Value::Null));
-        let same = |set: &&SharedObject| {
-            plan::without_hash(set.pointer("/spec/template").unwrap_or(&Value::Null)) == template
-        };
+        let same =
+            |set: &&SharedObject| plan::without_hash(set.pointer("/spec/template").unwrap_or(&Value::Null)) == template;
         self.sets.iter().find(same).cloned()
     }
 

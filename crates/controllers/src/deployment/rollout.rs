@@ -52,8 +52,7 @@ impl Deployments {
 
     /// Takes pods from old sets as far as enough stay available: first those that are not available anyway.
     async fn make_room(&self, round: &mut Round, current: &SharedObject) -> StatusResult<()> {
-        let old: Vec<SharedObject> =
-            round.others(Some(current)).into_iter().filter(|set| replicas(set) > 0).collect();
+        let old: Vec<SharedObject> = round.others(Some(current)).into_iter().filter(|set| replicas(set) > 0).collect();
         if old.is_empty() {
             return Ok(());
         }

@@ -79,10 +79,8 @@ impl Deployments {
             let told = set.annotation(MAXIMUM).and_then(|text| text.parse::<i64>().ok()).filter(|most| *most != 0);
             told.unwrap_or(now)
         };
-        let shares: Vec<plan::Share> = active
-            .iter()
-            .map(|set| plan::Share { replicas: replicas(set), most_before: most_before(set) })
-            .collect();
+        let shares: Vec<plan::Share> =
+            active.iter().map(|set| plan::Share { replicas: replicas(set), most_before: most_before(set) }).collect();
         for (set, size) in active.iter().zip(plan::shared_out(round.size, &shares)) {
             self.resize(round, set, size).await?;
         }
@@ -92,8 +90,7 @@ impl Deployments {
     /// Deletes old sets beyond `revisionHistoryLimit`.
     pub(super) async fn clean_up(&self, round: &mut Round, current: Option<&SharedObject>) -> StatusResult<()> {
         let Some(limit) = int(&round.deployment, "/spec/revisionHistoryLimit") else { return Ok(()) };
-        let mut old: Vec<SharedObject> =
-            round.others(current).into_iter().filter(|set| !set.is_deleting()).collect();
+        let mut old: Vec<SharedObject> = round.others(current).into_iter().filter(|set| !set.is_deleting()).collect();
         let Some(surplus) = old.len().checked_sub(usize::try_from(limit).unwrap_or(0)) else { return Ok(()) };
         old.sort_by_key(|set| super::revision(set));
         for set in old.iter().take(surplus) {

@@ -208,11 +208,15 @@ async fn forgets_old_revisions_and_survives_collisions() {
     assert_eq!(int(&done, "/status/collisionCount"), Some(1));
     for version in ["v2", "v3", "v4", "v5"] {
         set_image(&world, version).await;
-        world.wait(&DEPLOYMENTS, "web", |d| rolled_out(d) && d.annotation("kubernetes.io/change-cause") == Some(version)).await;
+        world
+            .wait(&DEPLOYMENTS, "web", |d| rolled_out(d) && d.annotation("kubernetes.io/change-cause") == Some(version))
+            .await;
         set_of(&world, version).await;
     }
     let sets = world
-        .wait_all(&REPLICA_SETS, |sets| sets.iter().filter(|s| s.str_at("/metadata/ownerReferences/0/name") == "web").count() == 3)
+        .wait_all(&REPLICA_SETS, |sets| {
+            sets.iter().filter(|s| s.str_at("/metadata/ownerReferences/0/name") == "web").count() == 3
+        })
         .await;
     let kept: Vec<&str> = sets.iter().map(|set| image(set)).filter(|image| image.starts_with('v')).collect();
     assert!(["v3", "v4", "v5"].iter().all(|version| kept.contains(version)), "{kept:?}");

@@ -84,9 +84,7 @@ impl Reconcile for Endpoints {
 
     async fn reconcile(&self, key: &Key) -> StatusResult<Again> {
         let mut known = self.slices.list_in(&key.namespace);
-        known.retain(|slice| {
-            slice.label(SERVICE_NAME) == Some(&key.name) && slice.label(MANAGED_BY) == Some(MANAGER)
-        });
+        known.retain(|slice| slice.label(SERVICE_NAME) == Some(&key.name) && slice.label(MANAGED_BY) == Some(MANAGER));
         let service = self.services.get_key(key).filter(|service| !service.is_deleting());
         let Some((service, selector)) = service.and_then(|service| Some((selector(&service)?, service))).map(swap)
         else {
@@ -107,12 +105,7 @@ fn swap<A, B>((a, b): (A, B)) -> (B, A) {
 }
 
 impl Endpoints {
-    async fn apply(
-        &self,
-        service: &SharedObject,
-        groups: Vec<Group>,
-        known: Vec<SharedObject>,
-    ) -> StatusResult<()> {
+    async fn apply(&self, service: &SharedObject, groups: Vec<Group>, known: Vec<SharedObject>) -> StatusResult<()> {
         let (mut mine, strangers): (Vec<_>, Vec<_>) = known
             .into_iter()
             .partition(|slice| is_controlled_by(slice, service.uid()) && slice.str_at("/addressType") == "IPv4");
@@ -139,7 +132,9 @@ impl Endpoints {
         let mut filled: Vec<(Option<SharedObject>, Vec<Endpoint>)> = Vec::new();
         for slice in slices {
             let is_here = |endpoint: &Endpoint| {
-                crate::objects::list(&slice, "/endpoints").iter().any(|old| old.str_at("/targetRef/uid") == endpoint.uid)
+                crate::objects::list(&slice, "/endpoints")
+                    .iter()
+                    .any(|old| old.str_at("/targetRef/uid") == endpoint.uid)
             };
             let (stay, rest): (Vec<_>, Vec<_>) = left.into_iter().partition(is_here);
             left = rest;
@@ -179,7 +174,8 @@ impl Endpoints {
 
     async fn create(&self, service: &SharedObject, ports: Value, endpoints: Vec<Value>) -> StatusResult<()> {
         // Named after what it holds, so that making it twice is a conflict and not a second slice.
-        let mark = crate::objects::fnv32a(format!("{}{ports}{}", service.uid(), Value::from(endpoints.clone())).bytes());
+        let mark =
+            crate::objects::fnv32a(format!("{}{ports}{}", service.uid(), Value::from(endpoints.clone())).bytes());
         let suffix = format!("-{}", api::names::safe_encode(&mark.to_string()));
         let slice = json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",

@@ -55,7 +55,8 @@ pub(super) fn listeners(
     if named.is_empty() {
         return Err(("NoMatchingParent", "No listener of the Gateway is meant by sectionName and port".into()));
     }
-    let allowed: Vec<&Value> = named.into_iter().filter(|listener| allows(listener, gateway, route, namespaces)).collect();
+    let allowed: Vec<&Value> =
+        named.into_iter().filter(|listener| allows(listener, gateway, route, namespaces)).collect();
     if allowed.is_empty() {
         let message = "The listeners do not allow HTTPRoutes of this namespace (allowedRoutes)".to_owned();
         return Err(("NotAllowedByListeners", message));

@@ -136,7 +136,9 @@ impl Reconcile for Gateways {
         let listeners: Vec<Value> =
             list(&gateway, "/spec/listeners").iter().map(|listener| self.listener(&gateway, listener)).collect();
         let any = listeners.iter().any(|listener| {
-            list(listener, "/conditions").iter().any(|c| c.str_at("/type") == "Accepted" && c.str_at("/status") == "True")
+            list(listener, "/conditions")
+                .iter()
+                .any(|c| c.str_at("/type") == "Accepted" && c.str_at("/status") == "True")
         });
         let fields = object_of(&mut status);
         fields.insert("listeners".into(), listeners.into());
@@ -148,7 +150,9 @@ impl Reconcile for Gateways {
         }
         let accepted = match any {
             true => ("True", "Accepted", "Gateway is accepted", "Programmed", "Gateway is served"),
-            false => ("False", "ListenersNotValid", "No listener can be served", "Invalid", "No listener can be served"),
+            false => {
+                ("False", "ListenersNotValid", "No listener can be served", "Invalid", "No listener can be served")
+            }
         };
         let (state, reason, message, programmed, served) = accepted;
         observe(&mut status, Condition { kind: "Accepted", status: state, reason, message }, &gateway, &self.context);
@@ -163,7 +167,8 @@ impl Gateways {
     fn listener(&self, gateway: &SharedObject, listener: &Value) -> Value {
         let name = listener.str_at("/name");
         let known = list(gateway, "/status/listeners").iter().find(|known| known.str_at("/name") == name);
-        let mut status = json!({"conditions": known.and_then(|known| known.get("conditions")).cloned().unwrap_or(json!([]))});
+        let mut status =
+            json!({"conditions": known.and_then(|known| known.get("conditions")).cloned().unwrap_or(json!([]))});
         let attached = self.routes.list().iter().filter(|route| self.is_attached(gateway, name, route)).count();
         let http = listener.str_at("/protocol") == "HTTP";
         let clash = list(gateway, "/spec/listeners").iter().any(|other| {
@@ -172,9 +177,8 @@ impl Gateways {
                 && other.str_at("/hostname") == listener.str_at("/hostname")
         });
         let kinds = list(listener, "/allowedRoutes/kinds");
-        let known_kind = |kind: &Value| {
-            kind.str_at("/kind") == "HTTPRoute" && matches!(kind.str_at("/group"), "" | GROUP)
-        };
+        let known_kind =
+            |kind: &Value| kind.str_at("/kind") == "HTTPRoute" && matches!(kind.str_at("/group"), "" | GROUP);
         let good_kinds = kinds.iter().all(known_kind);
         let takes = kinds.is_empty() || kinds.iter().any(known_kind);
         let fields = object_of(&mut status);

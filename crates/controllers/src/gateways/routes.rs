@@ -39,9 +39,8 @@ pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
         all(&known, &|route| backends(route).any(|backend| backend.str_at("/name") == service.name()))
     });
     let known = routes.clone();
-    let of_namespace = Source::new(namespaces.clone(), move |namespace| {
-        known.list_in(namespace.name()).iter().map(Key::of).collect()
-    });
+    let of_namespace =
+        Source::new(namespaces.clone(), move |namespace| known.list_in(namespace.name()).iter().map(Key::of).collect());
     let known = routes.clone();
     let of_class = Source::new(classes.clone(), move |_| known.keys());
     let sources = vec![Source::own(routes.clone()), of_gateway, of_service, of_namespace, of_class];

@@ -30,10 +30,11 @@ async fn wait(world: &World, accepted: &str, resolved: &str) -> api::object::Sha
 async fn defaults_and_a_route() {
     let config = Config { gateway_address: Some("127.0.0.1".into()), gateway_port: 8088, ..Config::default() };
     let world = World::with(config).await;
-    world.wait_all(&GATEWAY_CLASSES, |classes| {
-        classes.iter().any(|class| class.str_at("/status/conditions/0/type") == "Accepted")
-    })
-    .await;
+    world
+        .wait_all(&GATEWAY_CLASSES, |classes| {
+            classes.iter().any(|class| class.str_at("/status/conditions/0/type") == "Accepted")
+        })
+        .await;
     let served = |gateways: &[api::object::SharedObject]| {
         gateways.iter().any(|gateway| {
             gateway.namespace() == DEFAULT_NAMESPACE

@@ -12,21 +12,12 @@ use std::sync::Arc;
 
 pub(super) struct MetaOnly(pub Arc<dyn Client>);
 
-const KEPT: &[&str] = &[
-    "name",
-    "namespace",
-    "uid",
-    "resourceVersion",
-    "deletionTimestamp",
-    "finalizers",
-    "ownerReferences",
-];
+const KEPT: &[&str] =
+    &["name", "namespace", "uid", "resourceVersion", "deletionTimestamp", "finalizers", "ownerReferences"];
 
 fn stripped(object: &SharedObject) -> SharedObject {
-    let metadata: Map<String, Value> = KEPT
-        .iter()
-        .filter_map(|key| Some(((*key).to_owned(), object.get("metadata")?.get(key)?.clone())))
-        .collect();
+    let metadata: Map<String, Value> =
+        KEPT.iter().filter_map(|key| Some(((*key).to_owned(), object.get("metadata")?.get(key)?.clone()))).collect();
     let mut fields = Map::new();
     fields.insert("metadata".into(), Value::Object(metadata));
     Arc::new(Value::Object(fields))

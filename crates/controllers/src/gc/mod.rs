@@ -63,8 +63,7 @@ pub(crate) async fn run(context: Arc<Context>) {
         let served = resources(&*context.client);
         for (resource, ..) in &served {
             if !followed.contains_key(resource) {
-                let spawn =
-                    || Informer::spawn(Arc::clone(&metadata), resource.clone(), "", ListOptions::default());
+                let spawn = || Informer::spawn(Arc::clone(&metadata), resource.clone(), "", ListOptions::default());
                 let informer = context.informers.existing(resource).unwrap_or_else(spawn);
                 let follow = Arc::clone(&collector).follow(resource.clone(), informer.clone());
                 let handle = tasks.spawn(follow);

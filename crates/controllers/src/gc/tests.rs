@@ -60,7 +60,9 @@ async fn orphans_live_on_and_are_adopted_again() {
     let sets = world.wait_all(&REPLICA_SETS, |sets| sets.iter().all(|set| set.controller_ref().is_none())).await;
     assert_eq!(sets.len(), 1);
     let again = world.create(&DEPLOYMENTS, deployment()).await;
-    world.wait_all(&REPLICA_SETS, |sets| sets.iter().all(|set| crate::objects::is_controlled_by(set, again.uid()))).await;
+    world
+        .wait_all(&REPLICA_SETS, |sets| sets.iter().all(|set| crate::objects::is_controlled_by(set, again.uid())))
+        .await;
     let after = world.list(&PODS).await;
     assert_eq!(names(&before), names(&after), "no pod was touched");
 }
@@ -81,7 +83,8 @@ async fn owners_that_are_gone_or_others_by_now() {
     delete(&world, &MAPS, "one", Propagation::Background).await;
     let left = world.wait_all(&MAPS, |all| !names(all).contains(&"of-one")).await;
     assert!(names(&left).contains(&"of-unknown"));
-    let both = world.wait(&MAPS, "of-both", |map| map["metadata"]["ownerReferences"].as_array().unwrap().len() == 1).await;
+    let both =
+        world.wait(&MAPS, "of-both", |map| map["metadata"]["ownerReferences"].as_array().unwrap().len() == 1).await;
     assert_eq!(both.str_at("/metadata/ownerReferences/0/name"), "two");
 }
 

@@ -7,9 +7,7 @@
 
 use super::{FINALIZER, NAME_LABEL, has_ended, launcher};
 use crate::context::{Condition, Context, INSTANCES, PODS, set_condition};
-use crate::objects::{
-    self, condition_status, controller_name, controller_reference, is_controlled_by, joined, list,
-};
+use crate::objects::{self, condition_status, controller_name, controller_reference, is_controlled_by, joined, list};
 use crate::recent::Recent;
 use crate::runner::{Again, Reconcile, Source, is_race};
 use api::client::{DeleteOptions, Patch};
@@ -34,8 +32,10 @@ pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
     let known = instances.clone();
     let of_pod = Source::new(pods.clone(), move |pod| {
         let Some(label) = pod.label(NAME_LABEL) else { return Vec::new() };
-        let mut keys: Vec<Key> =
-            controller_name(pod, &INSTANCES, "VirtualMachineInstance").map(|n| Key::new(pod.namespace(), n)).into_iter().collect();
+        let mut keys: Vec<Key> = controller_name(pod, &INSTANCES, "VirtualMachineInstance")
+            .map(|n| Key::new(pod.namespace(), n))
+            .into_iter()
+            .collect();
         // Another instance of that name may be waiting for this pod to be gone.
         let same = |instance: &&SharedObject| joined(instance.name(), "", 63) == label;
         keys.extend(known.list_in(pod.namespace()).iter().filter(same).map(Key::of));
@@ -58,8 +58,7 @@ impl Reconcile for Instances {
         };
         let mut pods = self.recent.pods(&self.context, &self.pods, key).await?;
         pods.retain(|pod| pod.label(NAME_LABEL).is_some_and(|label| label == joined(instance.name(), "", 63)));
-        let (own, others): (Vec<_>, Vec<_>) =
-            pods.into_iter().partition(|pod| is_controlled_by(pod, instance.uid()));
+        let (own, others): (Vec<_>, Vec<_>) = pods.into_iter().partition(|pod| is_controlled_by(pod, instance.uid()));
         if instance.is_deleting() {
             return self.end(key, &instance, &own).await.map(|()| None);
         }

@@ -17,7 +17,8 @@ const CPU_SHARE: i64 = 100;
 pub(super) fn pod(instance: &Object) -> Result<Object, String> {
     let spec = instance.get("spec").cloned().unwrap_or_else(|| json!({}));
     let name = instance.name();
-    let mut labels = instance.pointer("/metadata/labels").cloned().filter(Value::is_object).unwrap_or_else(|| json!({}));
+    let mut labels =
+        instance.pointer("/metadata/labels").cloned().filter(Value::is_object).unwrap_or_else(|| json!({}));
     let fields = object_of(&mut labels);
     // Labels hold 63 characters, names more.
     let short = joined(name, "", 63);
@@ -45,7 +46,8 @@ pub(super) fn pod(instance: &Object) -> Result<Object, String> {
 }
 
 fn pod_spec(instance: &Object, spec: &Value) -> Result<Value, String> {
-    let (image, policy, secret) = image(spec).ok_or("no containerDisk volume and no kernelBoot: nothing to boot from")?;
+    let (image, policy, secret) =
+        image(spec).ok_or("no containerDisk volume and no kernelBoot: nothing to boot from")?;
     let mut container = json!({"name": CONTAINER, "image": image, "resources": resources(spec)?});
     let fields = object_of(&mut container);
     if !policy.is_empty() {
@@ -153,7 +155,8 @@ pub(super) fn memory(spec: &Value) -> Option<Quantity> {
 fn resources(spec: &Value) -> Result<Value, String> {
     let memory = memory(spec).ok_or("spec.domain.memory.guest or resources.requests.memory is required")?;
     let asked = amount(spec, "requests", "memory").filter(|asked| *asked > memory).unwrap_or(memory);
-    let cpu = amount(spec, "requests", "cpu").unwrap_or_else(|| Quantity::millis(vcpus(spec).saturating_mul(CPU_SHARE)));
+    let cpu =
+        amount(spec, "requests", "cpu").unwrap_or_else(|| Quantity::millis(vcpus(spec).saturating_mul(CPU_SHARE)));
     let mut resources = json!({"requests": {"memory": asked.to_string(), "cpu": cpu.to_string()}});
     // A memory limit would count what the machine needs beside the guest's memory, too; the runtime class adds that.
     if let Some(limit) = amount(spec, "limits", "cpu") {

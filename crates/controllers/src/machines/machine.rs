@@ -156,10 +156,8 @@ impl Machines {
         };
         match self.context.client.delete(&INSTANCES, instance.namespace(), instance.name(), &options).await {
             Ok(()) => {
-                let message = format!(
-                    "Stopped the virtual machine by deleting the virtual machine instance {}",
-                    instance.uid()
-                );
+                let message =
+                    format!("Stopped the virtual machine by deleting the virtual machine instance {}", instance.uid());
                 self.context.events.normal(COMPONENT, machine, "SuccessfulDelete", message);
                 Ok(())
             }
@@ -167,11 +165,17 @@ impl Machines {
             Err(error) => Err(error),
         }?;
         // What was written has a new version; the rest is for the next look.
-        Err(api::Status::conflict("kubevirt.io", "virtualmachines", machine.name(), "its instance has just been stopped"))
+        Err(api::Status::conflict(
+            "kubevirt.io",
+            "virtualmachines",
+            machine.name(),
+            "its instance has just been stopped",
+        ))
     }
 
     fn has_run_for(&self, instance: &Object) -> i64 {
-        let running = list(instance, "/status/phaseTransitionTimestamps").iter().find(|t| t.str_at("/phase") == "Running");
+        let running =
+            list(instance, "/status/phaseTransitionTimestamps").iter().find(|t| t.str_at("/phase") == "Running");
         let since = running.and_then(|t| api::time::parse(t.str_at("/phaseTransitionTimestamp")));
         since.map_or(0, |since| self.context.now() - since)
     }
@@ -248,7 +252,8 @@ impl Machines {
         let new = Condition { kind: "Ready", status: state, reason: &reason, message: &message };
         set_condition(&mut status, new, &now, &[]);
         let outdated = instance.is_some_and(|instance| {
-            !has_ended(instance) && instance.annotation(TEMPLATE_HASH).is_some_and(|hash| hash != template_hash(machine))
+            !has_ended(instance)
+                && instance.annotation(TEMPLATE_HASH).is_some_and(|hash| hash != template_hash(machine))
         });
         match outdated {
             true => {

@@ -97,17 +97,17 @@ async fn restarts_after_a_crash_with_back_off() {
 
 #[tokio::test]
 async fn strategies_when_the_guest_shuts_down() {
-    for (strategy, phase, runs_again) in [
-        ("Always", "Succeeded", true),
-        ("RerunOnFailure", "Succeeded", false),
-        ("Once", "Failed", false),
-    ] {
+    for (strategy, phase, runs_again) in
+        [("Always", "Succeeded", true), ("RerunOnFailure", "Succeeded", false), ("Once", "Failed", false)]
+    {
         let world = World::new().await;
         world.node("n", |_| true).await;
         world.create(&MACHINES, machine(strategy)).await;
         let ended = end_pod(&world, phase).await;
         if runs_again {
-            let fresh = |pods: &[SharedObject]| pods.iter().any(|p| p.uid() != ended.uid() && p.str_at("/status/phase") == "Running");
+            let fresh = |pods: &[SharedObject]| {
+                pods.iter().any(|p| p.uid() != ended.uid() && p.str_at("/status/phase") == "Running")
+            };
             world.wait_all(&PODS, fresh).await;
         } else {
             world.wait(&MACHINES, "db", printed("Stopped")).await;

@@ -175,7 +175,9 @@ impl ReplicaSets {
 
     /// Pods of all sets of the same controller: of two pods on one node, one goes first.
     fn related(&self, set: &SharedObject, all: &[SharedObject]) -> Vec<SharedObject> {
-        let Some(owner) = set.controller_ref() else { return all.iter().filter(|pod| is_active(pod)).cloned().collect() };
+        let Some(owner) = set.controller_ref() else {
+            return all.iter().filter(|pod| is_active(pod)).cloned().collect();
+        };
         let owner = owner.str_at("/uid");
         let siblings: Vec<String> = self
             .sets

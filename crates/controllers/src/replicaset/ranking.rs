@@ -94,8 +94,7 @@ mod tests {
         ];
         let mut related = pods.to_vec();
         related.extend((0..9).map(|n| pod(&format!("other{n}"), "n1", Some(1), "", 0)));
-        let order: Vec<String> =
-            first_to_go(&pods, &related, NOW, 7).iter().map(|pod| pod.name().to_owned()).collect();
+        let order: Vec<String> = first_to_go(&pods, &related, NOW, 7).iter().map(|pod| pod.name().to_owned()).collect();
         assert_eq!(order, ["unbound", "not-ready", "cheap", "crowded", "young", "restarted", "old"]);
     }
 }

@@ -34,8 +34,7 @@ impl Term {
             list(term, "/namespaces").iter().filter_map(Value::as_str).map(str::to_owned).collect();
         // An empty selector of namespaces means all; labels of namespaces are not looked at.
         let all_namespaces = term.get("namespaceSelector").is_some_and(|selector| !selector.is_null());
-        let namespaces =
-            if given.is_empty() && !all_namespaces { vec![owner.namespace().to_owned()] } else { given };
+        let namespaces = if given.is_empty() && !all_namespaces { vec![owner.namespace().to_owned()] } else { given };
         Term {
             selector: Selector::from_object(term.get("labelSelector").unwrap_or(&Value::Null))
                 .unwrap_or_else(|_| Selector::nothing()),

@@ -117,7 +117,8 @@ impl Running {
             Some(pod) if wants_node(pod) => {
                 // What the scheduler itself wrote into the status is no news.
                 let news = old.as_ref().is_none_or(|old| {
-                    old.get("spec") != pod.get("spec") || old.pointer("/metadata/labels") != pod.pointer("/metadata/labels")
+                    old.get("spec") != pod.get("spec")
+                        || old.pointer("/metadata/labels") != pod.pointer("/metadata/labels")
                 });
                 if news {
                     self.scheduler.queue.add(key);

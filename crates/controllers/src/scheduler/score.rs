@@ -75,9 +75,9 @@ fn unwelcome(demand: &Demand<'_>, node: &Node) -> i64 {
 fn wished_pods(cluster: &Cluster, demand: &Demand<'_>, possible: &[&Node]) -> Vec<i64> {
     let (near, apart) = (preferred(demand.pod, "podAffinity"), preferred(demand.pod, "podAntiAffinity"));
     let sum = |terms: &[super::affinity::Term], node: &Node| -> i64 {
-        let each = terms.iter().map(|term| {
-            term.weight.saturating_mul(i64::try_from(term.count_near(cluster, node)).unwrap_or(i64::MAX))
-        });
+        let each = terms
+            .iter()
+            .map(|term| term.weight.saturating_mul(i64::try_from(term.count_near(cluster, node)).unwrap_or(i64::MAX)));
         each.fold(0, i64::saturating_add)
     };
     possible.iter().map(|node| sum(&near, node).saturating_sub(sum(&apart, node))).collect()

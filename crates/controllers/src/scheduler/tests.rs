@@ -108,8 +108,10 @@ fn taints_selectors_and_affinity_to_nodes() {
         json!({"spec": {"affinity": {"nodeAffinity":
             {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}}})
     };
-    let expression = |key: &str, operator: &str, value: &str| json!({"matchExpressions":
-        [{"key": key, "operator": operator, "values": [value]}]});
+    let expression = |key: &str, operator: &str, value: &str| {
+        json!({"matchExpressions":
+        [{"key": key, "operator": operator, "values": [value]}]})
+    };
     let either = json!([expression("disk", "In", "hdd"), expression("size", "Gt", "4")]);
     assert_eq!(refusal(&labelled, &pod("a", required(either))), [""; 0]);
     assert_eq!(refusal(&labelled, &pod("a", required(json!([expression("size", "Lt", "4")])))), mismatch);
@@ -120,9 +122,7 @@ fn taints_selectors_and_affinity_to_nodes() {
 
 #[test]
 fn ports_of_the_host() {
-    let port = |ip: &str, protocol: &str| {
-        json!({"spec": {"containers": [{"ports": [{"hostPort": 80, "hostIP": ip, "protocol": protocol}]}]}})
-    };
+    let port = |ip: &str, protocol: &str| json!({"spec": {"containers": [{"ports": [{"hostPort": 80, "hostIP": ip, "protocol": protocol}]}]}});
     let one = cluster(&[node("n", json!({}))], &[("n", pod("a", port("10.0.0.1", "TCP")))]);
     let taken = ["node(s) didn't have free ports for the requested pod ports"];
     assert_eq!(refusal(&one, &pod("b", port("", "TCP"))), taken);
