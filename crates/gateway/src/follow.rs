@@ -134,8 +134,8 @@ impl Informers {
         let follow = |group: &str, version: &str, plural: &str| {
             Informer::spawn(client.clone(), Resource::new(group, version, plural), "", ListOptions::default())
         };
-        let grants = client.resources().into_iter().map(|(resource, _, _)| resource);
-        let grants = grants.filter(|r| &*r.group == GROUP && &*r.plural == "referencegrants").next_back();
+        let mut resources = client.resources().into_iter().map(|(resource, _, _)| resource);
+        let grants = resources.rfind(|r| &*r.group == GROUP && &*r.plural == "referencegrants");
         Informers {
             classes: follow(GROUP, "v1", "gatewayclasses"),
             gateways: follow(GROUP, "v1", "gateways"),

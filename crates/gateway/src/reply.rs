@@ -11,6 +11,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 /// What a client is sent.
+// Nearly all are of the large variant; a box would cost each of them an allocation.
+#[allow(clippy::large_enum_variant)]
 pub enum ReplyBody {
     Text(Option<Bytes>),
     Http1(UpstreamBody),

@@ -117,8 +117,8 @@ async fn hostile_answers_are_bad_gateways_and_never_reach_the_client() {
     })
     .await;
     lab.simple(&[server.address]).await;
-    for index in 0..answers.len() {
-        assert_eq!(lab.get(&format!("/{index}")).await.0, 502, "{}", answers[index]);
+    for (index, answer) in answers.iter().enumerate() {
+        assert_eq!(lab.get(&format!("/{index}")).await.0, 502, "{answer}");
     }
     assert_eq!(lab.get("/fine").await, (200, "fine".into()));
     lab.stop().await;

@@ -130,15 +130,17 @@ fn a_tap_carries_frames_and_answers_arp() {
     let mac: Vec<u8> = vm.mac.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
     let me = vm.address.octets();
     let arp = [&[0; 10][..], &[255; 6], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &mac, &me, &[0; 6], &[169, 254, 1, 1]];
-    rustix::io::write(&tap, &arp.concat()).unwrap();
-    let answer = frame(&tap, |frame| frame[12..14] == [8, 6]);
+    let ask = || {
+        rustix::io::write(&tap, &arp.concat()).unwrap();
+    };
+    let answer = frame(&tap, ask, |frame| frame[12..14] == [8, 6]);
     assert_eq!((&answer[20..22], &answer[28..32]), (&[0, 2][..], &[169, 254, 1, 1][..]));
     // A datagram to it from a pod comes out as a frame for it.
-    network::in_netns(&netns(&b), || {
-        UdpSocket::bind((b.address, 7)).unwrap().send_to(b"hello", (vm.address, 9)).unwrap();
-    })
-    .unwrap();
-    let datagram = frame(&tap, |frame| frame[12..14] == [8, 0]);
+    let socket = network::in_netns(&netns(&b), || UdpSocket::bind((b.address, 7)).unwrap()).unwrap();
+    let greet = || {
+        socket.send_to(b"hello", (vm.address, 9)).unwrap();
+    };
+    let datagram = frame(&tap, greet, |frame| frame[12..14] == [8, 0]);
     assert_eq!((&datagram[..6], &datagram[26..30]), (&mac[..], &b.address.octets()[..]));
     assert!(datagram.ends_with(b"hello"));
     drop(tap);
@@ -146,16 +148,20 @@ fn a_tap_carries_frames_and_answers_arp() {
     assert!(lab.router().open_tap(vm.tap.as_ref().unwrap()).is_err());
 }
 
-/// The first frame that `wanted` accepts, without its virtio-net header.
-fn frame(tap: &impl AsFd, wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
+/// The first frame that `wanted` accepts, without its virtio-net header. What causes it is sent again as a guest would:
+/// the kernel opens a tap's queue a moment after the device is opened.
+fn frame(tap: &impl AsFd, cause: impl Fn(), wanted: impl Fn(&[u8]) -> bool) -> Vec<u8> {
     let mut buffer = [0; 4096];
     let mut found = Vec::new();
-    eventually("a frame", || match rustix::io::read(tap, &mut buffer) {
-        Ok(length) if length > 24 && wanted(&buffer[10..length]) => {
-            found = buffer[10..length].to_vec();
-            true
+    eventually("a frame", || {
+        cause();
+        while let Ok(length) = rustix::io::read(tap, &mut buffer) {
+            if length > 24 && wanted(&buffer[10..length]) {
+                found = buffer[10..length].to_vec();
+                return true;
+            }
         }
-        _ => false,
+        false
     });
     found
 }
@@ -170,6 +176,52 @@ fn strays_of_a_lost_journal_are_removed() {
     assert!(!lab.dir.path().join("run/netns/a").exists());
     let (_, links) = run(&lab.router().netns_path(), "ip", &["-o", "link"]);
     assert!(!links.contains("veth"), "{links}");
+}
+
+/// Not a test of its own: what [`kill_at_any_moment`] kills.
+#[test]
+fn helper_attaches_until_killed() {
+    let Some(dir) = std::env::var_os("ATOLL_TEST_DIR") else { return };
+    let router = Router::open(config(std::path::Path::new(&dir))).unwrap();
+    for n in 0usize.. {
+        let kind = if n % 3 == 2 { LinkKind::Tap } else { LinkKind::Namespace };
+        router.attach(&AttachRequest { kind, ..request(&format!("p{}", n % 6)) }).unwrap();
+        router.detach(&format!("p{}", (n + 3) % 6)).unwrap();
+    }
+}
+
+#[test]
+fn kill_at_any_moment() {
+    let Some(mut lab) = lab() else { return };
+    let (a, b) = (lab.pod("a"), lab.pod("b"));
+    greet(&b, 80, "b");
+    for round in 0..15u64 {
+        lab.router = None;
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["helper_attaches_until_killed", "--exact"])
+            .env("ATOLL_TEST_DIR", lab.dir.path())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        // Not a wait for something: the moment is meant to be any.
+        std::thread::sleep(Duration::from_millis(5 + round * 11 % 70));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(call_from(&a, b.address, 80).is_ok(), "traffic went on without a process");
+        lab.reopen();
+        assert_eq!((lab.pod("a"), lab.pod("b")), (a.clone(), b.clone()));
+        let p0 = lab.pod("p0");
+        assert_eq!(call_from(&p0, b.address, 80).unwrap(), format!("b {}", p0.address));
+        for uid in lab.router().list() {
+            if uid.starts_with('p') {
+                lab.router().detach(&uid).unwrap();
+            }
+        }
+        let pins = std::fs::read_dir(lab.dir.path().join("run/netns")).unwrap().count();
+        let (_, links) = run(&lab.router().netns_path(), "ip", &["-o", "link"]);
+        let count = links.lines().filter(|line| line.contains("veth") || line.contains("tap")).count();
+        assert_eq!((pins, count), (3, 2), "{links}");
+    }
 }
 
 #[test]
@@ -242,7 +294,7 @@ fn the_host_is_left_alone() {
         let output =
             std::process::Command::new("unshare").args([&format!("--net={}", pin.display()), "true"]).output().unwrap();
         assert!(output.status.success(), "{output:?}");
-        network::in_netns(&pin, || {
+        let outcome = network::in_netns(&pin, || {
             let before = look();
             let router = Router::open(config(dir.path())).unwrap();
             router.attach(&request("a")).unwrap();
@@ -250,9 +302,9 @@ fn the_host_is_left_alone() {
             assert_eq!(before, look());
             router.teardown().unwrap();
             assert_eq!(before, look());
-        })
-        .unwrap();
+        });
         rustix::mount::unmount(&pin, rustix::mount::UnmountFlags::DETACH).unwrap();
+        outcome.unwrap();
     });
     host.join().unwrap();
 }

@@ -124,7 +124,7 @@ fn line(read: &mut BytesMut) -> io::Result<Option<BytesMut>> {
 fn size(line: &[u8]) -> io::Result<u64> {
     let digits = line.iter().take_while(|byte| byte.is_ascii_hexdigit()).count();
     let after = line.get(digits..).unwrap_or_default();
-    let bare = after.iter().skip_while(|byte| matches!(byte, b' ' | b'\t')).next().is_none_or(|byte| *byte == b';');
+    let bare = after.iter().find(|byte| !matches!(byte, b' ' | b'\t')).is_none_or(|byte| *byte == b';');
     if digits == 0 || digits > 15 || !bare {
         return Err(invalid("not a chunk size"));
     }

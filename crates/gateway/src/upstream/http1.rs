@@ -161,23 +161,18 @@ pub fn parse_head(read: &mut BytesMut) -> io::Result<Option<Head>> {
     let status = status.ok_or_else(|| invalid("the response's status is not valid"))?;
     let version = if response.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
     let start = read.as_ptr() as usize;
-    let mut headers = HeaderMap::with_capacity(response.headers.len());
-    let mut places = [(0, 0); MAX_HEADERS];
-    let mut names: [Option<HeaderName>; MAX_HEADERS] = [const { None }; MAX_HEADERS];
-    let count = response.headers.len();
-    for ((line, place), name) in response.headers.iter().zip(&mut places).zip(&mut names) {
-        *place = ((line.value.as_ptr() as usize).wrapping_sub(start), line.value.len());
-        let parsed = HeaderName::from_bytes(line.name.as_bytes());
-        *name = Some(parsed.map_err(|_| invalid("a header's name is not valid"))?);
+    let mut lines = Vec::with_capacity(response.headers.len());
+    for line in response.headers.iter() {
+        let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| invalid("a header's name is not valid"))?;
+        lines.push((name, (line.value.as_ptr() as usize).wrapping_sub(start), line.value.len()));
     }
     let head = read.split_to(length).freeze();
-    for ((at, len), name) in places.into_iter().zip(names).take(count) {
+    let mut headers = HeaderMap::with_capacity(lines.len());
+    for (name, at, len) in lines {
         // Values are slices of the head, not copies. An empty value may point anywhere.
         let value = if len == 0 { Bytes::new() } else { head.slice(at..at + len) };
         let value = HeaderValue::from_maybe_shared(value).map_err(|_| invalid("a header's value is not valid"))?;
-        if let Some(name) = name {
-            headers.append(name, value);
-        }
+        headers.append(name, value);
     }
     Ok(Some(Head { status, headers, version }))
 }
