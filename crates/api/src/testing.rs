@@ -2,17 +2,19 @@
 //! generations, watches, deletion with finalizers and grace. No admission, defaults or validation; those belong to the
 //! server, whose own tests cover them.
 
+mod patch;
+
 use crate::client::{Client, DeleteOptions, List, ListOptions, Patch, Propagation, WatchEvent, WatchStream};
 use crate::kind::{Resource, Scope};
 use crate::object::{Meta, Object, SharedObject, child};
 use crate::selector::{FieldSelector, Selector};
 use crate::status::{Reason, Status, StatusResult};
-use crate::{names, time};
+use crate::{kinds, names, time};
 use async_trait::async_trait;
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
 
 type Address = (Resource, String, String);
@@ -57,33 +59,6 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// Resources known at once: group, version, plural, kind, cluster-scoped.
-const KNOWN: &[(&str, &str, &str, &str, bool)] = &[
-    ("", "v1", "namespaces", "Namespace", true),
-    ("", "v1", "nodes", "Node", true),
-    ("", "v1", "pods", "Pod", false),
-    ("", "v1", "services", "Service", false),
-    ("", "v1", "configmaps", "ConfigMap", false),
-    ("", "v1", "secrets", "Secret", false),
-    ("", "v1", "events", "Event", false),
-    ("", "v1", "serviceaccounts", "ServiceAccount", false),
-    ("discovery.k8s.io", "v1", "endpointslices", "EndpointSlice", false),
-    ("coordination.k8s.io", "v1", "leases", "Lease", false),
-    ("node.k8s.io", "v1", "runtimeclasses", "RuntimeClass", true),
-    ("apps", "v1", "deployments", "Deployment", false),
-    ("apps", "v1", "replicasets", "ReplicaSet", false),
-    ("gateway.networking.k8s.io", "v1", "gatewayclasses", "GatewayClass", true),
-    ("gateway.networking.k8s.io", "v1", "gateways", "Gateway", false),
-    ("gateway.networking.k8s.io", "v1", "httproutes", "HTTPRoute", false),
-    ("kubevirt.io", "v1", "virtualmachines", "VirtualMachine", false),
-    ("kubevirt.io", "v1", "virtualmachineinstances", "VirtualMachineInstance", false),
-    ("serving.knative.dev", "v1", "services", "Service", false),
-    ("serving.knative.dev", "v1", "configurations", "Configuration", false),
-    ("serving.knative.dev", "v1", "revisions", "Revision", false),
-    ("serving.knative.dev", "v1", "routes", "Route", false),
-    ("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", true),
-];
 
 impl MemoryClient {
     #[allow(clippy::new_ret_no_self)]
@@ -284,12 +259,12 @@ fn set_in(map: &mut serde_json::Map<String, Value>, key: &str, value: Option<Val
     };
 }
 
-/// Kinds whose status only `update_status` changes.
+/// Kinds whose status only `update_status` changes; so do those that nobody has heard of.
 fn has_status(resource: &Resource) -> bool {
-    !matches!(
-        (&*resource.group, &*resource.plural),
-        ("", "configmaps" | "secrets" | "events" | "serviceaccounts") | ("discovery.k8s.io" | "coordination.k8s.io", _)
-    )
+    static WITHOUT: LazyLock<Vec<Resource>> = LazyLock::new(|| {
+        kinds::builtin().into_iter().filter(|kind| !kind.subresources.status).map(|kind| kind.resource).collect()
+    });
+    !WITHOUT.contains(resource)
 }
 
 /// What counts for the generation.
@@ -518,8 +493,8 @@ impl Client for MemoryClient {
             meta.remove("resourceVersion");
         }
         match patch {
-            Patch::Merge(patch) | Patch::Apply { object: patch, .. } => merge(&mut new, &patch),
-            Patch::Json(patch) => json_patch(&mut new, &patch)?,
+            Patch::Merge(patch) | Patch::Apply { object: patch, .. } => patch::merge(&mut new, &patch),
+            Patch::Json(patch) => patch::json_patch(&mut new, &patch)?,
             Patch::Strategic(_) => {
                 return Err(Status::new(
                     Reason::UnsupportedMediaType,
@@ -568,87 +543,8 @@ impl Client for MemoryClient {
     }
 
     fn resources(&self) -> Vec<(Resource, Scope, String)> {
-        let known = KNOWN.iter().map(|(group, version, plural, kind, cluster)| {
-            let scope = if *cluster { Scope::Cluster } else { Scope::Namespaced };
-            (Resource::new(group, version, plural), scope, (*kind).to_owned())
-        });
+        let known = kinds::builtin().into_iter().map(|kind| (kind.resource, kind.scope, kind.kind));
         known.chain(self.lock().extra.iter().cloned()).collect()
-    }
-}
-
-/// RFC 7386.
-fn merge(target: &mut Value, patch: &Value) {
-    let Value::Object(patch) = patch else {
-        patch.clone_into(target);
-        return;
-    };
-    let fields = crate::object::object_of(target);
-    for (key, value) in patch {
-        if value.is_null() {
-            fields.remove(key);
-        } else {
-            merge(fields.entry(key.clone()).or_insert(Value::Null), value);
-        }
-    }
-}
-
-/// RFC 6902.
-fn json_patch(target: &mut Value, patch: &Value) -> StatusResult<()> {
-    let refuse = |what: String| {
-        Status::new(Reason::Invalid, format!("the server rejected our request due to an error in our request: {what}"))
-    };
-    for step in patch.as_array().map(Vec::as_slice).unwrap_or_default() {
-        let (op, path) = (step.str_at("/op"), step.str_at("/path"));
-        let from = || target.pointer(step.str_at("/from")).cloned();
-        let value = match op {
-            "copy" | "move" => from(),
-            "remove" => Some(Value::Null),
-            _ => step.get("value").cloned(),
-        };
-        let value = value.ok_or_else(|| refuse(format!("{op} {path}: no value")))?;
-        let done = match op {
-            "add" | "copy" => insert(target, path, value),
-            "move" => take(target, step.str_at("/from")).is_some() && insert(target, path, value),
-            "remove" => take(target, path).is_some(),
-            "replace" => target.pointer_mut(path).map(|at| *at = value).is_some(),
-            "test" => target.pointer(path) == Some(&value),
-            _ => false,
-        };
-        if !done {
-            return Err(refuse(format!("{op} operation does not apply at {path:?}")));
-        }
-    }
-    Ok(())
-}
-
-fn parent<'a>(target: &'a mut Value, path: &str) -> Option<(&'a mut Value, String)> {
-    let (parent, last) = path.rsplit_once('/')?;
-    Some((target.pointer_mut(parent)?, last.replace("~1", "/").replace("~0", "~")))
-}
-
-fn insert(target: &mut Value, path: &str, value: Value) -> bool {
-    match parent(target, path) {
-        Some((Value::Object(fields), key)) => {
-            fields.insert(key, value);
-            true
-        }
-        Some((Value::Array(items), index)) => {
-            let index = if index == "-" { Some(items.len()) } else { index.parse().ok() };
-            let index = index.filter(|index| *index <= items.len());
-            index.map(|index| items.insert(index, value)).is_some()
-        }
-        _ => false,
-    }
-}
-
-fn take(target: &mut Value, path: &str) -> Option<Value> {
-    match parent(target, path)? {
-        (Value::Object(fields), key) => fields.remove(&key),
-        (Value::Array(items), index) => {
-            let index = index.parse().ok().filter(|index| *index < items.len())?;
-            Some(items.remove(index))
-        }
-        _ => None,
     }
 }
 

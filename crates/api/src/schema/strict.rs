@@ -9,9 +9,10 @@ use super::path::Path;
 use super::{ObjectShape, Schema, Shape, Types};
 use crate::quantity::Quantity;
 use crate::status::Cause;
-use crate::time;
+use crate::{names, time};
 use base64::Engine;
 use serde_json::Value;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub use super::values::validate_values;
 
@@ -147,6 +148,7 @@ fn scalar(schema: &Schema, value: &Value) -> Result<(), Problem> {
             (Some(text), "date-time") if time::parse(text).is_none() => {
                 Err(Problem::Text("must be a time such as 2006-01-02T15:04:05Z".to_owned()))
             }
+            (Some(text), _) if !has_format(text, format) => Err(Problem::Text(format!("must be of type {format}"))),
             (Some(text), "byte") if base64::engine::general_purpose::STANDARD.decode(text).is_err() => {
                 Err(Problem::Text("must be base64 data".to_owned()))
             }
@@ -161,6 +163,30 @@ fn scalar(schema: &Schema, value: &Value) -> Result<(), Problem> {
         },
         Shape::Any | Shape::Ref(_) => Ok(()),
         Shape::Object(_) | Shape::Map(_) | Shape::List { .. } => Err(Problem::Type),
+    }
+}
+
+/// The formats of text that are checked; others are notes.
+fn has_format(text: &str, format: &str) -> bool {
+    let hex = |text: &str| text.bytes().all(|b| b.is_ascii_hexdigit());
+    match format {
+        "ipv4" => text.parse::<Ipv4Addr>().is_ok(),
+        "ipv6" => text.parse::<Ipv6Addr>().is_ok(),
+        "cidr" => text.split_once('/').is_some_and(|(address, bits)| {
+            let most = if address.contains(':') { 128 } else { 32 };
+            address.parse::<IpAddr>().is_ok() && bits.parse::<u8>().is_ok_and(|bits| bits <= most)
+        }),
+        "date" => text.len() == 10 && time::parse(&format!("{text}T00:00:00Z")).is_some(),
+        "hostname" => names::dns_subdomain(&text.to_ascii_lowercase()).is_empty(),
+        "uuid" => {
+            let parts: Vec<usize> = text.split('-').map(str::len).collect();
+            (parts == [8, 4, 4, 4, 12] || parts == [32]) && text.split('-').all(hex)
+        }
+        "mac" => {
+            let parts: Vec<&str> = text.split([':', '-']).collect();
+            parts.len() == 6 && parts.iter().all(|part| part.len() == 2 && hex(part))
+        }
+        _ => true,
     }
 }
 
@@ -205,7 +231,8 @@ pub(super) fn cause(reason: &str, path: &Path, message: String) -> Cause {
     Cause { reason: reason.to_owned(), message, field }
 }
 
-/// Removes fields that are not known and nulls that mean "absent".
+/// Removes fields that are not known and nulls that mean "absent", and writes quantities in their canonical form, as
+/// Kubernetes does when it reads them: `0.5` becomes `500m`.
 pub fn prune(schema: &Schema, types: &Types, value: &mut Value) {
     prune_at(schema, types, value, MAX_DEPTH);
 }
@@ -217,6 +244,11 @@ fn prune_at(schema: &Schema, types: &Types, value: &mut Value, left: usize) {
     }
     let kept = |field: &Schema, value: &Value| !value.is_null() || field.nullable || types.resolve(field).nullable;
     match (&schema.shape, value) {
+        (Shape::Quantity, value) => {
+            if let Ok(quantity) = Quantity::from_value(value) {
+                *value = quantity.to_string().into();
+            }
+        }
         (Shape::Object(object), Value::Object(fields)) => {
             fields.retain(|name, value| match (object.fields.get(name), &object.values) {
                 (Some(field), _) | (None, Some(field)) => {
@@ -348,6 +380,35 @@ mod tests {
             "terminationGracePeriodSeconds": 30});
         assert_eq!(object["spec"], expected);
         assert_eq!(object["metadata"], json!({"name": "a"}));
+    }
+
+    #[test]
+    fn quantities_become_canonical() {
+        let (types, schema) = (builtin::types(), builtin::schema("io.k8s.api.core.v1.ResourceRequirements"));
+        let mut resources =
+            json!({"limits": {"cpu": 0.5, "memory": "1024Mi", "x": "not a quantity"}, "requests": {"cpu": 1}});
+        prune(&schema, &types, &mut resources);
+        let expected =
+            json!({"limits": {"cpu": "500m", "memory": "1Gi", "x": "not a quantity"}, "requests": {"cpu": "1"}});
+        assert_eq!(resources, expected);
+    }
+
+    #[test]
+    fn formats_of_text() {
+        let good = [
+            ("ipv4", "1.2.3.4"),
+            ("ipv6", "::1"),
+            ("cidr", "10.0.0.0/8"),
+            ("date", "2020-02-29"),
+            ("hostname", "a.b"),
+            ("uuid", "5d307ca9-b3ef-428c-8861-06e72d69f223"),
+            ("mac", "52:54:00:12:34:56"),
+            ("password", "x"),
+        ];
+        for (format, text) in good {
+            assert!(has_format(text, format), "{format}");
+            assert!(format == "password" || !has_format("?", format), "{format}");
+        }
     }
 
     #[test]

@@ -59,7 +59,12 @@ fn default_probe(container: &mut Map<String, Value>) {
     if !handled {
         probe.insert("tcpSocket".into(), json!({"port": 0}));
     }
-    fill(probe, "successThreshold", 1);
+    // What the schema fills in a probe that was there before.
+    for (field, value) in
+        [("successThreshold", 1), ("timeoutSeconds", 1), ("periodSeconds", 10), ("failureThreshold", 3)]
+    {
+        fill(probe, field, value);
+    }
 }
 
 pub fn validate_service(new: &Object, _: Option<&Object>) -> Vec<Cause> {
