@@ -86,6 +86,19 @@ impl Set {
         self.custom.get(name)
     }
 
+    /// Changes whenever what is served of `group` (`None` = at all) changes.
+    pub fn stamp(&self, group: Option<&str>) -> u64 {
+        use std::hash::{Hash, Hasher};
+        let Some(group) = group else { return self.generation };
+        let mut hasher = std::hash::DefaultHasher::new();
+        for (name, custom) in &self.custom {
+            if custom.kinds.first().is_some_and(|k| *k.resource.group == *group) {
+                (name, custom.revision, custom.ending).hash(&mut hasher);
+            }
+        }
+        hasher.finish()
+    }
+
     fn definition_of(&self, kind: &Kind) -> Option<&Custom> {
         let name = format!("{}.{}", kind.resource.plural, kind.resource.group);
         self.custom.get(&name).filter(|c| c.kinds.iter().any(|k| k.resource == kind.resource))

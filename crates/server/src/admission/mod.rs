@@ -7,6 +7,7 @@ mod fields;
 pub mod namespaces;
 pub mod pods;
 mod services;
+pub mod subresources;
 pub mod tokens;
 
 pub use fields::selectable;

@@ -1,6 +1,6 @@
 //! Aggregated discovery: all groups, versions and resources in one document (`apidiscovery.k8s.io`).
 
-use super::plain::{VERBS, all_groups, subresources};
+use super::plain::{VERBS, all_groups, kind_of, subresources};
 use crate::auth::REVIEWS;
 use crate::http::ranges;
 use crate::kinds::Set;
@@ -86,7 +86,7 @@ fn resource_value(kind: &Kind, group: &str, version: &str) -> Value {
         .map(|sub| {
             let (group, version) = sub.group.unwrap_or((group, version));
             json!({"subresource": sub.name, "verbs": sub.verbs,
-                   "responseKind": {"group": group, "version": version, "kind": sub.kind}})
+                   "responseKind": {"group": group, "version": version, "kind": kind_of(kind, &sub)}})
         })
         .collect();
     if let Some(fields) = value.as_object_mut() {

@@ -8,7 +8,7 @@ mod protobuf;
 
 use crate::auth::Permit;
 use crate::core::Core;
-use crate::http::{Response, accepts_gzip, bytes, compressed, header_text, ranges};
+use crate::http::{COMPRESS_FROM, Response, accepts_gzip, bytes, gunzip, gzip, header_text, ranges};
 use crate::kinds::Set;
 use api::status::{Reason, Status, StatusResult};
 use bytes::Bytes;
@@ -26,18 +26,15 @@ const GIT_VERSION: &str = "v1.32.4+atoll";
 
 pub struct Discovery {
     core: Arc<Core>,
-    cache: Mutex<Cache>,
-}
-
-#[derive(Default)]
-struct Cache {
-    generation: u64,
-    documents: HashMap<String, Document>,
+    /// By name, with the stamp of the kinds they were made of.
+    cache: Mutex<HashMap<String, (u64, Document)>>,
 }
 
 #[derive(Clone)]
 struct Document {
     bytes: Bytes,
+    /// Large documents are kept compressed: that is how nearly everybody wants them, and they are a tenth as large.
+    compressed: bool,
     etag: Arc<str>,
     content_type: &'static str,
 }
@@ -45,8 +42,13 @@ struct Document {
 impl Document {
     fn new(bytes: Bytes, content_type: &'static str) -> Self {
         let hash = Sha256::digest(&bytes);
-        let etag: String = hash.iter().map(|b| format!("{b:02X}")).collect();
-        Document { bytes, etag: etag.into(), content_type }
+        let etag: Arc<str> = hash.iter().map(|b| format!("{b:02X}")).collect::<String>().into();
+        match gzip(&bytes) {
+            Some(small) if bytes.len() >= COMPRESS_FROM => {
+                Document { bytes: small, compressed: true, etag, content_type }
+            }
+            _ => Document { bytes, compressed: false, etag, content_type },
+        }
     }
     fn json(value: &Value, content_type: &'static str) -> Self {
         Document::new(value.to_string().into(), content_type)
@@ -63,7 +65,6 @@ impl Discovery {
     pub fn answer(&self, _permit: &Permit, route: &Route, headers: &HeaderMap) -> StatusResult<Response> {
         let set = self.core.kinds.current();
         let accept = header_text(headers, header::ACCEPT);
-        let make = |name: &str, make: &dyn Fn(&Set) -> StatusResult<Document>| self.cached(&set, name, make);
         let json = "application/json";
         let document = match route {
             Route::Version => Document::json(&version(), json),
@@ -71,7 +72,7 @@ impl Discovery {
             Route::CoreVersions | Route::Groups => {
                 let core = matches!(route, Route::CoreVersions);
                 match aggregated::wanted(accept) {
-                    Some(form) => make(&format!("{}/{core}", form.content_type()), &|set| {
+                    Some(form) => self.cached(&set, &format!("{}/{core}", form.content_type()), None, &|set| {
                         Ok(Document::json(&aggregated::list(set, core, form), form.content_type()))
                     })?,
                     None if core => Document::json(&plain::core_versions(&set), json),
@@ -79,43 +80,47 @@ impl Discovery {
                 }
             }
             Route::Group(group) => Document::json(&plain::group(&set, group).ok_or_else(not_found)?, json),
-            Route::Resources { group, version } => make(&format!("r/{group}/{version}"), &|set| {
-                let value = plain::resources(set, group, version).ok_or_else(not_found)?;
-                Ok(Document::json(&value, json))
-            })?,
+            Route::Resources { group, version } => {
+                self.cached(&set, &format!("r/{group}/{version}"), Some(group), &|set| {
+                    let value = plain::resources(set, group, version).ok_or_else(not_found)?;
+                    Ok(Document::json(&value, json))
+                })?
+            }
             Route::OpenApiV2 => self.open_api_v2(&set, accept)?,
             Route::OpenApiV3 => {
                 let index = self.open_api_index(&set)?;
                 Document::json(&index, json)
             }
-            Route::OpenApiV3Of(path) => make(&format!("v3/{path}"), &|set| {
-                let value = openapi::v3(set, path).ok_or_else(not_found)?;
-                Ok(Document::json(&value, json))
-            })?,
+            Route::OpenApiV3Of(path) => self.open_api_v3(&set, path)?,
             Route::OpenId => Document::json(&plain::open_id(&self.core.tokens.issuer), json),
             Route::KeySet => Document::json(&self.core.tokens.key_set(), "application/jwk-set+json"),
         };
         Ok(respond(document, headers))
     }
 
-    /// A document made once per state of the kinds.
-    fn cached(&self, set: &Set, name: &str, make: &dyn Fn(&Set) -> StatusResult<Document>) -> StatusResult<Document> {
+    /// A document made once per state of the kinds it is about: those of `group`, or all.
+    fn cached(
+        &self,
+        set: &Set,
+        name: &str,
+        group: Option<&str>,
+        make: &dyn Fn(&Set) -> StatusResult<Document>,
+    ) -> StatusResult<Document> {
+        let stamp = set.stamp(group);
         let lock = || self.cache.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some((made_of, document)) = lock().get(name)
+            && *made_of == stamp
         {
-            let mut cache = lock();
-            if cache.generation != set.generation {
-                *cache = Cache { generation: set.generation, documents: HashMap::new() };
-            }
-            if let Some(document) = cache.documents.get(name) {
-                return Ok(document.clone());
-            }
+            return Ok(document.clone());
         }
-        let document = make(set)?;
+        let made = make(set);
         let mut cache = lock();
-        if cache.generation == set.generation {
-            cache.documents.insert(name.to_owned(), document.clone());
+        match &made {
+            Ok(document) => drop(cache.insert(name.to_owned(), (stamp, document.clone()))),
+            // Nothing of it is served any more; and names that nobody serves are not remembered.
+            Err(_) => drop(cache.remove(name)),
         }
-        Ok(document)
+        made
     }
 
     fn open_api_v2(&self, set: &Set, accept: &str) -> StatusResult<Document> {
@@ -124,7 +129,7 @@ impl Discovery {
             match range.media {
                 "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
                 | "application/com.github.proto-openapi.spec.v2.v1.0+protobuf" => {
-                    return self.cached(set, "v2/protobuf", &|set| {
+                    return self.cached(set, "v2/protobuf", None, &|set| {
                         Ok(Document::new(protobuf::document(&openapi::v2(set)).into(), protobuf))
                     });
                 }
@@ -132,16 +137,22 @@ impl Discovery {
                 _ => {}
             }
         }
-        self.cached(set, "v2/json", &|set| Ok(Document::json(&openapi::v2(set), "application/json")))
+        self.cached(set, "v2/json", None, &|set| Ok(Document::json(&openapi::v2(set), "application/json")))
+    }
+
+    fn open_api_v3(&self, set: &Set, path: &str) -> StatusResult<Document> {
+        let group = path.split('/').nth(1).filter(|_| path.starts_with("apis/")).unwrap_or("");
+        self.cached(set, &format!("v3/{path}"), Some(group), &|set| {
+            let value = openapi::v3(set, path).ok_or_else(not_found)?;
+            Ok(Document::json(&value, "application/json"))
+        })
     }
 
     /// Paths of the v3 documents with a hash each, by which clients cache them.
     fn open_api_index(&self, set: &Set) -> StatusResult<Value> {
         let mut paths = serde_json::Map::new();
         for path in openapi::paths(set) {
-            let document = self.cached(set, &format!("v3/{path}"), &|set| {
-                openapi::v3(set, &path).map(|v| Document::json(&v, "application/json")).ok_or_else(not_found)
-            })?;
+            let document = self.open_api_v3(set, &path)?;
             let url = format!("/openapi/v3/{path}?hash={}", document.etag);
             paths.insert(path, serde_json::json!({"serverRelativeURL": url}));
         }
@@ -156,10 +167,17 @@ fn not_found() -> Status {
 fn respond(document: Document, headers: &HeaderMap) -> Response {
     let quoted = format!("\"{}\"", document.etag);
     let known = header_text(headers, header::IF_NONE_MATCH);
-    let mut response = if known.split(',').any(|tag| tag.trim().trim_start_matches("W/") == quoted) {
+    let unchanged = known.split(',').any(|tag| tag.trim().trim_start_matches("W/") == quoted);
+    let mut response = if unchanged {
         bytes(StatusCode::NOT_MODIFIED, document.content_type, Bytes::new())
+    } else if document.compressed && accepts_gzip(headers) {
+        let mut response = bytes(StatusCode::OK, document.content_type, document.bytes);
+        response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+        response
+    } else if document.compressed {
+        bytes(StatusCode::OK, document.content_type, gunzip(&document.bytes))
     } else {
-        compressed(document.content_type, document.bytes, accepts_gzip(headers))
+        bytes(StatusCode::OK, document.content_type, document.bytes)
     };
     if let Ok(value) = HeaderValue::from_str(&quoted) {
         response.headers_mut().insert(header::ETAG, value);

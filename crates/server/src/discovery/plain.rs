@@ -1,5 +1,6 @@
 //! Discovery as it always was: `APIVersions`, `APIGroupList`, `APIGroup`, `APIResourceList`.
 
+use crate::admission::subresources::{Sub, special};
 use crate::auth::REVIEWS;
 use crate::kinds::Set;
 use api::kind::{Kind, Scope};
@@ -63,44 +64,24 @@ pub fn group(set: &Set, group: &str) -> Option<Value> {
 /// Verbs of a kind's own collection and objects.
 pub const VERBS: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
-/// A subresource: name, kind, group and version of its object where they differ from the parent's, verbs.
-pub struct Sub {
-    pub name: &'static str,
-    pub kind: String,
-    pub group: Option<(&'static str, &'static str)>,
-    pub verbs: &'static [&'static str],
-}
-
 /// The subresources a kind is served with.
 pub fn subresources(kind: &Kind) -> Vec<Sub> {
-    let own = |name, verbs| Sub { name, kind: kind.kind.clone(), group: None, verbs };
-    let other = |name, kind: &str, group, verbs| Sub { name, kind: kind.to_owned(), group, verbs };
-    let mut list = Vec::new();
+    let verbs = &["get", "patch", "update"];
+    let own = |sub: &Sub| Sub { name: sub.name, kind: sub.kind, group: sub.group, verbs: sub.verbs };
+    let mut list: Vec<Sub> = special(kind).iter().map(own).collect();
     if kind.subresources.status {
-        list.push(own("status", &["get", "patch", "update"]));
+        list.push(Sub { name: "status", kind: "", group: None, verbs });
     }
     if kind.subresources.scale.is_some() {
-        list.push(other("scale", "Scale", Some(("autoscaling", "v1")), &["get", "patch", "update"]));
-    }
-    if kind.resource.group.is_empty() {
-        match &*kind.resource.plural {
-            "pods" => list.extend([
-                other("attach", "PodAttachOptions", None, &["create", "get"]),
-                other("binding", "Binding", None, &["create"]),
-                other("eviction", "Eviction", Some(("policy", "v1")), &["create"]),
-                other("exec", "PodExecOptions", None, &["create", "get"]),
-                own("log", &["get"]),
-                other("portforward", "PodPortForwardOptions", None, &["create", "get"]),
-            ]),
-            "namespaces" => list.push(own("finalize", &["update"])),
-            "serviceaccounts" => {
-                list.push(other("token", "TokenRequest", Some(("authentication.k8s.io", "v1")), &["create"]));
-            }
-            _ => {}
-        }
+        list.push(Sub { name: "scale", kind: "Scale", group: Some(("autoscaling", "v1")), verbs });
     }
     list.sort_by_key(|sub| sub.name);
     list
+}
+
+/// The kind of a subresource's object.
+pub fn kind_of<'a>(kind: &'a Kind, sub: &Sub) -> &'a str {
+    if sub.kind.is_empty() { &kind.kind } else { sub.kind }
 }
 
 pub fn resources(set: &Set, group: &str, version: &str) -> Option<Value> {
@@ -122,7 +103,7 @@ pub fn resources(set: &Set, group: &str, version: &str) -> Option<Value> {
         list.push(Value::Object(entry));
         for sub in subresources(kind) {
             let mut entry = json!({"name": format!("{}/{}", kind.resource.plural, sub.name), "singularName": "",
-                                   "namespaced": namespaced, "kind": sub.kind, "verbs": sub.verbs});
+                                   "namespaced": namespaced, "kind": kind_of(kind, &sub), "verbs": sub.verbs});
             if let (Some((group, version)), Some(fields)) = (sub.group, entry.as_object_mut()) {
                 fields.insert("group".into(), group.into());
                 fields.insert("version".into(), version.into());

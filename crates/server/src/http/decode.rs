@@ -9,6 +9,8 @@ use serde_json::{Map, Number, Value};
 use std::cell::RefCell;
 use std::fmt;
 
+/// A body has this long to come.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(60);
 /// Deeper than any object is.
 const DEPTH: usize = 100;
 /// Duplicates told of, at most.
@@ -55,7 +57,8 @@ pub async fn read(body: Incoming) -> StatusResult<Bytes> {
         return Err(too_large());
     }
     let limited = http_body_util::Limited::new(body, BODY_LIMIT);
-    match limited.collect().await {
+    let late = || Status::new(Reason::Timeout, "the body of the request did not come in time");
+    match tokio::time::timeout(PATIENCE, limited.collect()).await.map_err(|_| late())? {
         Ok(collected) => Ok(collected.to_bytes()),
         Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
         Err(error) => Err(Status::bad_request(format!("the body of the request could not be read: {error}"))),

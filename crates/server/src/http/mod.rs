@@ -8,6 +8,7 @@ mod decode;
 mod logs;
 mod negotiate;
 mod objects;
+mod proxy;
 mod query;
 mod resources;
 mod respond;
@@ -19,7 +20,7 @@ pub use connection::serve;
 pub(crate) use decode::{Decoded, Format, decode};
 pub(crate) use negotiate::ranges;
 pub(crate) use query::Query;
-pub(crate) use respond::{accepts_gzip, bytes, compressed};
+pub(crate) use respond::{COMPRESS_FROM, accepts_gzip, bytes, gunzip, gzip};
 pub(crate) use route::Discovery as DiscoveryRoute;
 pub(crate) use watch::watch_error;
 

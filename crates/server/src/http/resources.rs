@@ -6,9 +6,9 @@ use super::query::propagation;
 use super::route::ResourcePath;
 use super::{
     Decoded, Format, Query, Request, Response, Service, decode, header_text, logs, method_not_allowed, no_such_path,
-    respond, review, watch,
+    proxy, respond, review, watch,
 };
-use crate::admission::{pods, selectable, tokens};
+use crate::admission::{pods, selectable, subresources, tokens};
 use crate::auth::Permit;
 use crate::core::Target;
 use crate::patch;
@@ -59,7 +59,7 @@ pub async fn handle(
     if kind.scope == Scope::Cluster && !path.namespace.is_empty() && path.plural != "namespaces" {
         return Err(no_such_path());
     }
-    let streams = super::logs::is_stream(&kind, &path);
+    let streams = logs::is_stream(&kind, &path) || path.subresource == "proxy";
     let headers = request.headers();
     let pretty = query.flag("pretty");
     let accept = header_text(headers, header::ACCEPT).to_owned();
@@ -74,6 +74,9 @@ pub async fn handle(
         path,
         query,
     };
+    if asked.path.subresource == "proxy" && subresources::find(&kind, "proxy").is_some() {
+        return proxy::handle(&service.core, permit, &kind, &asked.path, request).await;
+    }
     if streams {
         let target = asked.target(&kind);
         return logs::handle(service, permit, request, &target, &asked.path.subresource, &asked.query).await;
@@ -116,13 +119,11 @@ impl Asked<'_> {
 
     /// Whether the kind has the subresource that the path names.
     fn check_subresource(&self, kind: &Arc<Kind>) -> StatusResult<()> {
-        let core = kind.resource.group.is_empty();
-        let there = match (self.path.subresource.as_str(), &*kind.resource.plural) {
-            ("", _) => true,
-            ("status", _) => kind.subresources.status,
-            ("scale", _) => kind.subresources.scale.is_some(),
-            ("finalize", "namespaces") | ("binding" | "eviction", "pods") | ("token", "serviceaccounts") => core,
-            _ => false,
+        let there = match self.path.subresource.as_str() {
+            "" => true,
+            "status" => kind.subresources.status,
+            "scale" => kind.subresources.scale.is_some(),
+            other => subresources::find(kind, other).is_some(),
         };
         if there && self.path.rest.is_empty() { Ok(()) } else { Err(no_such_path()) }
     }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use std::io::Write;
 
 /// Bodies from this size on are compressed for clients that accept it.
-const COMPRESS_FROM: usize = 128 << 10;
+pub const COMPRESS_FROM: usize = 128 << 10;
 /// Warnings told in one answer, at most, and the length of each.
 const WARNINGS: usize = 16;
 const WARNING_BYTES: usize = 1024;
@@ -96,14 +96,27 @@ pub fn compressed(content_type: &'static str, body: Bytes, gzip: bool) -> Respon
     if !gzip || body.len() < COMPRESS_FROM {
         return bytes(StatusCode::OK, content_type, body);
     }
-    let mut encoder = flate2::write::GzEncoder::new(Vec::with_capacity(body.len() / 4), flate2::Compression::fast());
-    match encoder.write_all(&body).and_then(|()| encoder.finish()) {
-        Ok(small) => {
-            let mut response = bytes(StatusCode::OK, content_type, small.into());
+    match self::gzip(&body) {
+        Some(small) => {
+            let mut response = bytes(StatusCode::OK, content_type, small);
             response.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
             response.headers_mut().insert(header::VARY, HeaderValue::from_static("Accept-Encoding"));
             response
         }
-        Err(_) => bytes(StatusCode::OK, content_type, body),
+        None => bytes(StatusCode::OK, content_type, body),
+    }
+}
+
+pub fn gzip(body: &[u8]) -> Option<Bytes> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::with_capacity(body.len() / 8), flate2::Compression::fast());
+    encoder.write_all(body).and_then(|()| encoder.finish()).ok().map(Bytes::from)
+}
+
+/// What [`gzip`] made small.
+pub fn gunzip(body: &[u8]) -> Bytes {
+    let mut out = Vec::new();
+    match std::io::Read::read_to_end(&mut flate2::read::GzDecoder::new(body), &mut out) {
+        Ok(_) => out.into(),
+        Err(_) => Bytes::new(),
     }
 }
