@@ -42,6 +42,8 @@ pub(crate) type Request = hyper::Request<Incoming>;
 
 /// Largest body of a request.
 pub const BODY_LIMIT: usize = 3 << 20;
+/// The store has this long to say that it is well.
+const STORE_PATIENCE: std::time::Duration = std::time::Duration::from_secs(2);
 /// Requests worked on at once, beside watches and streams.
 const IN_FLIGHT: usize = 512;
 
@@ -83,7 +85,7 @@ impl Service {
         };
         match route {
             Route::Resource(resource) => resources::handle(self, &permit, request, resource, query).await,
-            Route::Health => health(&query),
+            Route::Health => self.health(&path, &query).await,
             Route::Unknown => Err(no_such_path()),
             Route::Discovery(asked) => {
                 if !matches!(*request.method(), Method::GET | Method::HEAD) {
@@ -92,6 +94,26 @@ impl Service {
                 self.discovery.answer(&permit, &asked, request.headers())
             }
         }
+    }
+
+    /// Alive: it answers. Ready and healthy: the store does, too.
+    async fn health(&self, path: &str, query: &Query) -> StatusResult<Response> {
+        let check = path.trim_matches('/').split('/').next().unwrap_or("");
+        let asked = async {
+            check == "livez"
+                || matches!(tokio::time::timeout(STORE_PATIENCE, self.core.storage.store.revision()).await, Ok(Ok(_)))
+        };
+        let well = asked.await;
+        let (code, mark, word) = if well {
+            (StatusCode::OK, "[+]store ok", "passed")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "[-]store failed", "failed")
+        };
+        let body = match (query.has("verbose"), well) {
+            (false, true) => "ok".to_owned(),
+            _ => format!("[+]ping ok\n{mark}\n{check} check {word}\n"),
+        };
+        Ok(respond::text(code, body))
     }
 
     /// The certificate's user, else the token's, else anonymous.
@@ -108,11 +130,6 @@ impl Service {
         }
         tokens::authenticate(&self.core, token.trim()).await.map(Arc::new)
     }
-}
-
-fn health(query: &Query) -> StatusResult<Response> {
-    let body = if query.has("verbose") { "[+]ping ok\n[+]store ok\nhealthz check passed\n" } else { "ok" };
-    Ok(respond::text(StatusCode::OK, body))
 }
 
 fn no_such_path() -> Status {

@@ -115,7 +115,9 @@ async fn endpoint(core: &Core, target: &Target, service: &Object, asked: &str) -
     let ports = list(service, "/spec/ports");
     let chosen = match asked {
         "" => ports.first(),
-        _ => ports.iter().find(|p| p.str_at("/name") == asked || p.get("port").is_some_and(|n| n.to_string() == asked)),
+        _ => ports
+            .iter()
+            .find(|p| p.str_at("/name") == asked || number(p.get("port")).is_some_and(|n| asked.parse() == Ok(n))),
     };
     let chosen = chosen.ok_or_else(|| Status::bad_request(format!("service {} has no port {asked:?}", target.name)))?;
     let kinds = core.kinds.current();

@@ -134,7 +134,7 @@ impl Asked<'_> {
         if !self.path.name.is_empty() {
             fields = format!("metadata.name={}", self.path.name);
         }
-        Filter::parse(namespace, self.query.get("labelSelector"), &fields, &selectable(kind))
+        Filter::parse(namespace, self.query.get("labelSelector"), &fields, selectable(kind))
     }
 
     fn include(&self) -> StatusResult<Include> {

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use store::{KeyRange, Revision, Store};
 use tokio::sync::watch;
 
-const RING_EVENTS: usize = 1024;
-const RING_BYTES: usize = 8 << 20;
+const RING_EVENTS: usize = 256;
+const RING_BYTES: usize = 2 << 20;
 /// A first watcher that is at most this far behind starts the ring where it is.
 const START_BEHIND: Revision = 1000;
 /// Events handed to a watcher at once.
@@ -340,7 +340,14 @@ impl Watcher {
                         let ring = lock(&self.feed.shared.ring);
                         let behind = *next < ring.base;
                         let skip = next.saturating_sub(ring.base) as usize;
-                        let events: Vec<_> = ring.events.iter().skip(skip).take(CHUNK).cloned().collect();
+                        let mut events: Vec<Arc<Event>> = Vec::new();
+                        for event in ring.events.iter().skip(skip) {
+                            // What happened at once is handed out at once: `last` says a revision is done with.
+                            if events.len() >= CHUNK && events.last().is_some_and(|e| e.revision != event.revision) {
+                                break;
+                            }
+                            events.push(event.clone());
+                        }
                         (events, behind, ring.ended)
                     };
                     if behind {
