@@ -19,6 +19,9 @@ fn main() {
     if args.get(1).is_some_and(|a| a == "shim") {
         std::process::exit(container::shim::main(args.get(2..).unwrap_or_default()));
     }
+    if args.get(1).is_some_and(|a| a == "daemon") {
+        return lifecycle::daemon(args.get(2).map(String::as_str).unwrap_or_default());
+    }
     let filters: Vec<&String> = args.iter().skip(1).filter(|a| !a.starts_with('-')).collect();
     if args.iter().any(|a| a == "--list") {
         return;

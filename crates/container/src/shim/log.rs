@@ -82,7 +82,8 @@ impl Log {
 
     fn line(&mut self, stamp: &[u8; STAMP], stream: &str, tag: u8, head: &[u8], tail: &[u8]) -> io::Result<()> {
         let length = (STAMP + stream.len() + 5 + head.len() + tail.len()) as u64;
-        if self.max > 0 && self.size > 0 && self.size + self.pending.len() as u64 + length > self.max {
+        let used = self.size + self.pending.len() as u64;
+        if self.max > 0 && used > 0 && used + length > self.max {
             self.flush()?;
             let mut old = self.path.clone().into_os_string();
             old.push(".1");
@@ -191,6 +192,16 @@ mod tests {
             let text = fs::read_to_string(&path).expect("read");
             prop_assert!(parse(&text) == data);
         }
+    }
+
+    #[test]
+    fn rotates_within_one_burst() {
+        let directory = tempfile::tempdir().expect("directory");
+        let path = directory.path().join("0.log");
+        let mut log = Log::open(&path, 100).expect("opened");
+        log.feed("stdout", &mut Partial::default(), b"1\n2\n3\n4\n5\n", 0).expect("fed");
+        assert!(fs::metadata(&path).expect("log").len() <= 100);
+        assert!(fs::metadata(directory.path().join("0.log.1")).expect("old log").len() <= 100);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use crate::support::*;
 use container::Error;
 use container::client::{self, Client};
-use container::shim::protocol::Phase;
+use container::shim::protocol::{Phase, Sandbox, Start};
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -132,19 +132,42 @@ fn log_rotation() {
     assert!(old.ends_with(&format!("line {}\n", first - 1)), "nothing is lost between the two");
 }
 
-/// The daemon's side is another process here, which is killed in the middle.
+/// The role `daemon` of this test's executable: starts a sandbox and a container as told, then waits to be killed.
+pub fn daemon(orders: &str) {
+    let orders = fs::File::open(orders).expect("orders");
+    let (sandbox, start): (Sandbox, Start) = serde_json::from_reader(orders).expect("orders");
+    client::launch(&std::env::current_exe().expect("own path"), &sandbox).expect("shim");
+    let mut connection = Client::connect(&sandbox.run_dir).expect("connected");
+    connection.start(start).expect("started");
+    println!("ready");
+    std::thread::sleep(LIMIT);
+}
+
+/// The daemon is another process here, which is killed in the middle.
 fn daemon_killed() {
-    let pod = Pod::with(|_| {});
-    let mut daemon = Command::new("/bin/sh").args(["-c", "sleep 1000"]).stdin(Stdio::null()).spawn().expect("spawned");
+    use std::io::{BufRead, BufReader};
+    let pod = Pod::unlaunched(|_| {});
     let start = pod.script("a", "i=0; while :; do echo $i; i=$((i+1)); sleep 0.01; done");
     let log = start.log_path.clone();
-    let state = pod.client().start(start).expect("started");
-    let connection = pod.client();
-    let pid = connection.shim_pid;
+    fs::create_dir_all(&pod.base).expect("made");
+    let orders = pod.base.join("orders.json");
+    fs::write(&orders, serde_json::to_vec(&(&pod.sandbox, &start)).expect("orders")).expect("written");
+    let mut daemon = Command::new(std::env::current_exe().expect("own path"))
+        .arg("daemon")
+        .arg(&orders)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("spawned");
+    let mut line = String::new();
+    BufReader::new(daemon.stdout.take().expect("stdout")).read_line(&mut line).expect("read");
+    assert_eq!(line, "ready\n");
+    let state = pod.state("a").expect("started");
+    let pid = pod.client().shim_pid;
     // Neither a child of the daemon's, nor in its session or its control group.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("stat");
     let fields: Vec<&str> = stat.rsplit(')').next().expect("fields").split_whitespace().collect();
-    assert_ne!(fields[1], std::process::id().to_string());
+    assert_ne!(fields[1], daemon.id().to_string());
     assert_eq!(fields[3], pid.to_string());
     let groups = eventually("the shim is in its own group", || {
         Some(fs::read_to_string(format!("/proc/{pid}/cgroup")).expect("read")).filter(|t| t.contains("/shims"))
@@ -153,7 +176,6 @@ fn daemon_killed() {
     assert_eq!(fs::read_to_string(format!("/proc/{pid}/environ")).expect("read"), "");
     daemon.kill().expect("killed");
     daemon.wait().expect("reaped");
-    drop(connection);
     let before = output(&log, "stdout").lines().count();
     eventually("it writes on", || (output(&log, "stdout").lines().count() > before + 3).then_some(()));
     assert_eq!(pod.state("a").and_then(|s| s.pid), state.pid);

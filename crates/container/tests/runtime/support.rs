@@ -84,6 +84,7 @@ int main(void) {
     TRY("io_uring", syscall(SYS_io_uring_setup, 1, 0));
     TRY("vsock", socket(40, SOCK_STREAM, 0));
     TRY("inet", socket(AF_INET, SOCK_STREAM, 0));
+    TRY("icmp", socket(AF_INET, SOCK_DGRAM, 1));
     TRY("new", syscall(600));
     return 0;
 }
@@ -116,6 +117,13 @@ impl Pod {
     }
 
     pub fn with(change: impl FnOnce(&mut Sandbox)) -> Self {
+        let pod = Self::unlaunched(change);
+        client::launch(&std::env::current_exe().expect("own path"), &pod.sandbox).expect("shim");
+        pod
+    }
+
+    /// Nothing runs yet.
+    pub fn unlaunched(change: impl FnOnce(&mut Sandbox)) -> Self {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
         let base = image().base.join(format!("pod{n}"));
         let mut sandbox = Sandbox {
@@ -131,7 +139,6 @@ impl Pod {
             share_pid: false,
         };
         change(&mut sandbox);
-        client::launch(&std::env::current_exe().expect("own path"), &sandbox).expect("shim");
         Self { sandbox, base }
     }
 
