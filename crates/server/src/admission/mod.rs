@@ -85,6 +85,11 @@ pub fn time_to_live(kind: &Kind) -> Option<Duration> {
     is_event.then_some(Duration::from_secs(3600))
 }
 
+/// Kinds whose removal is answered with the object as it was; all others with a `Status`.
+pub fn returns_deleted(kind: &Kind) -> bool {
+    kind.resource.group.is_empty() && matches!(&*kind.resource.plural, "pods" | "services" | "serviceaccounts")
+}
+
 /// Kinds that bring their status with them on creation: whoever makes them is what they describe.
 pub fn keeps_status(kind: &Kind) -> bool {
     kind.resource.group.is_empty() && *kind.resource.plural == *"nodes"

@@ -8,7 +8,7 @@ use super::{
     Decoded, Format, Query, Request, Response, Service, decode, header_text, logs, method_not_allowed, no_such_path,
     proxy, respond, review, watch,
 };
-use crate::admission::{pods, selectable, subresources, tokens};
+use crate::admission::{pods, returns_deleted, selectable, subresources, tokens};
 use crate::auth::Permit;
 use crate::core::Target;
 use crate::patch;
@@ -302,6 +302,9 @@ impl Asked<'_> {
         let target = self.target(kind);
         match self.service.core.delete(self.permit, &target, &options, wanted, dry_run).await? {
             Deleted::Marked(object) => objects::object(kind, &object, self.accepted, self.include()?, StatusCode::OK),
+            Deleted::Gone(object) if returns_deleted(kind) => {
+                objects::object(kind, &object, self.accepted, self.include()?, StatusCode::OK)
+            }
             Deleted::Gone(object) => Ok(respond::json(StatusCode::OK, &success(kind, object.name(), object.uid()))),
         }
     }
