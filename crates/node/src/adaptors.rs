@@ -56,9 +56,21 @@ fn translate(reference: &str, error: &image::Error) -> ImageError {
     }
 }
 
+/// Whether a name has a registry's host in front.
+fn has_host(reference: &str) -> bool {
+    reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost")
+}
+
+/// The image if it is in the store's own repositories: its registry is here, there is nothing to fetch.
+fn own(store: &Store, reference: &str) -> Option<ResolvedImage> {
+    if has_host(reference) || !store.resolve(reference).is_ok_and(|found| !has_host(&found.reference)) {
+        return None;
+    }
+    resolved(store, reference).ok()
+}
+
 fn resolved(store: &Store, reference: &str) -> image::Result<ResolvedImage> {
     let found = store.resolve(reference)?;
-    let size = store.inspect(reference).map(|i| i.size).unwrap_or(0);
     let (config, rootfs) = match found.kind {
         Kind::Container { config, layers } => {
             let run = config.config;
@@ -80,7 +92,7 @@ fn resolved(store: &Store, reference: &str) -> image::Result<ResolvedImage> {
         }
         Kind::Disk(_) => (ImageConfig::default(), Rootfs::Machine),
     };
-    Ok(ResolvedImage { reference: reference.to_owned(), id: found.digest.to_string(), size, config, rootfs })
+    Ok(ResolvedImage { reference: reference.to_owned(), id: found.digest.to_string(), size: 0, config, rootfs })
 }
 
 #[async_trait]
@@ -100,8 +112,6 @@ impl Images for StoreImages {
             .repository
             .host
             .unwrap_or_default();
-        let bare =
-            !reference.split_once('/').is_some_and(|(first, _)| first.contains(['.', ':']) || first == "localhost");
         let matching =
             credentials.iter().find(|c| c.registry == host || (host == "docker.io" && c.registry == "index.docker.io"));
         let options = PullOptions {
@@ -111,19 +121,18 @@ impl Images for StoreImages {
         };
         let netns = self.host_netns.clone();
         let work = move |store: &Store, name: &str| {
+            if let Some(image) = own(store, name) {
+                return Ok(image);
+            }
             let fetch = || store.pull(name, &options, &image::silent).map(drop);
-            let fetched = match &netns {
+            match &netns {
                 Some(path) => network::in_netns(path, fetch).unwrap_or_else(|error| {
                     Err(image::Error::Registry { host: host.clone(), why: format!("host network: {error}") })
-                }),
-                None => fetch(),
-            };
-            match fetched {
-                Ok(()) => resolved(store, name),
-                // A name without a registry may be one that was imported here: then that one is meant.
-                Err(error) if bare => resolved(store, name).map_err(|_| error),
-                Err(error) => Err(error),
+                })?,
+                None => fetch()?,
             }
+            let size = store.inspect(name).map(|i| i.size).unwrap_or(0);
+            resolved(store, name).map(|image| ResolvedImage { size, ..image })
         };
         self.run(reference, work).await
     }

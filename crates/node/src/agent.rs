@@ -51,6 +51,10 @@ impl Agent {
         router: Arc<network::Router>,
         boundaries: Vec<Arc<dyn Boundary>>,
     ) -> Agent {
+        let mut config = config;
+        if config.node_ip.is_unspecified() {
+            config.node_ip = router.config().router_address();
+        }
         let router = Arc::new(RouterNetworks::new(router));
         let images = Arc::new(StoreImages::new(images, config.host_netns.clone()));
         let mut agent = Agent::with_ports(config, client, images, router.clone(), boundaries);
@@ -67,6 +71,10 @@ impl Agent {
         boundaries: Vec<Arc<dyn Boundary>>,
     ) -> Agent {
         let boundaries = boundaries.into_iter().map(|b| (b.name(), b)).collect();
+        let mut config = config;
+        if config.node_ip.is_unspecified() {
+            config.node_ip = network::GATEWAY;
+        }
         Agent { config, client, images, networks, router: None, boundaries, views: Arc::default() }
     }
 

@@ -25,7 +25,7 @@ pub struct Config {
     pub pod_cidr: String,
     /// `127.0.0.1:5000`.
     pub registry_addr: String,
-    /// Address under which the node is known (`status.hostIP`).
+    /// Address under which the node is known (`status.hostIP`). Unspecified: the router's towards pods.
     pub node_ip: Ipv4Addr,
     /// The host's network namespace (`/proc/self/fd/<n>` or a pinned path), from which images are pulled; `None`: the
     /// one the agent runs in.
@@ -54,7 +54,7 @@ impl Config {
             service_cidr: "10.43.0.0/16".into(),
             pod_cidr: "10.42.0.0/16".into(),
             registry_addr: "127.0.0.1:5000".into(),
-            node_ip: Ipv4Addr::new(169, 254, 1, 1),
+            node_ip: Ipv4Addr::UNSPECIFIED,
             host_netns: None,
             max_pods: 250,
             pod_pids_limit: Some(8192),

@@ -146,8 +146,11 @@ fn plan_one(input: &PlanInput<'_>, volume: &Volume) -> Result<VolumeKind, Volume
         return Ok(VolumeKind::Files { files, secret });
     }
     if let Some(v) = &volume.empty_dir {
+        let memory = v.medium.as_deref() == Some("Memory");
         let size = v.size_limit.as_ref().and_then(|q| quantity::value(&q.0)).filter(|s| *s > 0);
-        return Ok(VolumeKind::EmptyDir { memory: v.medium.as_deref() == Some("Memory"), size });
+        // What is in memory counts against the pod's limit anyway.
+        let limit = || input.pod.spec.as_ref().and_then(|s| crate::resources::of_pod(s, None).memory_limit);
+        return Ok(VolumeKind::EmptyDir { memory, size: size.or_else(|| limit().filter(|_| memory)) });
     }
     if let Some(v) = &volume.host_path {
         let path = PathBuf::from(&v.path);

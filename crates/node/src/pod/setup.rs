@@ -224,6 +224,15 @@ impl Worker {
         {
             return Err(SetupError::Unsupported("metadata.uid and container names must be plain names".into()));
         }
+        if super::plan::containers(spec).any(|(_, c)| c.volume_devices.as_ref().is_some_and(|d| !d.is_empty())) {
+            return refuse("volumeDevices");
+        }
+        let sysctls = spec.security_context.iter().flat_map(|c| c.sysctls.iter().flatten());
+        for sysctl in sysctls {
+            if !own_sysctl(&sysctl.name, spec.host_network == Some(true)) {
+                return refuse(&format!("spec.securityContext.sysctls \"{}\", which is not the pod's own", sysctl.name));
+            }
+        }
         let mut ports = plan_ports(spec);
         if let Some(port) = ports.next() {
             return refuse(&format!("hostPort {port}"));
@@ -479,6 +488,13 @@ impl Worker {
         };
         Ok(machine::resolve(self.shared.images.as_ref(), &input).await?)
     }
+}
+
+/// Whether a kernel parameter belongs to the pod's namespaces, so that nobody else feels it (`namespaces(7)`).
+fn own_sysctl(name: &str, host_network: bool) -> bool {
+    let plain = name.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
+    let ipc = ["kernel.shm", "kernel.msg", "fs.mqueue."].iter().any(|p| name.starts_with(p)) || name == "kernel.sem";
+    plain && (ipc || (name.starts_with("net.") && !host_network))
 }
 
 /// Host ports asked for; pods are reached by Services, routes and port-forward.

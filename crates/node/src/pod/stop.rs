@@ -48,6 +48,11 @@ impl Worker {
         if !self.present || self.object.is_deleting() {
             return Some((Why::Deleted, self.deletion_grace()));
         }
+        let told = self.pod.status.as_ref().and_then(|s| s.phase.as_deref());
+        if let (None, Some(phase @ ("Succeeded" | "Failed"))) = (&self.end, told) {
+            // Somebody else declared its end (an eviction).
+            return Some((Why::Finished { succeeded: phase == "Succeeded" }, self.spec_grace()));
+        }
         let over = self.deadline().is_some_and(|at| at <= Instant::now());
         over.then(|| (Why::Deadline, self.spec_grace()))
     }
@@ -110,7 +115,13 @@ impl Worker {
         let mains = || self.slots.iter().filter(|s| s.role == Role::Main);
         let all_well = mains().all(|s| s.latest_end().is_some_and(|e| e.code == 0));
         let (succeeded, reason, message) = match why {
-            Why::Finished { succeeded } => (*succeeded, "", ""),
+            Why::Finished { succeeded } => {
+                let told = self.pod.status.as_ref().filter(|s| s.phase.as_deref() == Some("Failed"));
+                let reason = told.and_then(|s| s.reason.clone()).unwrap_or_default();
+                let message = told.and_then(|s| s.message.clone()).unwrap_or_default();
+                self.end = Some(End { succeeded: *succeeded, reason, message });
+                return;
+            }
             Why::Deleted => (all_well, "", ""),
             Why::Deadline => {
                 (false, "DeadlineExceeded", "Pod was active on the node longer than the specified deadline")
