@@ -34,5 +34,5 @@ pub use dns::{DnsServer, Records};
 pub use error::{Error, Result};
 pub use ns::in_netns;
 pub use probe::probe;
-pub use router::{Router, probe};
+pub use router::Router;
 pub use services::{Protocol, ServiceRule};

@@ -60,14 +60,6 @@ pub(crate) fn create<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Se
     })
 }
 
-/// Runs `work` in a new namespace that nothing keeps.
-pub(crate) fn in_fresh<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    on_thread(|| {
-        sys::unshare_net().map_err(Error::system("make a network namespace"))?;
-        work()
-    })
-}
-
 /// Unpins; the namespace goes once no process is in it. Nothing there is no error.
 pub(crate) fn unpin(path: &Path) -> Result<()> {
     while is_pinned(path) {

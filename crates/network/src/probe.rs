@@ -3,6 +3,7 @@
 use crate::config::{Cidr, RouterConfig};
 use crate::error::Result;
 use crate::netlink::Socket;
+use crate::services::{Protocol, ServiceRule, Services};
 use crate::{firewall, ns};
 use std::net::Ipv4Addr;
 
@@ -15,5 +16,19 @@ pub fn probe() -> Result<()> {
         service_cidr: Cidr::new(Ipv4Addr::new(10, 43, 0, 0), 16)?,
         dns_address: Ipv4Addr::new(10, 43, 0, 10),
     };
-    ns::in_scratch(|| firewall::ensure(&mut Socket::netfilter()?, &config, &[]).map(drop))
+    let service = |port, affinity_seconds| ServiceRule {
+        namespace: String::new(),
+        name: "probe".to_owned(),
+        cluster_ip: config.service_cidr.nth(1),
+        protocol: Protocol::Tcp,
+        port,
+        endpoints: vec![(config.pod_cidr.nth(2), 80), (config.pod_cidr.nth(3), 80)],
+        affinity_seconds,
+    };
+    ns::in_scratch(|| {
+        let mut socket = Socket::netfilter()?;
+        firewall::ensure(&mut socket, &config, &[])?;
+        // Both ways to choose an endpoint: they are modules of their own in the kernel.
+        Services::none().sync(&mut socket, &[service(80, None), service(81, Some(10800))]).map(drop)
+    })
 }

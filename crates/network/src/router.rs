@@ -2,16 +2,15 @@
 
 use crate::address::Addresses;
 use crate::attach::{NameLocks, link_name};
-use crate::config::{Cidr, GATEWAY, RouterConfig};
+use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
 use crate::firewall;
 use crate::netlink::{Batch, Socket, route};
 use crate::ns;
-use crate::services::{Protocol, ServiceRule, Services};
+use crate::services::{ServiceRule, Services};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use std::fs::{self, DirBuilder, File};
-use std::net::Ipv4Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -138,34 +137,6 @@ impl Router {
         ns::unshare_dir(&pins)?;
         fs::remove_dir(&pins).map_err(Error::file("remove", &pins))
     }
-}
-
-/// Whether this kernel, and this user, can do what a router needs: a whole ruleset with services is loaded into a
-/// namespace that is gone when this returns.
-pub fn probe() -> Result<()> {
-    let config = RouterConfig {
-        data_dir: PathBuf::new(),
-        run_dir: PathBuf::new(),
-        pod_cidr: Cidr::new(Ipv4Addr::new(10, 42, 0, 0), 16)?,
-        service_cidr: Cidr::new(Ipv4Addr::new(10, 43, 0, 0), 16)?,
-        dns_address: Ipv4Addr::new(10, 43, 0, 10),
-    };
-    let service = |port, affinity_seconds| ServiceRule {
-        namespace: String::new(),
-        name: "probe".to_owned(),
-        cluster_ip: config.service_cidr.nth(1),
-        protocol: Protocol::Tcp,
-        port,
-        endpoints: vec![(config.pod_cidr.nth(2), 80), (config.pod_cidr.nth(3), 80)],
-        affinity_seconds,
-    };
-    ns::in_fresh(|| {
-        sysctls()?;
-        base_links(&mut Socket::route()?, &config)?;
-        let mut socket = Socket::netfilter()?;
-        firewall::ensure(&mut socket, &config, &[])?;
-        Services::none().sync(&mut socket, &[service(80, None), service(81, Some(10800))]).map(drop)
-    })
 }
 
 /// A poisoned lock's data is still whole: changes are made by the kernel or the journal first.
