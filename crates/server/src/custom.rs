@@ -118,7 +118,10 @@ async fn end(core: &Arc<Core>, kind: &Arc<Kind>, name: &str) -> StatusResult<boo
         return Ok(true);
     }
     let permit = Permit::internal();
-    if let Some(kind) = core.kinds.current().custom(name).and_then(|c| c.kinds.first().cloned()) {
+    let kinds = core.kinds.current();
+    // A definition of what is built in defined nothing: its objects are not its own.
+    let defined = kinds.custom(name).and_then(|c| c.kinds.first().cloned()).filter(|kind| !kinds.is_builtin(kind));
+    if let Some(kind) = defined {
         let objects = core.list(&ListRequest::all(&kind, Filter::default())).await?.items;
         for object in &objects {
             let target = Target::new(&kind, object.namespace(), object.name());

@@ -1,7 +1,7 @@
 //! The kinds served at this moment: the built-in ones and those of CustomResourceDefinitions.
 
 use api::kind::{Kind, Resource, Scope};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, RwLock};
 
 /// What a CustomResourceDefinition serves.
@@ -19,6 +19,8 @@ pub struct Set {
     kinds: BTreeMap<Resource, Arc<Kind>>,
     /// By the definition's name.
     custom: BTreeMap<String, Custom>,
+    /// Group and plural.
+    builtin: HashSet<(Arc<str>, Arc<str>)>,
     /// Goes up with every change; caches of derived documents are keyed by it.
     pub generation: u64,
 }
@@ -62,7 +64,8 @@ impl Set {
         for kind in custom.values().flat_map(|c| &c.kinds).chain(builtin) {
             kinds.insert(kind.resource.clone(), kind.clone());
         }
-        Set { kinds, custom, generation }
+        let builtin = builtin.iter().map(|k| (k.resource.group.clone(), k.resource.plural.clone())).collect();
+        Set { kinds, custom, builtin, generation }
     }
 
     pub fn get(&self, group: &str, version: &str, plural: &str) -> Option<&Arc<Kind>> {
@@ -105,12 +108,17 @@ impl Set {
     }
 
     pub fn is_custom(&self, kind: &Kind) -> bool {
-        self.definition_of(kind).is_some()
+        !self.is_builtin(kind) && self.definition_of(kind).is_some()
+    }
+
+    /// Whether a resource is served whatever definitions there are; one of the same name then changes nothing.
+    pub fn is_builtin(&self, kind: &Kind) -> bool {
+        self.builtin.contains(&(kind.resource.group.clone(), kind.resource.plural.clone()))
     }
 
     /// Whether the kind's definition is being deleted.
     pub fn is_ending(&self, kind: &Kind) -> bool {
-        self.definition_of(kind).is_some_and(|c| c.ending)
+        !self.is_builtin(kind) && self.definition_of(kind).is_some_and(|c| c.ending)
     }
 
     /// Whether another definition than `name` serves this plural, singular or short name in `group` already.

@@ -76,12 +76,13 @@ impl Server {
         let services = ServiceRange::parse(&config.service_cidr)
             .ok_or_else(|| ServerError::ServiceRange(config.service_cidr.clone()))?;
         let domain = &config.cluster_domain;
-        let names = crate::pki::server_names(config.advertise.ip(), services.api_address().into(), domain);
+        let advertise = reachable(config.advertise, &config.listener).map_err(ServerError::Listener)?;
+        let names = crate::pki::server_names(advertise.ip(), services.api_address().into(), domain);
         let pki = Arc::new(Pki::open(&config.data_dir.join("pki"), names, SystemTime::now())?);
         let tokens = TokenIssuer::new(&pki.token_key(), format!("https://kubernetes.default.svc.{domain}"))?;
         let core = Arc::new(Core::new(config.store.clone(), Kinds::new(kinds), services, tokens));
         custom::load(&core).await?;
-        bootstrap::run(&core, config.advertise).await?;
+        bootstrap::run(&core, advertise).await?;
         let tasks = vec![
             tokio::spawn(history::run(config.store.clone())),
             tokio::spawn(custom::run(core.clone())),
@@ -91,7 +92,7 @@ impl Server {
             core,
             pki,
             listener: Mutex::new(Some(config.listener)),
-            advertise: config.advertise,
+            advertise,
             stop: CancellationToken::new(),
             tasks,
         }))
@@ -138,6 +139,21 @@ impl Server {
         }
         Ok(())
     }
+}
+
+/// `advertise` with what it leaves open filled in: the port that was bound, loopback for "any address".
+fn reachable(advertise: SocketAddr, listener: &TcpListener) -> std::io::Result<SocketAddr> {
+    let mut address = advertise;
+    if address.port() == 0 {
+        address.set_port(listener.local_addr()?.port());
+    }
+    if address.ip().is_unspecified() {
+        address.set_ip(match address {
+            SocketAddr::V4(_) => std::net::Ipv4Addr::LOCALHOST.into(),
+            SocketAddr::V6(_) => std::net::Ipv6Addr::LOCALHOST.into(),
+        });
+    }
+    Ok(address)
 }
 
 /// Renews certificates before they end.

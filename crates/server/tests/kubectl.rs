@@ -248,6 +248,10 @@ async fn what_is_served() {
     assert!(k.ok(&["auth", "whoami"]).await.contains("atoll-admin"));
     assert_eq!(k.ok(&["auth", "can-i", "create", "pods"]).await.trim(), "yes");
     assert!(k.ok(&["auth", "can-i", "--list"]).await.contains("*.*"));
+    assert_eq!(k.run(&["auth", "can-i", "create", "pods", "--as=jane"]).await.out.trim(), "no");
+    assert!(k.fails(&["get", "pods", "--as=jane"]).await.contains("User \"jane\" cannot list resource \"pods\""));
+    let account = k.ok(&["auth", "whoami", "--as=system:serviceaccount:default:default"]).await;
+    assert!(account.contains("system:serviceaccounts:default"), "{account}");
     assert!(k.ok(&["get", "runtimeclass"]).await.contains("microvm"));
     assert!(k.ok(&["get", "svc", "kubernetes"]).await.contains("10.43.0.1"));
 }

@@ -1,10 +1,12 @@
 //! Who asks ([`User`], from a client certificate or a token) and whether they may ([`authorize`], which hands out the
 //! [`Permit`] that every handler must be given).
 
+mod impersonate;
 mod permit;
 mod reviews;
 mod token;
 
+pub(crate) use impersonate::impersonated;
 pub use permit::{Attributes, Permit, allows, authorize};
 pub(crate) use reviews::{REVIEWS, serve as serve_review};
 pub use token::{Claims, TokenError, TokenIssuer};
@@ -23,10 +25,11 @@ pub struct User {
 
 impl User {
     pub const MASTERS: &'static str = "system:masters";
+    const ANONYMOUS: &'static str = "system:anonymous";
     const AUTHENTICATED: &'static str = "system:authenticated";
 
     pub fn anonymous() -> Self {
-        User { name: "system:anonymous".into(), groups: vec!["system:unauthenticated".into()], ..Self::default() }
+        User { name: Self::ANONYMOUS.into(), groups: vec!["system:unauthenticated".into()], ..Self::default() }
     }
 
     /// The control plane itself, in process.
@@ -42,7 +45,7 @@ impl User {
     }
 
     pub fn is_anonymous(&self) -> bool {
-        self.name == "system:anonymous"
+        self.name == Self::ANONYMOUS
     }
 
     pub fn in_group(&self, group: &str) -> bool {

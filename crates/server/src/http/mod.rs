@@ -25,7 +25,7 @@ pub(crate) use route::Discovery as DiscoveryRoute;
 pub(crate) use watch::watch_error;
 
 use crate::admission::tokens;
-use crate::auth::{Permit, User, authorize, serve_review};
+use crate::auth::{Permit, User, authorize, impersonated, serve_review};
 use crate::core::Core;
 use crate::discovery::Discovery;
 use api::status::{Reason, Status, StatusResult};
@@ -72,6 +72,7 @@ impl Service {
 
     async fn try_answer(&self, request: Request, peer: Option<Arc<User>>) -> StatusResult<Response> {
         let user = self.authenticate(&request, peer).await?;
+        let user = impersonated(user, request.headers())?;
         let path = request.uri().path().to_owned();
         let query = Query::parse(request.uri().query().unwrap_or(""));
         let route = route::parse(&path);

@@ -162,6 +162,11 @@ fn rewritten(request: Request, path: &ResourcePath, pod: &str, port: u16) -> Sta
     for name in DROPPED {
         parts.headers.remove(name);
     }
+    let impersonation: Vec<HeaderName> =
+        parts.headers.keys().filter(|name| name.as_str().starts_with("impersonate-")).cloned().collect();
+    for name in impersonation {
+        parts.headers.remove(name);
+    }
     let host = header::HeaderValue::from_str(&format!("{pod}:{port}"));
     parts.headers.insert(header::HOST, host.map_err(|_| Status::bad_request("the pod's name is no host name"))?);
     Ok(Request::from_parts(parts, body))

@@ -2,7 +2,7 @@
 
 use super::create::{refuse, track};
 use super::{ATTEMPTS, Preconditions, WriteOptions, Written, meta, scale, schema, storage};
-use crate::admission::Operation;
+use crate::admission::{Effects, Operation};
 use crate::auth::Permit;
 use crate::core::{Core, Target};
 use crate::patch;
@@ -119,32 +119,7 @@ impl Core {
             let mut live = storage::decode_kv(kind, &kv)?;
             schema::default_on_read(kind, &mut live, custom);
             preconditions.check(target, &live)?;
-            let (mut new, tracked) = match propose(&live)? {
-                Proposal::New(new) => (new, false),
-                Proposal::Applied(new) => (new, true),
-            };
-            meta::identify(target, &mut new)?;
-            meta::carry(target, &live, &mut new)?;
-            let told = schema::settle(target, &mut new, options, custom)?;
-            self.settle_parts(target, &live, &mut new, options);
-            schema::apply_defaults(kind, &mut new);
-            let operation = Operation::Update { live: &live, subresource: &options.subresource };
-            let mut effects = self.admit(permit, target, operation, &mut new).await?;
-            let mut causes = meta::validate(target, &new, Some(&live));
-            // What a binding changes, an update may not.
-            if options.subresource != "binding" {
-                causes.extend(schema::validate(kind, &new, Some(&live)));
-            }
-            refuse(target, causes)?;
-            if kind.counts_generation && meta::spec_differs(&live, &new) {
-                let next = live.generation() + 1;
-                new.metadata_mut().insert("generation".into(), next.into());
-            }
-            if !tracked {
-                track(target, Some(&live), &mut new, options);
-            }
-            effects.warnings.extend(told);
-            effects.warnings.extend(schema::warnings(kind, &new));
+            let (mut new, mut effects) = self.complete(permit, target, &live, propose(&live)?, options).await?;
             let warnings = std::mem::take(&mut effects.warnings);
             if meta::same(&live, &new) && effects.is_empty() {
                 return Ok(Written { object: live, created: false, warnings });
@@ -176,6 +151,45 @@ impl Core {
             }
         }
         Err(target.conflict(storage::MODIFIED))
+    }
+
+    /// Makes a proposal fit to be written: what it may not change as it was, defaults, admission, validation, ownership.
+    async fn complete(
+        &self,
+        permit: &Permit,
+        target: &Target,
+        live: &Object,
+        proposal: Proposal,
+        options: &WriteOptions,
+    ) -> StatusResult<(Object, Effects)> {
+        let kind = &target.kind;
+        let (mut new, tracked) = match proposal {
+            Proposal::New(new) => (new, false),
+            Proposal::Applied(new) => (new, true),
+        };
+        meta::identify(target, &mut new)?;
+        meta::carry(target, live, &mut new)?;
+        let told = schema::settle(target, &mut new, options, self.is_custom(kind))?;
+        self.settle_parts(target, live, &mut new, options);
+        schema::apply_defaults(kind, &mut new);
+        let operation = Operation::Update { live, subresource: &options.subresource };
+        let mut effects = self.admit(permit, target, operation, &mut new).await?;
+        let mut causes = meta::validate(target, &new, Some(live));
+        // What a binding changes, an update may not.
+        if options.subresource != "binding" {
+            causes.extend(schema::validate(kind, &new, Some(live)));
+        }
+        refuse(target, causes)?;
+        if kind.counts_generation && meta::spec_differs(live, &new) {
+            let next = live.generation() + 1;
+            new.metadata_mut().insert("generation".into(), next.into());
+        }
+        if !tracked {
+            track(target, Some(live), &mut new, options);
+        }
+        effects.warnings.extend(told);
+        effects.warnings.extend(schema::warnings(kind, &new));
+        Ok((new, effects))
     }
 
     /// Which part of the object this request may change; the rest stays as it is in `live`.
