@@ -85,7 +85,7 @@ pub trait Client: Send + Sync + 'static {
     async fn update(&self, resource: &Resource, namespace: &str, object: Object) -> StatusResult<SharedObject>;
     /// Replaces `status` only, same conflict rule.
     async fn update_status(&self, resource: &Resource, namespace: &str, object: Object) -> StatusResult<SharedObject>;
-    /// `subresource` is `""`, `status` or `scale`.
+    /// `subresource` is `""`, `status`, `scale` or, for namespaces, `finalize`.
     async fn patch(
         &self,
         resource: &Resource,

@@ -33,8 +33,10 @@ struct Collector {
     graph: Mutex<Graph>,
     queue: Queue<Uid>,
     /// By group and kind, with its scope.
-    kinds: Mutex<HashMap<(Arc<str>, String), (Resource, Scope)>>,
+    kinds: Mutex<Kinds>,
 }
+
+type Kinds = HashMap<(Arc<str>, String), (Resource, Scope)>;
 
 /// The API's resources once each, in the version listed first.
 pub(crate) fn resources(client: &dyn Client) -> Vec<(Resource, Scope, String)> {

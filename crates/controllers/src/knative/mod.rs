@@ -71,7 +71,8 @@ impl State {
 /// Sets these conditions and `Ready`, which is false if one is false, else unknown if one is. Sorted by type, as Knative
 /// writes them.
 fn set_conditions(status: &mut Value, states: &[(&str, State)], now: &str) {
-    let worst = states.iter().map(|(_, state)| state).max_by_key(|state| match state {
+    // Of equals the first, which is nearest to the cause.
+    let worst = states.iter().rev().map(|(_, state)| state).max_by_key(|state| match state {
         State::True => 0,
         State::Unknown(..) => 1,
         State::False(..) => 2,

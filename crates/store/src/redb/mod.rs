@@ -44,13 +44,13 @@ pub struct Options {
     /// History older than this is compacted without being asked; `None` = only when asked. Looked at once per this
     /// time, so that up to twice as much is kept.
     pub keep_history: Option<Duration>,
-    /// History is also cut when it is longer than this many revisions (to half).
+    /// History is cut in any case when it is longer than this many revisions (to half).
     pub keep_revisions: i64,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Options { cache_bytes: 8 << 20, keep_history: Some(Duration::from_secs(300)), keep_revisions: 200_000 }
+        Options { cache_bytes: 8 << 20, keep_history: None, keep_revisions: 200_000 }
     }
 }
 
