@@ -90,9 +90,9 @@ fn remove(data: &DataDir, names: &[String]) -> Outcome {
 
 fn pull(data: &DataDir, reference: &str, platform: Option<&str>) -> Outcome {
     let platform = platform.map(Platform::parse).transpose().map_err(explain)?;
-    let options = PullOptions { platform: platform.unwrap_or_else(Platform::host), ..PullOptions::default() };
-    let resolved = open(data)?.pull(reference, &options, &|p| show(p)).map_err(explain)?;
-    println!("{} ({})", resolved.reference, resolved.digest);
+    let options = PullOptions { platform, ..PullOptions::default() };
+    let digest = open(data)?.pull(reference, &options, &|p| show(p)).map_err(explain)?;
+    println!("{reference} ({digest})");
     Ok(())
 }
 

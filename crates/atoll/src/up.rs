@@ -64,10 +64,10 @@ pub fn router_config(instance: &Instance) -> Result<RouterConfig, Failure> {
     })
 }
 
-pub fn boundaries(instance: &Instance) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
+pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
     let exe = executable()?;
     Ok(vec![
-        Arc::new(ContainerBoundary::new(exe.clone())),
+        Arc::new(ContainerBoundary::new(exe.clone(), host_netns)),
         Arc::new(MicrovmBoundary::new(exe.clone())),
         Arc::new(WasmBoundary::new(exe, instance.data_dir.clone(), instance.run_dir.clone())),
     ])
@@ -99,4 +99,151 @@ fn logging() {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
+}
+
+fn agent_config(instance: &Instance, name: String) -> Result<node::Config, Failure> {
+    let mut config = node::Config::new(name, &instance.data_dir, &instance.run_dir);
+    config.exe = executable()?;
+    config.cluster_dns = DNS;
+    config.cluster_domain = CLUSTER_DOMAIN.into();
+    Ok(config)
+}
+
+/// Stops every workload from what is on disk alone. Answers how many ran.
+pub async fn destroy_all(instance: &Instance, router: Arc<Router>) -> Result<usize, Failure> {
+    let config = agent_config(instance, String::new())?;
+    Ok(node::destroy_all(&config, router, boundaries(instance, None)?).await)
+}
+
+/// The Node's name: the host's, made a DNS label.
+fn node_name(options: &Up) -> String {
+    let name = options.node_name.clone().unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned());
+    let clean: String =
+        name.to_ascii_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
+    let clean = clean.trim_matches(['-', '.']);
+    if clean.is_empty() { "node".into() } else { clean.into() }
+}
+
+async fn serve(
+    options: &Up,
+    instance: &Instance,
+    listeners: Listeners,
+    router: Arc<Router>,
+    host_netns: std::fs::File,
+    begun: Instant,
+) -> Outcome {
+    let (stop, stopping) = watch::channel(false);
+    let stopped = {
+        let stopping = stopping.clone();
+        move || {
+            let mut stopping = stopping.clone();
+            async move { stopping.wait_for(|stop| *stop).await.map(drop).unwrap_or_default() }
+        }
+    };
+    let mut signals = Signals::new()?;
+    let store = Arc::new(store::redb::Engine::open(&instance.data_dir.join("store")).map_err(explain)?);
+    let local = [options.registry_addr.to_string(), format!("localhost:{}", options.registry_addr.port())];
+    let images = image::Store::open(instance.data_dir.join("images")).map_err(explain)?.with_local_hosts(local);
+    let images = Arc::new(images);
+
+    let server = server::Server::new(server::Config {
+        listener: listeners.api,
+        data_dir: instance.data_dir.clone(),
+        advertise: options.api_addr,
+        store: store.clone(),
+        cluster_domain: CLUSTER_DOMAIN.into(),
+        service_cidr: format!("{}/{}", SERVICE_CIDR.0, SERVICE_CIDR.1),
+    })
+    .await
+    .map_err(explain)?;
+    server.write_kubeconfig(&instance.data_dir.join("kubeconfig")).map_err(explain)?;
+    let client = server.client();
+
+    let dns = Arc::new(DnsServer::start(&router, (DNS, 53).into(), Vec::new()).map_err(explain)?);
+    let mut config = agent_config(instance, node_name(options))?;
+    config.registry_addr = options.registry_addr.to_string();
+    use std::os::fd::AsRawFd;
+    config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
+    let boundaries = boundaries(instance, config.host_netns.clone())?;
+    let agent = node::Agent::new(config, client.clone(), images.clone(), router, boundaries).with_dns(dns);
+    server.set_streams(agent.streams());
+    let gateway = gateway::Gateway::new(gateway::Config::new(listeners.gateway), client.clone());
+    let controllers = controllers::Config {
+        gateway_port: options.gateway_addr.port(),
+        gateway_address: Some(options.gateway_addr.ip().to_string()),
+        ..controllers::Config::default()
+    };
+
+    let mut tasks = tokio::task::JoinSet::new();
+    let (until, api) = (stopped(), server.clone());
+    tasks.spawn(async move { api.serve(until).await.map_err(explain) });
+    let until = stopped();
+    tasks.spawn(async move { registry::serve(listeners.registry, images, until).await.map_err(explain) });
+    let until = stopped();
+    tasks.spawn(async move { gateway.run(until).await.map_err(explain) });
+    tasks.spawn(done(controllers::run(client, controllers, stopping.clone())));
+    tasks.spawn(done(async move { agent.run(stopping).await }));
+
+    println!(
+        "ready in {} ms: api https://{} gateway http://{} registry http://{}",
+        begun.elapsed().as_millis(),
+        options.api_addr,
+        options.gateway_addr,
+        options.registry_addr
+    );
+    notify("READY=1");
+    let mut outcome = Ok(());
+    tokio::select! {
+        () = signals.received() => {}
+        Some(ended) = tasks.join_next() => outcome = ended.map_err(explain).flatten(),
+    }
+    notify("STOPPING=1");
+    let _ = stop.send(true);
+    while let Some(ended) = tasks.join_next().await {
+        outcome = outcome.and(ended.map_err(explain).flatten());
+    }
+    drop(server);
+    outcome
+}
+
+async fn done(work: impl Future<Output = ()>) -> Outcome {
+    work.await;
+    Ok(())
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, Failure> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate()).map_err(explain)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(explain)?,
+        })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Tells systemd, if it asked to be told (sd_notify(3)).
+fn notify(state: &str) {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let bytes = path.as_encoded_bytes();
+    let address = match bytes.split_first() {
+        Some((b'@', name)) => SocketAddr::from_abstract_name(name),
+        _ => SocketAddr::from_pathname(&path),
+    };
+    if let (Ok(address), Ok(socket)) = (address, UnixDatagram::unbound()) {
+        let _ = socket.send_to_addr(state.as_bytes(), &address);
+    }
 }

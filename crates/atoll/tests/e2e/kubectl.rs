@@ -37,7 +37,7 @@ pub const TESTS: &[Test] = &[
 fn create_get_delete(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-create");
     c.kubectl(&["create", "-n", &ns, "configmap", "one", "--from-literal=a=1"]).good();
-    assert!(c.kubectl(&["create", "-n", &ns, "configmap", "one"]).bad().contains("AlreadyExists"));
+    assert!(c.kubectl(&["create", "-n", &ns, "configmap", "one"]).bad().contains("already exists"));
     let got = c.kubectl(&["get", "-n", &ns, "cm", "one"]).good();
     assert_eq!(lines(&got)[0].split_whitespace().collect::<Vec<_>>(), ["NAME", "DATA", "AGE"]);
     c.kubectl(&["create", "-n", &ns, "secret", "generic", "s", "--from-literal=k=v"]).good();

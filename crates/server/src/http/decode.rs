@@ -48,21 +48,34 @@ pub fn format_of(content_type: &str) -> StatusResult<Format> {
     }
 }
 
+/// A body over the limit is read on and thrown away up to this much, so that its sender hears why it is refused instead
+/// of finding the connection cut.
+const DRAIN_LIMIT: usize = 4 * BODY_LIMIT;
+
 /// The whole body, refused when it is over the limit.
-pub async fn read(body: Incoming) -> StatusResult<Bytes> {
-    let too_large =
-        || Status::new(Reason::RequestEntityTooLarge, format!("Request entity too large: limit is {BODY_LIMIT}"));
-    use hyper::body::Body as _;
-    if body.size_hint().lower() > BODY_LIMIT as u64 {
-        return Err(too_large());
-    }
-    let limited = http_body_util::Limited::new(body, BODY_LIMIT);
+pub async fn read(mut body: Incoming) -> StatusResult<Bytes> {
     let late = || Status::new(Reason::Timeout, "the body of the request did not come in time");
-    match tokio::time::timeout(PATIENCE, limited.collect()).await.map_err(|_| late())? {
-        Ok(collected) => Ok(collected.to_bytes()),
-        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
-        Err(error) => Err(Status::bad_request(format!("the body of the request could not be read: {error}"))),
+    tokio::time::timeout(PATIENCE, collect(&mut body)).await.map_err(|_| late())?
+}
+
+async fn collect(body: &mut Incoming) -> StatusResult<Bytes> {
+    let (mut whole, mut length) = (Vec::new(), 0usize);
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|e| Status::bad_request(format!("the body of the request could not be read: {e}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        length = length.saturating_add(data.len());
+        if length <= BODY_LIMIT {
+            whole.extend_from_slice(&data);
+        } else if length > DRAIN_LIMIT {
+            break;
+        }
     }
+    if length > BODY_LIMIT {
+        let message = format!("Request entity too large: limit is {BODY_LIMIT}");
+        return Err(Status::new(Reason::RequestEntityTooLarge, message));
+    }
+    Ok(whole.into())
 }
 
 pub fn decode(bytes: &[u8], format: Format) -> StatusResult<Decoded> {
