@@ -20,8 +20,28 @@ struct Pretend {
 
 #[async_trait]
 impl PodStreams for Pretend {
-    async fn exec(&self, _: &Target, _: Vec<String>, _: Wanted) -> StatusResult<Session> {
-        Err(api::Status::bad_request("nothing to run"))
+    /// Says what it was asked to run, then what it is told, and ends with 3.
+    async fn exec(&self, target: &Target, command: Vec<String>, wanted: Wanted) -> StatusResult<Session> {
+        let (stdout, mut output) = tokio::io::duplex(1024);
+        let (mut input, stdin) = tokio::io::duplex(1024);
+        let (exit, ended) = tokio::sync::oneshot::channel();
+        let line = format!("{}: {}\n", target.container, command.join(" "));
+        let reads = wanted.stdin;
+        tokio::spawn(async move {
+            let _ = output.write_all(line.as_bytes()).await;
+            if reads {
+                let _ = tokio::io::copy(&mut input, &mut output).await;
+            }
+            drop(output);
+            let _ = exit.send(api::streams::Exit::Code(3));
+        });
+        Ok(Session {
+            stdin: wanted.stdin.then(|| Box::pin(stdin) as _),
+            stdout: Some(Box::pin(stdout)),
+            stderr: None,
+            resize: None,
+            exit: ended,
+        })
     }
     async fn attach(&self, _: &Target, _: Wanted) -> StatusResult<Session> {
         Err(api::Status::bad_request("nothing to attach to"))
@@ -136,4 +156,23 @@ async fn proxied_requests() {
     assert_eq!(made.code, 201, "{}", made.json());
     let text = String::from_utf8_lossy(&running.get(path).await.body).into_owned();
     assert!(text.starts_with("p 8081\nGET /x HTTP/1.1"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn exec_and_logs_with_kubectl() {
+    let (running, _) = start().await;
+    let Some(k) = running.kubectl() else { return };
+    let ended = k.run(&["exec", "p", "-c", "a", "--", "echo", "hi there"]).await;
+    assert_eq!(ended.out, "a: echo hi there\n");
+    assert!(!ended.ok && ended.err.contains("exit code 3"), "{}", ended.err);
+    let mut piped = k.command();
+    piped.args(["exec", "-i", "p", "-c", "b", "--", "cat"]).stdin(std::process::Stdio::piped());
+    let mut child = piped.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"from here\n").await.unwrap();
+    let output = child.wait_with_output().await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "b: cat\nfrom here\n");
+    assert_eq!(k.ok(&["logs", "p", "-c", "a", "--tail=2"]).await, "one\ntwo\n");
+    assert!(k.fails(&["exec", "none", "--", "true"]).await.contains("pods \"none\" not found"));
+    assert!(k.fails(&["exec", "p", "-c", "x", "--", "true"]).await.contains("container x"));
+    assert!(k.ok(&["get", "--raw", "/api/v1/namespaces/default/pods/p/proxy/"]).await.starts_with("p 8080"));
 }
