@@ -33,7 +33,7 @@ impl Config {
             listener,
             class: "atoll".to_owned(),
             max_head: 64 << 10,
-            max_headers: 128,
+            max_headers: 100,
             max_connections: 16 << 10,
             max_streams: 128,
             head_timeout: Duration::from_secs(60),

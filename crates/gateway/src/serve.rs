@@ -19,6 +19,9 @@ use tokio::sync::{Semaphore, watch};
 /// Pause after the kernel refused a connection (no descriptors left).
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Header lines of a request that hyper takes by itself.
+const HYPER_MAX_HEADERS: usize = 100;
+
 pub struct Limits {
     builder: Builder<TokioExecutor>,
     max_connections: usize,
@@ -32,9 +35,12 @@ impl Limits {
             .http1()
             .timer(TokioTimer::new())
             .header_read_timeout(config.head_timeout)
-            .max_headers(config.max_headers)
             .max_buf_size(config.max_head.max(8 << 10))
             .half_close(true);
+        // Set only where it differs: hyper takes its own limit from the stack, any other from the heap.
+        if config.max_headers != HYPER_MAX_HEADERS {
+            builder.http1().max_headers(config.max_headers);
+        }
         builder
             .http2()
             .timer(TokioTimer::new())
