@@ -4,11 +4,10 @@
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::error::{During, Error, Result};
 use crate::shim::protocol::{ErrorKind, Request, Response, SOCKET, Sandbox, Start, State, Streams, VERSION};
-use crate::shim::{container_directory, sealed_executable};
-use crate::spec::Process;
+use crate::shim::{self, container_directory, sealed_executable};
 use crate::wire::{self, Filled, Reader};
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -30,13 +29,17 @@ pub struct Client {
 /// The live ends of an executed or attached process. The connection tells how it ended; closing it ends an executed
 /// process and detaches from an attached one.
 pub struct Live {
-    pub connection: Client,
+    pub connection: UnixStream,
+    pub ending: Ending,
     /// Both ways, for input, output and the window's size of a terminal. Non-blocking.
     pub terminal: Option<OwnedFd>,
     pub stdin: Option<OwnedFd>,
     pub stdout: Option<OwnedFd>,
     pub stderr: Option<OwnedFd>,
 }
+
+/// Reads from the connection of a [`Live`] how its process ended.
+pub struct Ending(Reader);
 
 /// Starts a shim and returns when it is ready. `exe` has a role `shim` that calls [`crate::shim::main`].
 ///
@@ -122,10 +125,10 @@ impl Client {
     }
 
     /// Makes this connection readable when something has changed since `seen`, or the shim has gone.
-    pub fn watch(self, seen: u64) -> Result<OwnedFd> {
+    pub fn watch(self, seen: u64) -> Result<UnixStream> {
         wire::send(&self.stream, &Request::Watch { seen }, &[]).during(|| "asking the shim".into())?;
         self.stream.set_nonblocking(true).during(|| "making a socket non-blocking".into())?;
-        Ok(self.stream.into())
+        Ok(self.stream)
     }
 
     pub fn signal(&mut self, name: &str, signal: i32) -> Result<()> {
@@ -142,8 +145,8 @@ impl Client {
         Ok(())
     }
 
-    pub fn exec(mut self, name: &str, process: Process, streams: Streams) -> Result<Live> {
-        let request = Request::Exec { name: name.into(), process: Box::new(process), streams };
+    pub fn exec(mut self, name: &str, command: shim::protocol::Command, streams: Streams) -> Result<Live> {
+        let request = Request::Exec { name: name.into(), command: Box::new(command), streams };
         let response = self.ask(&request)?;
         self.live(response)
     }
@@ -164,23 +167,7 @@ impl Client {
         let (terminal, stdin) = (next(terminal)?, next(streams.stdin)?);
         let (stdout, stderr) = (next(streams.stdout)?, next(streams.stderr)?);
         self.stream.set_nonblocking(true).during(|| "making a socket non-blocking".into())?;
-        Ok(Live { connection: self, terminal, stdin, stdout, stderr })
-    }
-
-    /// For the connection of a [`Live`], which does not block: how the process ended, when it is known. Readable then.
-    /// `WouldBlock` until then; another error if the shim is gone.
-    pub fn exit_code(&mut self) -> io::Result<i32> {
-        loop {
-            match self.reader.next::<Response>()? {
-                Some(Response::Exited { code }) => return Ok(code),
-                Some(other) => return Err(io::Error::other(unexpected(&other).to_string())),
-                None => match self.reader.fill(&self.stream)? {
-                    Filled::Some => {}
-                    Filled::Nothing => return Err(io::ErrorKind::WouldBlock.into()),
-                    Filled::End => return Err(io::ErrorKind::UnexpectedEof.into()),
-                },
-            }
-        }
+        Ok(Live { connection: self.stream, ending: Ending(self.reader), terminal, stdin, stdout, stderr })
     }
 
     pub fn pause(&mut self) -> Result<()> {
@@ -196,15 +183,21 @@ impl Client {
     }
 }
 
-impl AsFd for Client {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
-    }
-}
-
-impl AsRawFd for Client {
-    fn as_raw_fd(&self) -> RawFd {
-        self.stream.as_raw_fd()
+impl Ending {
+    /// When it is known; the connection does not block and is readable then. Ask before waiting: it may have come with
+    /// what was read before. `WouldBlock` until then; another error if the shim is gone.
+    pub fn exit_code(&mut self, connection: impl AsFd) -> io::Result<i32> {
+        loop {
+            match self.0.next::<Response>()? {
+                Some(Response::Exited { code }) => return Ok(code),
+                Some(other) => return Err(io::Error::other(unexpected(&other).to_string())),
+                None => match self.0.fill(&connection)? {
+                    Filled::Some => {}
+                    Filled::Nothing => return Err(io::ErrorKind::WouldBlock.into()),
+                    Filled::End => return Err(io::ErrorKind::UnexpectedEof.into()),
+                },
+            }
+        }
     }
 }
 
@@ -248,7 +241,9 @@ pub fn destroy(cgroup: &Path, dir: &Path, run_dir: &Path) -> Result<()> {
 
 fn delete(directory: &Path) -> Result<()> {
     match std::fs::remove_dir_all(directory) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::step(format!("deleting {}", directory.display()), e)),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            Err(Error::step(format!("deleting {}", directory.display()), e))
+        }
         _ => Ok(()),
     }
 }
@@ -258,12 +253,14 @@ pub fn stats(cgroup: &Path) -> Result<crate::cgroup::Stats> {
     Ok(Cgroup::new(Hierarchies::discover()?, cgroup)?.stats())
 }
 
-/// Connects to a port on the loopback of a network namespace. Call it on a thread of its own, which then ends: it stays
-/// in that namespace.
-pub fn connect_in(network: &Path, port: u16) -> io::Result<std::net::TcpStream> {
-    let namespace = std::fs::File::open(network)?;
-    let kind = rustix::thread::LinkNameSpaceType::Network;
-    rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind))?;
+/// Connects to a port on the loopback of a network namespace, of this process's own if there is no path. Call it on a
+/// thread of its own, which then ends: it stays in that namespace.
+pub fn connect_in(network: Option<&Path>, port: u16) -> io::Result<std::net::TcpStream> {
+    if let Some(network) = network {
+        let namespace = std::fs::File::open(network)?;
+        let kind = rustix::thread::LinkNameSpaceType::Network;
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), Some(kind))?;
+    }
     let limit = Duration::from_secs(10);
     let v4 = std::net::TcpStream::connect_timeout(&(std::net::Ipv4Addr::LOCALHOST, port).into(), limit);
     v4.or_else(|e| {

@@ -19,6 +19,8 @@ pub struct Wanted<'a> {
     pub uid_mappings: &'a [IdMapping],
     pub gid_mappings: &'a [IdMapping],
     pub network: Network<'a>,
+    /// `network` is the host's, by path or not at all: nothing is set in it.
+    pub host_network: bool,
     pub ipc_and_uts: bool,
     pub hostname: &'a str,
     /// `kernel.*`, `fs.mqueue.*` and `net.*` names that are namespaced; others are refused.
@@ -44,8 +46,9 @@ pub struct Pinned {
 
 /// Makes what is wanted. `warn` hears of what this host cannot do.
 pub fn pin(alone: SingleThreaded, wanted: &Wanted<'_>, warn: &mut dyn FnMut(String)) -> Result<Pinned> {
+    let host_network = wanted.host_network || matches!(wanted.network, Network::Host);
     for name in wanted.sysctl.keys() {
-        check_sysctl(name, matches!(wanted.network, Network::Host))?;
+        check_sysctl(name, host_network)?;
     }
     let mut flags = 0;
     if !wanted.uid_mappings.is_empty() {
@@ -63,7 +66,7 @@ pub fn pin(alone: SingleThreaded, wanted: &Wanted<'_>, warn: &mut dyn FnMut(Stri
             .during(|| format!("network namespace {}", path.display()))?;
         pinned.network = Some(fd);
     }
-    if let Some(network) = &pinned.network {
+    if let Some(network) = pinned.network.as_ref().filter(|_| !host_network) {
         let own = matches!(wanted.network, Network::New);
         in_network(alone, network, own, wanted.sysctl, warn)?;
     }
@@ -216,7 +219,8 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
 /// Only what belongs to a namespace of the pod may be set; everything else is the host's.
 pub fn check_sysctl(name: &str, host_network: bool) -> Result<()> {
     const IPC: &[&str] = &["kernel.sem", "kernel.shmall", "kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced"];
-    let plain = name.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
+    let plain =
+        name.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
     let ipc = IPC.contains(&name) || name.starts_with("kernel.msg") || name.starts_with("fs.mqueue.");
     let network = name.starts_with("net.");
     if !plain || !(ipc || network) {
@@ -241,7 +245,8 @@ pub fn pid_holder(alone: SingleThreaded, user: Option<&OwnedFd>, scratch: &Path)
                     .during(|| "closing descriptors".into())?;
                 crate::rootfs::prepare::enter_scratch(scratch)?;
                 rustix::process::pivot_root(".", ".").during(|| "pivot_root".into())?;
-                rustix::mount::unmount(".", rustix::mount::UnmountFlags::DETACH).during(|| "leaving the host".into())?;
+                rustix::mount::unmount(".", rustix::mount::UnmountFlags::DETACH)
+                    .during(|| "leaving the host".into())?;
                 if let Some(user) = user {
                     move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))
                         .during(|| "entering the user namespace".into())?;
@@ -249,9 +254,7 @@ pub fn pid_holder(alone: SingleThreaded, user: Option<&OwnedFd>, scratch: &Path)
                 let flags = (libc::CLONE_NEWPID | libc::CLONE_PARENT) as u64;
                 match alone.clone(flags, None).during(|| "making the PID namespace".into())? {
                     Cloned::Child => hold_pids(),
-                    Cloned::Parent { pid, .. } => {
-                        crate::wire::send(writer, &pid, &[]).during(|| "reporting".into())
-                    }
+                    Cloned::Parent { pid, .. } => crate::wire::send(writer, &pid, &[]).during(|| "reporting".into()),
                 }
             })();
             if let Err(e) = outcome {

@@ -7,8 +7,8 @@ use crate::{seccomp, sys};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
-    CapabilitySet, CapabilitySets, Gid, Uid, set_capabilities, set_keep_capabilities, set_no_new_privs, set_thread_groups,
-    set_thread_res_gid, set_thread_res_uid,
+    CapabilitySet, CapabilitySets, Gid, Uid, set_capabilities, set_keep_capabilities, set_no_new_privs,
+    set_thread_groups, set_thread_res_gid, set_thread_res_uid,
 };
 use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, CString};
@@ -145,7 +145,11 @@ fn find(name: &str, path: &str) -> Result<CString> {
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::PermissionDenied => return Err(refuse(126, "permission denied")),
             Err(e) => {
-                let why = if e.kind() == io::ErrorKind::NotFound { "no such file or directory".into() } else { e.to_string() };
+                let why = if e.kind() == io::ErrorKind::NotFound {
+                    "no such file or directory".into()
+                } else {
+                    e.to_string()
+                };
                 return Err(refuse(127, &format!("stat {name}: {why}")));
             }
         }
@@ -200,7 +204,8 @@ fn become_user(process: &Process, capabilities: &Capabilities) -> Result<()> {
     set_capabilities(None, sets).during(|| "setting capabilities".into())?;
     let _ = rustix::thread::clear_ambient_capability_set();
     for bit in (set(&capabilities.ambient)? & sets.permitted & sets.inheritable).iter() {
-        rustix::thread::configure_capability_in_ambient_set(bit, true).during(|| "raising ambient capabilities".into())?;
+        rustix::thread::configure_capability_in_ambient_set(bit, true)
+            .during(|| "raising ambient capabilities".into())?;
     }
     Ok(())
 }
@@ -249,11 +254,47 @@ pub fn all_capabilities() -> Vec<String> {
 
 /// In the order of their numbers, from 0 (`linux/capability.h`).
 const CAPABILITIES: &[&str] = &[
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE",
-    "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE", "SYS_RESOURCE", "SYS_TIME",
-    "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG",
-    "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
+    "CHECKPOINT_RESTORE",
 ];
 
 #[cfg(test)]

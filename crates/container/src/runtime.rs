@@ -75,11 +75,18 @@ enum Order {
 
 #[derive(Serialize, Deserialize)]
 enum Event {
-    Created { pid: u32 },
+    Created {
+        pid: u32,
+    },
     /// The terminal's master comes along.
     Terminal,
-    Warning { text: String },
-    Failed { code: Option<i32>, message: String },
+    Warning {
+        text: String,
+    },
+    Failed {
+        code: Option<i32>,
+        message: String,
+    },
 }
 
 /// A set-up process that waits for its order, already in its control group.
@@ -302,9 +309,7 @@ fn create(alone: SingleThreaded, plan: Plan, socket: &UnixStream, mut reader: Re
     let has_user = spaces.user.is_some();
     let flags = spaces.new_flags() | libc::CLONE_PARENT as u64;
     match alone.clone(flags, None).during(|| "making the container's process".into())? {
-        Cloned::Parent { pid, .. } => {
-            wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into())
-        }
+        Cloned::Parent { pid, .. } => wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into()),
         Cloned::Child => {
             drop(spaces);
             let prepared = prepare::Prepared { root, mounts, devices, hierarchies };
@@ -366,9 +371,7 @@ fn join(alone: SingleThreaded, order: Join, socket: &UnixStream, mut reader: Rea
     move_into_thread_name_spaces(target.as_fd(), kinds).during(|| "entering the container".into())?;
     drop(target);
     match alone.clone(libc::CLONE_PARENT as u64, None).during(|| "making a process in the container".into())? {
-        Cloned::Parent { pid, .. } => {
-            wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into())
-        }
+        Cloned::Parent { pid, .. } => wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into()),
         Cloned::Child => {
             let error = (|| {
                 rustix::process::setsid().during(|| "setsid".into())?;
@@ -478,6 +481,7 @@ fn new_user(alone: SingleThreaded, spec: &Spec) -> Result<OwnedFd> {
         uid_mappings: &spec.linux.uid_mappings,
         gid_mappings: &spec.linux.gid_mappings,
         network: namespaces::Network::Host,
+        host_network: true,
         ipc_and_uts: false,
         hostname: "",
         sysctl: &std::collections::BTreeMap::new(),

@@ -3,8 +3,8 @@
 
 use rustix::io::Errno;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg,
-    sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+    recvmsg, sendmsg,
 };
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::VecDeque;
@@ -22,7 +22,10 @@ pub fn send<T: Serialize>(socket: impl AsFd, message: &T, fds: &[BorrowedFd<'_>]
     serde_json::to_writer(&mut frame, message)?;
     let length = frame.len() - 4;
     if length > MAX_FRAME {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("message of {length} bytes, limit {MAX_FRAME}")));
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("message of {length} bytes, limit {MAX_FRAME}"),
+        ));
     }
     frame[..4].copy_from_slice(&(length as u32).to_le_bytes());
 
@@ -91,7 +94,10 @@ impl Reader {
         let Some(header) = self.bytes.first_chunk::<4>() else { return Ok(None) };
         let length = u32::from_le_bytes(*header) as usize;
         if length > MAX_FRAME {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("message of {length} bytes, limit {MAX_FRAME}")));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("message of {length} bytes, limit {MAX_FRAME}"),
+            ));
         }
         let Some(frame) = self.bytes.get(4..4 + length) else { return Ok(None) };
         let message = serde_json::from_slice(frame);

@@ -9,6 +9,8 @@ mod support;
 mod isolation;
 #[path = "runtime/latency.rs"]
 mod latency;
+#[path = "runtime/layouts.rs"]
+mod layouts;
 #[path = "runtime/lifecycle.rs"]
 mod lifecycle;
 #[path = "runtime/streams.rs"]
@@ -32,7 +34,9 @@ fn main() {
     }
     let mut failed = Vec::new();
     let mut ran = 0;
-    for (name, test) in [isolation::TESTS, lifecycle::TESTS, streams::TESTS, latency::TESTS].into_iter().flatten() {
+    for (name, test) in
+        [isolation::TESTS, lifecycle::TESTS, streams::TESTS, layouts::TESTS, latency::TESTS].into_iter().flatten()
+    {
         if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
             continue;
         }

@@ -5,6 +5,10 @@
 //! Every call is idempotent: after a crash of the agent the same calls are made again against what still runs, and
 //! `list` tells what that is. Sandboxes outlive the agent.
 
+pub mod container;
+pub mod microvm;
+pub mod wasm;
+
 use api::streams::{Duplex, Session, Wanted};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -115,7 +119,10 @@ pub enum MountSource {
     Pod(PathBuf),
     /// hostPath: shown with the host's own ids.
     Host(PathBuf),
-    Tmpfs { size: Option<u64>, mode: u32 },
+    Tmpfs {
+        size: Option<u64>,
+        mode: u32,
+    },
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -177,8 +184,17 @@ pub struct ContainerState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Times are unix nanoseconds.
-    Running { started: i64 },
-    Exited { started: i64, finished: i64, code: i32, signal: Option<i32>, oom_killed: bool, message: String },
+    Running {
+        started: i64,
+    },
+    Exited {
+        started: i64,
+        finished: i64,
+        code: i32,
+        signal: Option<i32>,
+        oom_killed: bool,
+        message: String,
+    },
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

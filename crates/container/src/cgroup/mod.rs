@@ -41,7 +41,8 @@ pub struct V2 {
 impl Hierarchies {
     pub fn discover() -> Result<Self> {
         let text = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
-        let mut found = Self::parse(&text);
+        // Mounts may be covered by others: what counts is what is found at the path.
+        let mut found = Self::parse(&text, &|mount, file| mount.join(file).exists());
         if let Some(v2) = &mut found.v2 {
             let text = fs::read_to_string(v2.mount.join("cgroup.controllers")).unwrap_or_default();
             v2.controllers = words(&text).filter(|c| V2_CONTROLLERS.contains(c)).map(str::to_owned).collect();
@@ -51,7 +52,7 @@ impl Hierarchies {
 
     /// proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source,
     /// super options.
-    fn parse(mountinfo: &str) -> Self {
+    fn parse(mountinfo: &str, is_there: &dyn Fn(&Path, &str) -> bool) -> Self {
         let mut found = Self::default();
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
@@ -62,10 +63,10 @@ impl Hierarchies {
                 continue;
             }
             match kind {
-                "cgroup2" if found.v2.is_none() => {
+                "cgroup2" if found.v2.is_none() && is_there(Path::new(point), "cgroup.controllers") => {
                     found.v2 = Some(V2 { controllers: Vec::new(), mount: point.into() });
                 }
-                "cgroup" => {
+                "cgroup" if is_there(Path::new(point), "cgroup.procs") => {
                     let controllers: Vec<String> =
                         options.split(',').filter(|o| V1_CONTROLLERS.contains(o)).map(str::to_owned).collect();
                     let known = |c: &String| found.v1.iter().any(|h| h.controllers.contains(c));
@@ -224,7 +225,8 @@ impl Cgroup {
         if let Some(v2) = &self.hierarchies.v2 {
             let file = v2.mount.join(&self.path).join("cgroup.freeze");
             if file.exists() {
-                return fs::write(&file, if frozen { "1" } else { "0" }).during(|| format!("writing {}", file.display()));
+                return fs::write(&file, if frozen { "1" } else { "0" })
+                    .during(|| format!("writing {}", file.display()));
             }
         }
         let Some(mount) = self.hierarchies.v1("freezer") else {
@@ -319,12 +321,14 @@ mod tests {
 30 26 0:27 /sub /mnt/pids rw,relatime - cgroup cgroup rw,pids
 31 26 0:28 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
 ";
-        let found = Hierarchies::parse(hybrid);
+        let found = Hierarchies::parse(hybrid, &|_, _| true);
         assert_eq!(found.v1.len(), 2);
         assert_eq!(found.v1("cpuacct"), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct")));
         assert_eq!(found.v1("pids"), None);
         assert_eq!(found.v2.as_ref().map(|v| v.mount.as_path()), Some(Path::new("/sys/fs/cgroup/unified")));
-        let pure = Hierarchies::parse("35 25 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n");
+        let covered = Hierarchies::parse(hybrid, &|mount, _| mount == Path::new("/sys/fs/cgroup/unified"));
+        assert!(covered.v1.is_empty() && covered.v2.is_some());
+        let pure = Hierarchies::parse("35 25 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n", &|_, _| true);
         assert!(pure.v1.is_empty() && pure.v2.is_some());
     }
 

@@ -24,7 +24,8 @@ impl Cgroup {
             let text = fs::read_to_string(v2.as_ref()?.join("cpu.stat")).ok()?;
             field(&text, "usage_usec").map(|usec| usec.saturating_mul(1000))
         });
-        let memory = self.v1_number("memory", "memory.usage_in_bytes").or_else(|| self.v2_number("memory", "memory.current"));
+        let memory =
+            self.v1_number("memory", "memory.usage_in_bytes").or_else(|| self.v2_number("memory", "memory.current"));
         let inactive = self
             .v1_text("memory", "memory.stat")
             .and_then(|t| field(&t, "total_inactive_file"))

@@ -35,7 +35,8 @@ pub fn attach<T>(
         rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
     )
     .during(|| "making / private".into())?;
-    move_mount(&root, "", CWD, "root", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).during(|| "attaching the root".into())?;
+    move_mount(&root, "", CWD, "root", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .during(|| "attaching the root".into())?;
     let mut own_dev = true;
     for mount in &mounts {
         own_dev &= !(mount.kind == "bind" && mount.destination == Path::new("/dev"));
@@ -83,7 +84,8 @@ fn in_mount(destination: &Path, error: Error) -> Error {
 fn attach_one(root: BorrowedFd<'_>, mount: &PreparedMount, hierarchies: &Hierarchies) -> Result<()> {
     let directory = mount.source.as_ref().is_none_or(|s| s.directory);
     let system = matches!(mount.kind.as_str(), "proc" | "sysfs" | "devpts" | "mqueue" | "cgroup");
-    let target = if system { plain_target(root, &mount.destination)? } else { target(root, &mount.destination, directory)? };
+    let target =
+        if system { plain_target(root, &mount.destination)? } else { target(root, &mount.destination, directory)? };
     if !system {
         let magic = rustix::fs::fstatfs(&target).during(|| "target".into())?.f_type as u64;
         if magic == PROC_SUPER_MAGIC || (magic == SYSFS_MAGIC && mount.kind != "bind") {
@@ -252,7 +254,8 @@ fn inside(path: &Path) -> &Path {
 /// them elsewhere and see writes meant for them.
 fn plain_target(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
     let no_links = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
-    let open = || openat2(root, inside(path), OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY, Mode::empty(), no_links);
+    let open =
+        || openat2(root, inside(path), OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY, Mode::empty(), no_links);
     match open() {
         Ok(fd) => Ok(fd),
         Err(Errno::NOENT) => {

@@ -6,3 +6,4 @@
 pub mod attach;
 pub mod options;
 pub mod prepare;
+mod shift;

@@ -92,9 +92,16 @@ fn source(spec: &Mount, id_map: Option<IdMap<'_>>) -> Result<PreparedMount> {
             attr.id_map = Some(map.namespace);
         }
     }
-    mount_setattr(tree.as_fd(), prepared.options.recursive, &attr).during(|| {
-        format!("{}: setting mount attributes{}", path.display(), if attr.id_map.is_some() { " (id-mapped)" } else { "" })
-    })?;
+    let mut outcome = mount_setattr(tree.as_fd(), prepared.options.recursive, &attr);
+    if let (Some(map), Err(e)) = (id_map.filter(|_| attr.id_map.is_some()), &outcome)
+        && e.raw_os_error() == Some(libc::EINVAL)
+    {
+        // No id-mapped mounts of this file system (tmpfs before Linux 6.3): the files are given to the range instead.
+        super::shift::give(path, map).during(|| format!("{}: giving it to the pod's ids", path.display()))?;
+        attr.id_map = None;
+        outcome = mount_setattr(tree.as_fd(), prepared.options.recursive, &attr);
+    }
+    outcome.during(|| format!("{}: setting mount attributes", path.display()))?;
     let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
     prepared.source = Some(Source { mount: tree, directory });
     Ok(prepared)
@@ -117,7 +124,8 @@ pub fn devices() -> Result<Vec<(&'static str, OwnedFd)>> {
 /// the container's root goes.
 pub fn enter_scratch(scratch: &Path) -> Result<()> {
     crate::sys::unshare_mounts().during(|| "unsharing the mount namespace".into())?;
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).during(|| "making / private".into())?;
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .during(|| "making / private".into())?;
     let what = || format!("scratch tmpfs on {}", scratch.display());
     mount("tmpfs", scratch, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, c"mode=755")
         .during(what)?;
@@ -146,9 +154,8 @@ fn detach(path: &Path, id_map: Option<IdMap<'_>>) -> Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, path, flags).during(what)?;
     if let Some(map) = id_map {
-        mount_setattr(tree.as_fd(), false, &MountAttr { id_map: Some(map.namespace), ..Default::default() }).during(|| {
-            format!("{}: mapping ids (its file system must support id-mapped mounts)", path.display())
-        })?;
+        mount_setattr(tree.as_fd(), false, &MountAttr { id_map: Some(map.namespace), ..Default::default() })
+            .during(|| format!("{}: mapping ids (its file system must support id-mapped mounts)", path.display()))?;
     }
     Ok(tree)
 }

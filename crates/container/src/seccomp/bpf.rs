@@ -28,7 +28,10 @@ pub enum Action {
     Allow,
     Errno(u16),
     /// Allowed if the low word of argument `arg` passes.
-    Check { arg: u8, test: Test },
+    Check {
+        arg: u8,
+        test: Test,
+    },
 }
 
 /// Looks at the low 32 bits of one argument: all calls that are checked take an int or flags below bit 32.

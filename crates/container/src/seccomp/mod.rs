@@ -90,13 +90,27 @@ mod tests {
     fn what_it_must_refuse() {
         let filter = default_filter(&[]);
         let arch = if cfg!(target_arch = "x86_64") { 0xc000_003e } else { 0xc000_00b7 };
-        let outcome = |name: &str, arg: u64| {
-            bpf::run(&filter, arch, numbers::number(name).expect(name), [arg, 0, 0, 0, 0, 0])
-        };
+        let outcome =
+            |name: &str, arg: u64| bpf::run(&filter, arch, numbers::number(name).expect(name), [arg, 0, 0, 0, 0, 0]);
         let (allow, eperm) = (0x7fff_0000, 0x0005_0001);
-        for name in ["unshare", "mount", "keyctl", "add_key", "setns", "bpf", "io_uring_setup", "userfaultfd", "reboot",
-            "kexec_load", "init_module", "open_by_handle_at", "pivot_root", "perf_event_open", "syslog", "chroot"]
-        {
+        for name in [
+            "unshare",
+            "mount",
+            "keyctl",
+            "add_key",
+            "setns",
+            "bpf",
+            "io_uring_setup",
+            "userfaultfd",
+            "reboot",
+            "kexec_load",
+            "init_module",
+            "open_by_handle_at",
+            "pivot_root",
+            "perf_event_open",
+            "syslog",
+            "chroot",
+        ] {
             assert_eq!(outcome(name, 0), eperm, "{name}");
         }
         for name in ["read", "execve", "futex", "openat", "exit_group", "rseq", "mmap"] {
@@ -134,8 +148,20 @@ mod tests {
             }
         }
         // Younger than that file, harmless: each only a variant of what it allows.
-        let newer = ["cachestat", "fchmodat2", "futex_requeue", "futex_wait", "futex_waitv", "futex_wake", "getxattrat",
-            "listxattrat", "map_shadow_stack", "mseal", "removexattrat", "setxattrat"];
+        let newer = [
+            "cachestat",
+            "fchmodat2",
+            "futex_requeue",
+            "futex_wait",
+            "futex_waitv",
+            "futex_wake",
+            "getxattrat",
+            "listxattrat",
+            "map_shadow_stack",
+            "mseal",
+            "removexattrat",
+            "setxattrat",
+        ];
         for (name, action) in rules(&[]) {
             if action == Action::Allow && !newer.contains(&name) {
                 assert!(theirs.contains(name), "{name} is allowed here and not there");

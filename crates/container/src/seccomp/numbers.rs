@@ -22,8 +22,7 @@ const NEW: &[(&str, u32)] = &[
     ("SYS_listxattrat", 465),
     ("SYS_removexattrat", 466),
     ("SYS_open_tree_attr", 467),
-]
-;
+];
 
 /// The last number this table knows.
 pub const LAST: u32 = 467;

@@ -7,7 +7,7 @@ use super::state;
 use crate::cgroup::Cgroup;
 use crate::error::{During, Error, Result};
 use crate::runtime::{Launch, Plan, Progress, Rootfs, Stdio};
-use crate::spec::{Namespace, NamespaceKind, Resources, Spec};
+use crate::spec::{Namespace, NamespaceKind, Process, Resources, Spec};
 use crate::sys;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -37,6 +37,8 @@ pub struct Container {
     stdin_once: bool,
     terminal: Option<OwnedFd>,
     resources: Resources,
+    /// For what is executed in it later.
+    pub process: Process,
     pub confinement: crate::process::Confinement,
     pub viewers: Vec<Viewer>,
 }
@@ -85,6 +87,7 @@ impl Container {
             stdin_once: false,
             terminal: None,
             resources: Resources::default(),
+            process: Process::default(),
             confinement: Default::default(),
             viewers: Vec::new(),
         };
@@ -251,6 +254,8 @@ impl Server {
             Some(spare) => (spare.stage, spare.cgroup),
             None => self.stage()?,
         };
+        let mut process = spec.process.clone();
+        process.args = Vec::new();
         let plan = Plan {
             spec,
             rootfs: Rootfs::Layers { lower: start.layers, state: directory.to_owned() },
@@ -282,6 +287,7 @@ impl Server {
                 stdin_once: start.stdin_once,
                 terminal: None,
                 resources,
+                process,
                 confinement: start.confinement,
                 viewers: Vec::new(),
             },
@@ -324,8 +330,7 @@ impl Server {
                     container.pid = Some(pid);
                     container.pidfd = Pid::from_raw(pid as i32).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
                     // Limits come before anything of the tenant's runs, and after the set-up has made its processes.
-                    let warnings =
-                        container.cgroup.as_ref().map(|c| c.set(&container.resources)).unwrap_or_default();
+                    let warnings = container.cgroup.as_ref().map(|c| c.set(&container.resources)).unwrap_or_default();
                     launch.go();
                     for warning in warnings {
                         self.warn(&warning);
@@ -481,6 +486,7 @@ impl Server {
             }
         }
         (container.log, container.stdin, container.terminal) = (None, None, None);
+        container.process = Process::default();
         let message = String::new();
         container.life = Life::Exited(Phase::Exited { started, finished: now(), code, signal, oom_killed, message });
         let viewers = std::mem::take(&mut container.viewers);
@@ -564,7 +570,8 @@ impl Server {
         }
         for (which, wish) in [wanted.stdout, wanted.stderr && !terminal].into_iter().enumerate() {
             if wish && container.streams.get(which).is_some_and(Option::is_some) {
-                let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).during(|| "making a pipe".into())?;
+                let (read, write) =
+                    pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).during(|| "making a pipe".into())?;
                 let _ = rustix::pipe::fcntl_setpipe_size(&write, VIEWER_BUFFER);
                 give.push(read);
                 if let Some(output) = outputs.get_mut(which) {

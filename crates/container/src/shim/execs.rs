@@ -2,7 +2,7 @@
 //! reports their end on the connection that asked. A connection that closes takes its process with it.
 
 use super::containers::{end_child, exit_code, null, pipe_for};
-use super::protocol::{Response, Streams};
+use super::protocol::{Command, Response, Streams};
 use super::server::{START_LIMIT, Server, Token};
 use crate::error::{Error, Result};
 use crate::runtime::{Join, Launch, Progress, Stage, Stdio};
@@ -33,16 +33,28 @@ impl Exec {
     }
 }
 
+impl Command {
+    fn within(self, container: &Process) -> Process {
+        let mut process = container.clone();
+        let name = |entry: &str| entry.split('=').next().unwrap_or_default().to_owned();
+        process.env.retain(|old| !self.env.iter().any(|new| name(new) == name(old)));
+        process.env.extend(self.env);
+        (process.args, process.terminal, process.console_size) = (self.args, self.terminal, self.console_size);
+        process
+    }
+}
+
 impl Server {
-    pub fn exec(&mut self, connection: u32, name: &str, process: Process, wanted: Streams) -> Result<()> {
+    pub fn exec(&mut self, connection: u32, name: &str, command: Command, wanted: Streams) -> Result<()> {
         self.check_not_paused()?;
-        let terminal = process.terminal;
-        let owner = self.host_ids(process.user.uid, process.user.gid);
         let user_namespace = self.pinned.user.is_some();
         let alone = self.alone;
         let (_, container) = self.running(name)?;
         let (target, cgroup) = container.join_target(name)?;
         let confinement = container.confinement;
+        let process = command.within(&container.process);
+        let terminal = process.terminal;
+        let owner = self.host_ids(process.user.uid, process.user.gid);
         let (mut stdio, mut ends) = (None, Vec::new());
         let mut streams = Streams::default();
         if !terminal {

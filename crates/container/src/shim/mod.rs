@@ -59,7 +59,11 @@ fn run(args: &[String]) -> Result<()> {
             drop(theirs);
             let mut text = String::new();
             ours.read_to_string(&mut text).during(|| "waiting for the shim".into())?;
-            if text == "ready" { Ok(()) } else { Err(Error::Shim(if text.is_empty() { "the shim died".into() } else { text })) }
+            if text == "ready" {
+                Ok(())
+            } else {
+                Err(Error::Shim(if text.is_empty() { "the shim died".into() } else { text }))
+            }
         }
         Cloned::Child => {
             drop(ours);
@@ -113,7 +117,8 @@ fn detach(sandbox: &Sandbox) -> Result<()> {
 /// exactly that of the process which executed it (CVE-2019-5736). The daemon executes through such a mount already;
 /// this catches a shim that was started otherwise.
 fn shield(args: &[String]) -> Result<()> {
-    let own = open("/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(|| "/proc/self/exe".into())?;
+    let own =
+        open("/proc/self/exe", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(|| "/proc/self/exe".into())?;
     if fstatvfs(&own).is_ok_and(|s| s.f_flag.contains(StatVfsMountFlags::RDONLY)) {
         return Ok(());
     }
@@ -135,7 +140,11 @@ pub(crate) fn sealed_executable(path: &Path) -> Result<OwnedFd> {
     let what = || format!("a read-only view of {}", path.display());
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let tree = open_tree(CWD, path, flags).during(what)?;
-    let attr = MountAttr { set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID, propagation: libc::MS_PRIVATE, ..Default::default() };
+    let attr = MountAttr {
+        set: libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID,
+        propagation: libc::MS_PRIVATE,
+        ..Default::default()
+    };
     mount_setattr(tree.as_fd(), false, &attr).during(what)?;
     Ok(tree)
 }

@@ -3,7 +3,7 @@
 //! what it knows.
 
 use crate::process::Confinement;
-use crate::spec::{IdMapping, Process, Resources, Spec};
+use crate::spec::{ConsoleSize, IdMapping, Resources, Spec};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,6 +24,9 @@ pub struct Sandbox {
     /// Container ids 0 to `size` - 1; absent: the host's user namespace.
     pub id_map: Option<IdMapping>,
     pub network: Network,
+    /// `network` is the host's: its settings are not the pod's to change.
+    #[serde(default)]
+    pub host_network: bool,
     /// Relative to each hierarchy's mount.
     pub cgroup: PathBuf,
     pub resources: Resources,
@@ -62,18 +65,46 @@ pub struct Streams {
     pub stderr: bool,
 }
 
+/// What to execute in a running container; user, environment, working directory, capabilities and limits are the
+/// container's own.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Command {
+    pub args: Vec<String>,
+    /// `NAME=value`, over the container's.
+    pub env: Vec<String>,
+    pub terminal: bool,
+    pub console_size: Option<ConsoleSize>,
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    Hello { version: u32 },
+    Hello {
+        version: u32,
+    },
     Start(Box<Start>),
     List,
     /// Answered when the sequence number is no longer `seen`.
-    Watch { seen: u64 },
-    Signal { name: String, signal: i32 },
+    Watch {
+        seen: u64,
+    },
+    Signal {
+        name: String,
+        signal: i32,
+    },
     /// Forgets an ended container.
-    Remove { name: String },
-    Exec { name: String, process: Box<Process>, streams: Streams },
-    Attach { name: String, streams: Streams },
+    Remove {
+        name: String,
+    },
+    Exec {
+        name: String,
+        command: Box<Command>,
+        streams: Streams,
+    },
+    Attach {
+        name: String,
+        streams: Streams,
+    },
     Pause,
     Resume,
     /// Kills all and ends.
@@ -83,15 +114,31 @@ pub enum Request {
 /// Descriptors that come along are named by `Streams`, in this order: terminal, stdin, stdout, stderr.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Response {
-    Hello { version: u32, pid: u32 },
+    Hello {
+        version: u32,
+        pid: u32,
+    },
     Started(State),
-    List { sequence: u64, containers: Vec<State> },
-    Changed { sequence: u64 },
+    List {
+        sequence: u64,
+        containers: Vec<State>,
+    },
+    Changed {
+        sequence: u64,
+    },
     Done,
     /// An exec or attach is under way; `Exited` follows on the same connection.
-    Streams { terminal: bool, streams: Streams },
-    Exited { code: i32 },
-    Error { kind: ErrorKind, message: String },
+    Streams {
+        terminal: bool,
+        streams: Streams,
+    },
+    Exited {
+        code: i32,
+    },
+    Error {
+        kind: ErrorKind,
+        message: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -146,7 +146,8 @@ impl Server {
             _lock: lock,
             next_id: 0,
             next_slot: 0,
-            sequence: 1,
+            // Another one than any earlier shim of this sandbox has given out.
+            sequence: super::containers::now() as u64,
             logged: 0,
             paused: false,
             ended: false,
@@ -171,6 +172,7 @@ impl Server {
                 Network::New => namespaces::Network::New,
                 Network::At(path) => namespaces::Network::At(path),
             },
+            host_network: self.sandbox.host_network,
             ipc_and_uts: true,
             hostname: &self.sandbox.hostname,
             sysctl: &self.sandbox.sysctl,
@@ -311,7 +313,8 @@ impl Server {
             dismiss(spare);
         }
         let late = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-        let launches: Vec<u32> = self.containers.iter().filter(|(_, c)| late(c.deadline())).map(|(id, _)| *id).collect();
+        let launches: Vec<u32> =
+            self.containers.iter().filter(|(_, c)| late(c.deadline())).map(|(id, _)| *id).collect();
         for id in launches {
             self.start_failed(id, Error::Refused(format!("the set-up took longer than {START_LIMIT:?}")));
         }
@@ -385,7 +388,7 @@ impl Server {
             }
             Request::Signal { name, signal } => self.signal(&name, signal).map(|()| self.done(id)),
             Request::Remove { name } => self.remove(&name).map(|()| self.done(id)),
-            Request::Exec { name, process, streams } => self.exec(id, &name, *process, streams),
+            Request::Exec { name, command, streams } => self.exec(id, &name, *command, streams),
             Request::Attach { name, streams } => self.attach(id, &name, streams),
             Request::Pause => self.pause().map(|()| self.done(id)),
             Request::Resume => {
@@ -450,7 +453,9 @@ impl Server {
 
     /// A set-up process must not be caught in it: waiting for one would stop this loop.
     fn pause(&mut self) -> Result<()> {
-        if self.containers.values().any(|c| c.deadline().is_some()) || self.execs.values().any(|e| e.deadline().is_some()) {
+        if self.containers.values().any(|c| c.deadline().is_some())
+            || self.execs.values().any(|e| e.deadline().is_some())
+        {
             return Err(Error::Shim("a process is being started".into()));
         }
         if let Some(spare) = self.spare.take() {

@@ -68,7 +68,14 @@ mod tests {
     #[test]
     fn the_format_is_pinned() {
         let base = tempfile::tempdir().expect("directory");
-        let phase = Phase::Exited { started: 1, finished: 2, code: 137, signal: Some(9), oom_killed: true, message: String::new() };
+        let phase = Phase::Exited {
+            started: 1,
+            finished: 2,
+            code: 137,
+            signal: Some(9),
+            oom_killed: true,
+            message: String::new(),
+        };
         let state = State { name: "web".into(), attempt: 3, pid: None, cgroup: "atoll/x/pod1/c0".into(), phase };
         fs::create_dir_all(directory(base.path(), "web", 3)).expect("made");
         save(base.path(), &state, true).expect("saved");

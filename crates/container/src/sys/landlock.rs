@@ -16,9 +16,7 @@ pub fn forbid_foreign_abstract_sockets() -> io::Result<()> {
     const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
     let attr = RulesetAttr { handled_access_fs: 0, handled_access_net: 0, scoped: SCOPE_ABSTRACT_UNIX_SOCKET };
     // SAFETY: `attr` lives across the call, its size is passed with it.
-    let fd = unsafe {
-        libc::syscall(libc::SYS_landlock_create_ruleset, &raw const attr, size_of::<RulesetAttr>(), 0)
-    };
+    let fd = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &raw const attr, size_of::<RulesetAttr>(), 0) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -20,7 +20,11 @@ impl SingleThreaded {
     /// fork.
     pub fn prove() -> io::Result<Self> {
         let threads = std::fs::read_dir("/proc/self/task")?.count();
-        if threads == 1 { Ok(Self(())) } else { Err(io::Error::other(format!("{threads} threads where one was expected"))) }
+        if threads == 1 {
+            Ok(Self(()))
+        } else {
+            Err(io::Error::other(format!("{threads} threads where one was expected")))
+        }
     }
 
     /// `clone3(2)` with a copy of the memory. `flags` are `CLONE_NEW*` and `CLONE_PARENT`; `cgroup` is the directory of
@@ -136,11 +140,7 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 pub fn dup_onto(fd: BorrowedFd<'_>, onto: RawFd) -> io::Result<()> {
     // SAFETY: `onto` is a standard stream, which no `OwnedFd` of this crate stands for in the roles that call this.
     let done = unsafe {
-        if fd.as_raw_fd() == onto {
-            libc::fcntl(onto, libc::F_SETFD, 0)
-        } else {
-            libc::dup2(fd.as_raw_fd(), onto)
-        }
+        if fd.as_raw_fd() == onto { libc::fcntl(onto, libc::F_SETFD, 0) } else { libc::dup2(fd.as_raw_fd(), onto) }
     };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

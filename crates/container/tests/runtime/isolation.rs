@@ -29,7 +29,8 @@ pub const TESTS: &[(&str, fn())] = &[
 
 fn identity() {
     let pod = Pod::new();
-    let mut start = pod.script("a", "id -u; id -g; id -G; hostname; pwd; echo $GREETING $HOME; cat /proc/self/uid_map; sleep 1000");
+    let mut start =
+        pod.script("a", "id -u; id -g; id -G; hostname; pwd; echo $GREETING $HOME; cat /proc/self/uid_map; sleep 1000");
     start.spec.process.user.uid = 1000;
     start.spec.process.user.gid = 1000;
     start.spec.process.user.additional_gids = vec![5, 7];
@@ -65,7 +66,8 @@ fn file_system() {
 
 fn read_only_root() {
     let pod = Pod::new();
-    let mut start = pod.script("a", "touch /x 2>&1; touch /dev/shm/ok && echo ok; echo x > /proc/sys/kernel/hostname || echo no");
+    let mut start =
+        pod.script("a", "touch /x 2>&1; touch /dev/shm/ok && echo ok; echo x > /proc/sys/kernel/hostname || echo no");
     if let Some(root) = &mut start.spec.root {
         root.readonly = true;
     }
@@ -125,7 +127,8 @@ fn mount_target_attacks() {
     fs::create_dir_all(&source).expect("made");
     fs::write(source.join("marker"), "").expect("written");
     let attempt = |name: &str, target: &str| {
-        let mut start = pod.script(name, "find / -xdev -maxdepth 3 -name x -o -maxdepth 1 -name absolute | head; ls /up/x");
+        let mut start =
+            pod.script(name, "find / -xdev -maxdepth 3 -name x -o -maxdepth 1 -name absolute | head; ls /up/x");
         start.layers.push(layer.clone());
         pod.mount(&mut start, target, &source, &["rbind", "idmap"]);
         pod.client().start(start).map(|_| pod.ended(name))
@@ -156,9 +159,25 @@ fn privileges() {
     let none = "0000000000000000";
     assert_eq!(
         text.split_whitespace().collect::<Vec<_>>(),
-        ["CapInh:", none, "CapPrm:", none, "CapEff:", none, "CapBnd:", none, "CapAmb:", none, "NoNewPrivs:", "1", "Seccomp:", "2"]
+        [
+            "CapInh:",
+            none,
+            "CapPrm:",
+            none,
+            "CapEff:",
+            none,
+            "CapBnd:",
+            none,
+            "CapAmb:",
+            none,
+            "NoNewPrivs:",
+            "1",
+            "Seccomp:",
+            "2"
+        ]
     );
-    let mut start = pod.script("b", "grep -E 'Cap(Prm|Eff|Bnd)|NoNew' /proc/self/status; chown 5 /data && echo chowned");
+    let mut start =
+        pod.script("b", "grep -E 'Cap(Prm|Eff|Bnd)|NoNew' /proc/self/status; chown 5 /data && echo chowned");
     start.spec.process = process(&["sh", "-c", &start.spec.process.args[2]], vec!["CAP_CHOWN".into()]);
     start.spec.process.no_new_privileges = false;
     let (_, text) = pod.run(start);
@@ -175,7 +194,10 @@ fn privileges() {
 fn seccomp() {
     let pod = Pod::new();
     let text = pod.output_of("unshare -U true 2>&1 || true; mount -t tmpfs x /tmp 2>&1 || true");
-    assert_eq!(text, "unshare: unshare(0x10000000): Operation not permitted\nmount: permission denied (are you root?)\n");
+    assert_eq!(
+        text,
+        "unshare: unshare(0x10000000): Operation not permitted\nmount: permission denied (are you root?)\n"
+    );
     if !has_probe() {
         println!("SKIPPED: no C compiler for the rest of the seccomp test");
         return;
@@ -244,7 +266,7 @@ fn executable_is_safe() {
     let log = start.log_path.clone();
     pod.client().start(start).expect("started");
     while pod.state("hunter").is_some_and(|s| matches!(s.phase, Phase::Running { .. })) {
-        let _ = pod.client().exec("hunter", process(&["true"], vec![]), Default::default()).map(|mut live| exit(&mut live));
+        let _ = pod.client().exec("hunter", command(&["true"]), Default::default()).map(|mut live| exit(&mut live));
     }
     assert_eq!(output(&log, "stdout"), "done\n");
     // The program itself is /proc/self/exe: whatever comes of that, it runs none of the host's code with rights.
@@ -257,7 +279,9 @@ fn executable_is_safe() {
 
 fn host_users() {
     let pod = Pod::with(|s| s.id_map = None);
-    let text = pod.output_of("id -u; awk '{print $2}' /proc/self/uid_map; stat -c %u /home/user; mknod /tmp/z c 1 5 2>&1 || true");
+    let text = pod.output_of(
+        "id -u; awk '{print $2}' /proc/self/uid_map; stat -c %u /home/user; mknod /tmp/z c 1 5 2>&1 || true",
+    );
     assert_eq!(text, "0\n0\n1000\nmknod: /tmp/z: Operation not permitted\n");
     let mut start = pod.script("mknod", "mknod /tmp/zero c 1 5 && head -c 1 /tmp/zero 2>&1");
     start.spec.process = process(&["sh", "-c", &start.spec.process.args[2]], vec!["CAP_MKNOD".into()]);
@@ -319,8 +343,11 @@ fn pids_limit() {
 
 fn cgroup_view() {
     let pod = Pod::new();
-    let mut start = pod.script("a", "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; cat /proc/self/cgroup; \
-        touch /sys/fs/cgroup/x 2>/dev/null || echo ro");
+    let mut start = pod.script(
+        "a",
+        "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; cat /proc/self/cgroup; \
+        touch /sys/fs/cgroup/x 2>/dev/null || echo ro",
+    );
     start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 20) });
     let (_, text) = pod.run(start);
     assert!(text.starts_with("67108864\n"), "{text}");
@@ -333,7 +360,9 @@ fn sysctls() {
         s.sysctl.insert("net.core.somaxconn".into(), "99".into());
         s.sysctl.insert("kernel.shmmni".into(), "77".into());
     });
-    let text = pod.output_of("cat /proc/sys/net/core/somaxconn /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_unprivileged_port_start");
+    let text = pod.output_of(
+        "cat /proc/sys/net/core/somaxconn /proc/sys/kernel/shmmni /proc/sys/net/ipv4/ip_unprivileged_port_start",
+    );
     assert_eq!(text, "99\n77\n0\n");
     assert_ne!(fs::read_to_string("/proc/sys/kernel/shmmni").expect("read"), "77\n");
 }
@@ -349,7 +378,7 @@ fn network() {
     let path = std::path::PathBuf::from(format!("/proc/{}/ns/net", state.pid.expect("pid")));
     let mut stream = eventually("port 80 is open", || {
         let path = path.clone();
-        std::thread::spawn(move || container::client::connect_in(&path, 80)).join().expect("thread").ok()
+        std::thread::spawn(move || container::client::connect_in(Some(&path), 80)).join().expect("thread").ok()
     });
     let mut text = String::new();
     std::io::Read::read_to_string(&mut stream, &mut text).expect("read");

@@ -16,8 +16,13 @@ fn private_kib(pid: u32) -> u64 {
     let field = |name: &str| -> u64 {
         text.lines().find_map(|l| l.strip_prefix(name)?.trim().trim_end_matches(" kB").trim().parse().ok()).unwrap_or(0)
     };
-    println!("  shim: Rss {} KiB, Pss {} KiB, Private_Clean {} KiB, Private_Dirty {} KiB", field("Rss:"), field("Pss:"),
-        field("Private_Clean:"), field("Private_Dirty:"));
+    println!(
+        "  shim: Rss {} KiB, Pss {} KiB, Private_Clean {} KiB, Private_Dirty {} KiB",
+        field("Rss:"),
+        field("Pss:"),
+        field("Private_Clean:"),
+        field("Private_Dirty:")
+    );
     field("Private_Dirty:")
 }
 
@@ -38,8 +43,12 @@ fn figures() {
         client.start(pod.script("b", "exit 0")).expect("started");
         laters.push(begun.elapsed());
     }
-    println!("  shim ready: median {:?}; start to executed: first container {:?}, second {:?}", median(launches),
-        median(firsts), median(laters));
+    println!(
+        "  shim ready: median {:?}; start to executed: first container {:?}, second {:?}",
+        median(launches),
+        median(firsts),
+        median(laters)
+    );
     let pod = Pod::new();
     pod.client().start(pod.script("a", "sleep 1000")).expect("started");
     let mut execs = vec![];

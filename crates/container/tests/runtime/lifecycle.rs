@@ -32,7 +32,9 @@ fn exit_codes() {
     pod.client().signal("b", 9).expect("signalled");
     assert!(matches!(pod.ended("b").phase, Phase::Exited { code: 137, signal: Some(9), .. }));
     // A first process has no default actions: it gets the signals that it handles.
-    pod.client().start(pod.script("c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.01; done")).expect("started");
+    pod.client()
+        .start(pod.script("c", "trap 'exit 7' TERM; echo ready; while :; do sleep 0.01; done"))
+        .expect("started");
     let log = pod.base.join("logs/c/0.log");
     eventually("the trap is set", || output(&log, "stdout").contains("ready").then_some(()));
     pod.client().signal("c", 15).expect("signalled");
@@ -98,7 +100,7 @@ fn watch() {
     let (later, _) = pod.client().list().expect("list");
     assert!(later > sequence);
     // What has already changed is told at once.
-    wait_readable(&pod.client().watch(sequence).expect("watching"));
+    wait_readable(pod.client().watch(sequence).expect("watching"));
     pod.ended("a");
 }
 
@@ -128,7 +130,8 @@ fn log_rotation() {
     let old = fs::read_to_string(log.with_extension("log.1")).expect("old log");
     assert!(now.len() <= 4096 && old.len() <= 4096);
     assert!(now.ends_with("stdout F line 299\n"));
-    let first: usize = now.lines().next().and_then(|l| l.rsplit(' ').next()).and_then(|n| n.parse().ok()).expect("number");
+    let first: usize =
+        now.lines().next().and_then(|l| l.rsplit(' ').next()).and_then(|n| n.parse().ok()).expect("number");
     assert!(old.ends_with(&format!("line {}\n", first - 1)), "nothing is lost between the two");
 }
 
@@ -186,7 +189,8 @@ fn shim_killed() {
     let state = pod.client().start(pod.script("a", "sleep 1000")).expect("started");
     pod.run(pod.script("b", "exit 5"));
     let shim = pod.client().shim_pid as i32;
-    rustix::process::kill_process(rustix::process::Pid::from_raw(shim).expect("pid"), rustix::process::Signal::KILL).expect("killed");
+    rustix::process::kill_process(rustix::process::Pid::from_raw(shim).expect("pid"), rustix::process::Signal::KILL)
+        .expect("killed");
     eventually("it is gone", || Client::connect(&pod.sandbox.run_dir).is_err().then_some(()));
     assert!(matches!(Client::connect(&pod.sandbox.run_dir), Err(Error::NoShim { .. })));
     // A new one ends what the old one left, and knows how the others ended.

@@ -21,19 +21,25 @@ const ALL: Streams = Streams { stdin: true, stdout: true, stderr: true };
 
 fn exec() {
     let pod = Pod::new();
-    pod.client().start(pod.script("a", "sleep 1000")).expect("started");
+    let mut start = pod.script("a", "sleep 1000");
+    start.spec.process.env.extend(["ONE=1".into(), "TWO=2".into()]);
+    pod.client().start(start).expect("started");
     let mut live = pod.exec("a", &["sh", "-c", "echo out; echo err >&2; hostname; exit 9"], ALL);
     assert_eq!(drain(live.stdout.take().expect("stdout")), "out\nisland\n");
     assert_eq!(drain(live.stderr.take().expect("stderr")), "err\n");
     assert_eq!(exit(&mut live), 9);
-    let missing = pod.client().exec("a", process(&["foo"], vec![]), ALL).map(|_| ()).expect_err("missing");
+    let mut again = command(&["sh", "-c", "echo $ONE $TWO"]);
+    again.env = vec!["TWO=3".into()];
+    let mut live = pod.client().exec("a", again, ALL).expect("executed");
+    assert_eq!(drain(live.stdout.take().expect("stdout")), "1 3\n");
+    let missing = pod.client().exec("a", command(&["foo"]), ALL).map(|_| ()).expect_err("missing");
     assert_eq!(missing.to_string(), r#"exec: "foo": executable file not found in $PATH"#);
     assert!(matches!(missing, Error::Exec { code: 127, .. }));
     let mut killed = pod.exec("a", &["sleep", "1000"], Streams::default());
     pod.client().signal("a", 9).expect("signalled");
     assert_eq!(exit(&mut killed), 137);
     pod.ended("a");
-    assert!(matches!(pod.client().exec("a", process(&["true"], vec![]), ALL).map(|_| ()), Err(Error::NotRunning(_))));
+    assert!(matches!(pod.client().exec("a", command(&["true"]), ALL).map(|_| ()), Err(Error::NotRunning(_))));
 }
 
 fn exec_stdin() {
@@ -50,10 +56,10 @@ fn exec_stdin() {
 fn exec_terminal() {
     let pod = Pod::new();
     pod.client().start(pod.script("a", "sleep 1000")).expect("started");
-    let mut process = process(&["sh", "-c", "tty; stty size; read x; stty size; echo got $x; exit 3"], vec![]);
-    process.terminal = true;
-    process.console_size = Some(ConsoleSize { height: 24, width: 80 });
-    let mut live = pod.client().exec("a", process, ALL).expect("executed");
+    let mut command = command(&["sh", "-c", "tty; stty size; read x; stty size; echo got $x; exit 3"]);
+    command.terminal = true;
+    command.console_size = Some(ConsoleSize { height: 24, width: 80 });
+    let mut live = pod.client().exec("a", command, ALL).expect("executed");
     let terminal = live.terminal.take().expect("terminal");
     let text = read_until(&terminal, "24 80");
     assert!(text.contains("/dev/pts/0"), "{text}");
@@ -68,10 +74,17 @@ fn exec_is_confined() {
     let pod = Pod::new();
     pod.client().start(pod.script("a", "sleep 1000")).expect("started");
     let (_, text) = pod.exec_output("a", &["grep", "-E", "CapBnd|NoNewPrivs|Seccomp:", "/proc/self/status"]);
-    assert_eq!(text.split_whitespace().collect::<Vec<_>>(), ["CapBnd:", "0000000000000000", "NoNewPrivs:", "1", "Seccomp:", "2"]);
+    assert_eq!(
+        text.split_whitespace().collect::<Vec<_>>(),
+        ["CapBnd:", "0000000000000000", "NoNewPrivs:", "1", "Seccomp:", "2"]
+    );
     let state = pod.state("a").expect("there");
     let pid = state.pid.expect("pid");
-    let mut live = pod.exec("a", &["sh", "-c", "cat /proc/self/cgroup; sleep 1000"], Streams { stdout: true, ..Default::default() });
+    let mut live = pod.exec(
+        "a",
+        &["sh", "-c", "cat /proc/self/cgroup; sleep 1000"],
+        Streams { stdout: true, ..Default::default() },
+    );
     let text = read_until(live.stdout.as_ref().expect("stdout"), "0::");
     // In the same groups as the container, which it sees as the root.
     assert!(text.lines().filter(|l| l.contains("memory")).all(|l| l.ends_with(":/")), "{text}");
@@ -126,7 +139,7 @@ fn attach_terminal() {
     assert!(text.contains("40 100") && text.contains("got word"), "{text}");
     assert_eq!(exit(&mut live), 0);
     let text = output(&log, "stdout");
-    assert!(text.contains("/dev/pts/0\nc\n") && text.contains("got word"), "{text:?}");
+    assert!(["/dev/pts/0\n", "\nc\n", "got word\n"].iter().all(|t| text.contains(t)), "{text:?}");
 }
 
 fn stdin_once() {

@@ -49,7 +49,8 @@ fn image() -> &'static Image {
         for applet in String::from_utf8_lossy(&applets).lines().filter(|a| *a != "busybox") {
             symlink("busybox", lower.join("bin").join(applet)).expect("applet");
         }
-        fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n").expect("x");
+        fs::write(lower.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nuser:x:1000:1000::/home/user:/bin/sh\n")
+            .expect("x");
         fs::write(lower.join("etc/version"), "lower\n").expect("x");
         std::os::unix::fs::chown(lower.join("home/user"), Some(1000), Some(1000)).expect("chown");
         fs::write(lower.join("bin/noexec"), "x").expect("x");
@@ -133,6 +134,7 @@ impl Pod {
             hostname: "island".into(),
             id_map: Some(IdMapping { container_id: 0, host_id: ID_BASE, size: 65_536 }),
             network: Network::New,
+            host_network: false,
             cgroup: format!("atoll-test-{}/pod{n}", std::process::id()).into(),
             resources: Resources::default(),
             sysctl: Default::default(),
@@ -211,7 +213,7 @@ impl Pod {
     }
 
     pub fn exec(&self, name: &str, args: &[&str], streams: Streams) -> Live {
-        self.client().exec(name, process(args, vec![]), streams).expect("executed")
+        self.client().exec(name, command(args), streams).expect("executed")
     }
 
     /// Exit code and standard output.
@@ -231,6 +233,11 @@ impl Drop for Pod {
             let _ = fs::remove_dir(parent);
         }
     }
+}
+
+pub fn command(args: &[&str]) -> container::shim::protocol::Command {
+    let args = args.iter().map(|a| (*a).to_owned()).collect();
+    container::shim::protocol::Command { args, ..Default::default() }
 }
 
 pub fn process(args: &[&str], capabilities: Vec<String>) -> Process {
@@ -328,7 +335,7 @@ pub fn read_until(fd: &OwnedFd, wanted: &str) -> String {
 pub fn exit(live: &mut Live) -> i32 {
     loop {
         // What came with the answer before has been read already.
-        match live.connection.exit_code() {
+        match live.ending.exit_code(&live.connection) {
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => wait_readable(&live.connection),
             other => return other.expect("exit code"),
         }
