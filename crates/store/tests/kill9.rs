@@ -12,7 +12,7 @@ use store::{Compare, KeyRange, KeyValue, Op, RangeRequest, Store, Txn};
 const CHILD: &str = "ATOLL_STORE_KILL9_DIR";
 const KILLS: usize = 200;
 /// A new directory after so many.
-const ROUNDS_PER_DIR: usize = 50;
+const ROUNDS_PER_DIR: usize = 20;
 const WRITERS: usize = 8;
 
 #[derive(Clone, Copy, Default)]
@@ -31,7 +31,7 @@ fn acknowledged_writes_survive() {
         let dir = tempfile::tempdir().expect("tempdir");
         let mut known: HashMap<usize, Acknowledged> = HashMap::new();
         for round in 0..ROUNDS_PER_DIR {
-            run_and_kill(dir.path(), random.below(400), random.below(3000), &mut known);
+            run_and_kill(dir.path(), random.below(150), random.below(3000), &mut known);
             check(dir.path(), &mut known, round);
         }
         let total: u64 = known.values().map(|a| a.sequence).sum();
@@ -149,6 +149,8 @@ async fn history_is_whole(engine: &Engine, newest: i64) {
 
 /// Writes until it is killed.
 fn child(dir: &Path) -> ! {
+    // The test harness has begun a line of its own.
+    std::io::stdout().lock().write_all(b"\n").expect("report");
     let engine = Arc::new(Engine::open(dir).expect("open"));
     runtime().block_on(async {
         let tasks: Vec<_> = (0..WRITERS).map(|writer| tokio::spawn(write(Arc::clone(&engine), writer))).collect();
