@@ -27,6 +27,7 @@ const SPARE_LIFE: Duration = Duration::from_secs(60);
 /// A set-up that takes longer is called off.
 pub const START_LIMIT: Duration = Duration::from_secs(60);
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const MAX_OWN_LOG: usize = 256 * 1024;
 
 /// What an event is about.
@@ -217,6 +218,7 @@ impl Server {
         let own = rustix::process::getpid();
         match self.alone.clone(0, None) {
             Ok(crate::sys::Cloned::Child) => {
+                let _ = crate::sys::close_all_but(&[]);
                 let _ = group.admit(own.as_raw_nonzero().get());
                 crate::sys::exit_now(0)
             }
@@ -530,11 +532,17 @@ fn dismiss(spare: Spare) {
     let _ = spare.cgroup.remove(Duration::from_millis(100));
 }
 
-/// One shim a sandbox: the lock is held as long as the process lives.
+/// One shim a sandbox: the lock is held as long as the process lives. One that is being killed may hold it a moment
+/// longer than its socket.
 fn lock(sandbox: &Sandbox) -> Result<File> {
     let path = sandbox.run_dir.join("shim.lock");
     let file = File::create(&path).during(|| format!("making {}", path.display()))?;
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| Error::Shim(format!("{}: another shim of this sandbox is running", path.display())))?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    while rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        if Instant::now() >= deadline {
+            return Err(Error::Shim(format!("{}: another shim of this sandbox is running", path.display())));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
     Ok(file)
 }

@@ -244,7 +244,8 @@ fn leaves_nothing() {
     let zombies = fs::read_to_string(format!("/proc/{shim}/task/{shim}/children")).expect("children");
     assert!(zombies.split_whitespace().count() <= 1, "one set-up process at most waits: {zombies}");
     let groups = |name: &str| {
-        fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().any(|e| e.path().join(name).exists())
+        let trees = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|e| e.path());
+        trees.chain(["/sys/fs/cgroup".into()]).any(|tree| tree.join(name).exists())
     };
     let cgroup = pod.sandbox.cgroup.clone();
     let (dir, run_dir) = (pod.sandbox.dir.clone(), pod.sandbox.run_dir.clone());
