@@ -72,7 +72,7 @@ impl Recorder {
     /// Must be called inside a tokio runtime; the task ends with the last handle.
     pub fn spawn(client: Arc<dyn Client>, node: &str) -> Recorder {
         let (queue, inbox) = mpsc::channel(QUEUE);
-        let writer = Writer { client, node: node.to_owned(), known: HashMap::new(), budgets: HashMap::new() };
+        let writer = Writer { client, node: node.to_owned(), known: HashMap::new(), budgets: HashMap::new(), last: 0 };
         tokio::spawn(writer.run(inbox));
         Recorder { queue }
     }
@@ -116,6 +116,8 @@ struct Writer {
     node: String,
     known: HashMap<Key, Known>,
     budgets: HashMap<String, Budget>,
+    /// Unix nanoseconds in the newest event's name.
+    last: u64,
 }
 
 impl Writer {
@@ -169,7 +171,9 @@ impl Writer {
                 }
             }
         }
-        let name = format!("{}.{:016x}", record.about.name, api::names::random_u64());
+        // Names grow with time, so that a list by name is in the order things happened.
+        self.last = self.last.wrapping_add(1).max(u64::try_from(api::time::now_micros()).unwrap_or(0) * 1000);
+        let name = format!("{}.{:016x}", record.about.name, self.last);
         let event = self.object(&record, &namespace, &name);
         match self.client.create(&resource, &namespace, event).await {
             Ok(_) => {

@@ -101,4 +101,35 @@ mod tests {
         assert_eq!(read("../outside"), None);
         assert_eq!(read("etc"), None);
     }
+
+    #[test]
+    fn whiteouts_hide() {
+        let dir = tempfile::tempdir().unwrap();
+        let (low, high) = (dir.path().join("low"), dir.path().join("high"));
+        for layer in [&low, &high] {
+            std::fs::create_dir_all(layer.join("etc")).unwrap();
+        }
+        std::fs::write(low.join("etc/passwd"), "low").unwrap();
+        let layers = [low, high.clone()];
+        let read = || read_text(&layers, Path::new("etc/passwd"), 100);
+        assert_eq!(read().as_deref(), Some("low"));
+        let made = rustix::fs::mknodat(
+            rustix::fs::CWD,
+            high.join("etc/passwd"),
+            FileType::CharacterDevice,
+            Mode::empty(),
+            rustix::fs::makedev(0, 0),
+        );
+        if let Err(error) = made {
+            println!("SKIPPED: no right to make a whiteout: {error}");
+            return;
+        }
+        assert_eq!(read(), None);
+        std::fs::remove_file(high.join("etc/passwd")).unwrap();
+        let flags = rustix::fs::XattrFlags::empty();
+        match rustix::fs::setxattr(high.join("etc"), "trusted.overlay.opaque", b"y", flags) {
+            Ok(()) => assert_eq!(read(), None),
+            Err(error) => println!("SKIPPED: no right to make a directory opaque: {error}"),
+        }
+    }
 }

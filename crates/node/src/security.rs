@@ -328,6 +328,16 @@ mod tests {
         assert!(s(json!({"runAsNonRoot": true}), json!({}), "web").is_ok());
     }
 
+    proptest::proptest! {
+        #[test]
+        fn foreign_user_databases_never_panic(passwd in "[a-z0-9:\\n,]{0,200}", group in "[a-z0-9:\\n,]{0,200}", user in "[a-z0-9:]{0,12}") {
+            let users = Users { passwd, group };
+            if let Ok(who) = users.by_image_user(&user) {
+                proptest::prop_assert!(who.uid <= MAX_ID && who.gid <= MAX_ID && who.groups.iter().all(|g| *g <= MAX_ID));
+            }
+        }
+    }
+
     #[test]
     fn powers() {
         let base = go(json!({}), json!({}), "").unwrap().security;

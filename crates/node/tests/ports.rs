@@ -94,7 +94,8 @@ async fn images_and_network_for_real() {
     }
     // The namespaces were pinned by mounts.
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let mut left: Vec<&str> = table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(dir.to_str().unwrap())).collect();
+    let mut left: Vec<&str> =
+        table.lines().filter_map(|l| l.split(' ').nth(4)).filter(|p| p.starts_with(dir.to_str().unwrap())).collect();
     left.sort();
     for point in left.into_iter().rev() {
         let _ = rustix::mount::unmount(point, rustix::mount::UnmountFlags::DETACH);
