@@ -29,13 +29,13 @@ pub mod spdy;
 mod websocket;
 
 use api::status::{Reason, Status};
-use api::streams::{PodStreams, Session, Target, Wanted};
+use api::streams::{PodStreams, Target, Wanted};
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
 use hyper_util::rt::TokioIo;
 use negotiate::{Offer, refuse};
-use remote::{Purpose, Remote};
+use remote::{Begin, Purpose, Remote, Start};
 use std::sync::Arc;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
@@ -78,13 +78,13 @@ pub async fn exec<B>(
     if command.is_empty() {
         return refuse(&Status::bad_request("you must specify at least one command for the container"));
     }
-    let start = async |wanted| streams.exec(&target, command, wanted).await;
+    let start = |wanted| -> Start { Box::pin(async move { streams.exec(&target, command, wanted).await }) };
     remote(request, wanted, Purpose::Exec, start).await
 }
 
 /// `POST|GET .../pods/x/attach`.
 pub async fn attach<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target, wanted: Wanted) -> Response {
-    let start = async |wanted| streams.attach(&target, wanted).await;
+    let start = |wanted| -> Start { Box::pin(async move { streams.attach(&target, wanted).await }) };
     remote(request, wanted, Purpose::Attach, start).await
 }
 
@@ -92,7 +92,7 @@ async fn remote<B>(
     mut request: Request<B>,
     mut wanted: Wanted,
     purpose: Purpose,
-    start: impl AsyncFnOnce(Wanted) -> Result<Session, Status>,
+    start: impl FnOnce(Wanted) -> Start,
 ) -> Response {
     let offer = or_refuse!(Offer::read(request.headers(), request.version()));
     // With a terminal standard error comes merged.
@@ -109,8 +109,15 @@ async fn remote<B>(
         Err(response) => return *response,
     };
     let place = or_refuse!(place());
-    let session = or_refuse!(start(wanted).await);
-    let remote = Remote { session, wanted, purpose, protocol };
+    let start = start(wanted);
+    // A program in a terminal begins when the size of the terminal is known, which comes over the stream. Everything
+    // else begins now, so that what prevents it is a plain answer.
+    let begin = if wanted.tty && purpose == Purpose::Exec {
+        Begin::WithSize(start)
+    } else {
+        Begin::Started(Box::new(or_refuse!(start.await)))
+    };
+    let remote = Remote { begin, wanted, purpose, protocol };
     let upgrade = hyper::upgrade::on(&mut request);
     let response = offer.accept(protocol);
     tokio::spawn(async move {

@@ -5,8 +5,10 @@
 
 use super::spdy::{self, Connection};
 use super::websocket::{self, Channel, Channels, Encoding};
+use api::status::StatusResult;
 use api::streams::{Exit, Input, Output, Session, TerminalSize, Wanted};
 use bytes::{Bytes, BytesMut};
+use futures_util::future::BoxFuture;
 use serde::Deserialize;
 use serde_json::json;
 use std::time::Duration;
@@ -31,6 +33,10 @@ const STREAMS_WITHIN: Duration = Duration::from_secs(30);
 /// How long output may stay silent after the process has ended, before we stop waiting for whoever else (a process it
 /// left behind) holds the other end open.
 const SILENCE: Duration = Duration::from_secs(5);
+/// What a WebSocket client gets to be ready to listen.
+const HEAD_START: Duration = Duration::from_millis(20);
+/// How long a program waits for the size of its terminal; some clients never tell.
+const SIZE_WITHIN: Duration = Duration::from_millis(500);
 const BUFFER: usize = 32 << 10;
 /// Longest text of one terminal size.
 const MAX_SIZE_TEXT: usize = 256;
@@ -42,9 +48,18 @@ pub enum Purpose {
     Attach,
 }
 
-/// A started session and what the client asked for.
+/// Starts a session.
+pub type Start = BoxFuture<'static, StatusResult<Session>>;
+
+pub enum Begin {
+    Started(Box<Session>),
+    /// To be started when the size of the client's terminal is known.
+    WithSize(Start),
+}
+
+/// A session and what the client asked for.
 pub struct Remote {
-    pub session: Session,
+    pub begin: Begin,
     pub wanted: Wanted,
     pub purpose: Purpose,
     pub protocol: &'static str,
@@ -97,6 +112,7 @@ struct Ends<S, T> {
     stdout: Option<T>,
     stderr: Option<T>,
     error: T,
+    sizes: mpsc::Receiver<TerminalSize>,
 }
 
 impl Remote {
@@ -105,17 +121,20 @@ impl Remote {
         let channels = Channels::start(websocket::server(io).await, encoding);
         let gone = channels.gone();
         let (stdin, input) = mpsc::channel(8);
+        let (resize, sizes) = mpsc::channel(8);
         let ends = Ends {
             stdin: self.wanted.stdin.then_some(input),
             stdout: self.wanted.stdout.then(|| channels.channel(STDOUT)),
             stderr: self.wanted.stderr.then(|| channels.channel(STDERR)),
             error: channels.channel(ERROR),
+            sizes,
         };
+        // kubectl starts reading before it has made its streams and drops what comes for one that is not there yet.
+        tokio::time::sleep(HEAD_START).await;
         // Clients take the first message, an empty one, as the sign that the session has begun.
         let first = ends.stdout.as_ref().or(ends.stderr.as_ref()).unwrap_or(&ends.error);
         first.send(&[]).await;
         let (incoming, ending) = channels.split();
-        let resize = self.session.resize.clone();
         let closes = self.protocol.starts_with("v5.");
         let mut reading = tokio::spawn({
             let gone = gone.clone();
@@ -124,7 +143,7 @@ impl Remote {
                 gone.cancel();
             }
         });
-        let ended = pump(self.session, ends, self.protocol, self.purpose, &gone).await;
+        let ended = pump(self.begin, ends, self.protocol, self.purpose, &gone).await;
         if ended {
             let reading = async {
                 let _ = (&mut reading).await;
@@ -160,17 +179,17 @@ impl Remote {
                 stream.receive
             })
         };
-        let (stdin, sizes) = (receiver(opened.stdin), receiver(opened.resize));
-        let resize = self.session.resize.clone();
-        let resizing = async {
-            if let (Some(sizes), Some(resize)) = (sizes, resize) {
-                read_sizes(sizes, resize).await;
+        let (stdin, told) = (receiver(opened.stdin), receiver(opened.resize));
+        let (resize, sizes) = mpsc::channel(8);
+        let resizing = async move {
+            if let Some(told) = told {
+                read_sizes(told, resize).await;
             }
             std::future::pending::<()>().await;
         };
-        let ends = Ends { stdin, stdout, stderr, error };
+        let ends = Ends { stdin, stdout, stderr, error, sizes };
         let ended = tokio::select! {
-            ended = pump(self.session, ends, self.protocol, self.purpose, &gone) => ended,
+            ended = pump(self.begin, ends, self.protocol, self.purpose, &gone) => ended,
             () = resizing => false,
         };
         if ended {
@@ -231,7 +250,7 @@ impl Opened {
 async fn read_channels(
     mut incoming: websocket::Incoming,
     stdin: mpsc::Sender<Bytes>,
-    resize: Option<mpsc::Sender<TerminalSize>>,
+    resize: mpsc::Sender<TerminalSize>,
     closes: bool,
 ) {
     let mut stdin = Some(stdin);
@@ -246,7 +265,7 @@ async fn read_channels(
                 }
             }
             RESIZE => {
-                if let (Some(resize), Some(size)) = (&resize, parse_size(&payload)) {
+                if let Some(size) = parse_size(&payload) {
                     // A full queue means that a newer size is about to be set anyway.
                     let _ = resize.try_send(size);
                 }
@@ -290,14 +309,68 @@ async fn read_sizes(mut sizes: spdy::Receive, resize: mpsc::Sender<TerminalSize>
     }
 }
 
-/// Moves bytes until the process has ended and its output is delivered; false when the client went away before.
+/// Starts what is to be started and moves bytes until the process has ended and its output is delivered; false when
+/// the client went away before.
 async fn pump<S: Source, T: Target>(
-    session: Session,
-    ends: Ends<S, T>,
+    begin: Begin,
+    mut ends: Ends<S, T>,
     protocol: &str,
     purpose: Purpose,
     gone: &CancellationToken,
 ) -> bool {
+    let beginning = async {
+        match begin {
+            Begin::Started(session) => (Ok(*session), None),
+            Begin::WithSize(start) => {
+                let first = tokio::time::timeout(SIZE_WITHIN, ends.sizes.recv()).await.ok().flatten();
+                (start.await, first)
+            }
+        }
+    };
+    let (session, first_size) = tokio::select! {
+        begun = beginning => begun,
+        () = gone.cancelled() => return false,
+    };
+    let mut error = ends.error;
+    let report = match session {
+        Ok(session) => {
+            let resizing = resize(session.resize.clone(), first_size, ends.sizes);
+            let running = run(session, ends.stdin, ends.stdout, ends.stderr);
+            let exit = tokio::select! {
+                exit = running => exit,
+                () = resizing => return false,
+                () = gone.cancelled() => return false,
+            };
+            report(exit, purpose, protocol)
+        }
+        Err(status) if has_statuses(protocol) => status.to_json().to_string(),
+        Err(status) => status.message,
+    };
+    let reported = report.is_empty() || error.send(report.into()).await;
+    error.finish().await;
+    reported
+}
+
+/// Passes terminal sizes on; never ends.
+async fn resize(
+    resize: Option<mpsc::Sender<TerminalSize>>,
+    first: Option<TerminalSize>,
+    mut sizes: mpsc::Receiver<TerminalSize>,
+) {
+    let mut next = first;
+    loop {
+        if let (Some(size), Some(resize)) = (next, &resize) {
+            // A process that has ended needs no size.
+            let _ = resize.send(size).await;
+        }
+        next = sizes.recv().await;
+        if next.is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+async fn run<S: Source, T: Target>(session: Session, source: Option<S>, out: Option<T>, err: Option<T>) -> Exit {
     let Session { stdin, stdout, stderr, resize: _, exit } = session;
     let exited = CancellationToken::new();
     let ended = async {
@@ -306,25 +379,17 @@ async fn pump<S: Source, T: Target>(
         exit
     };
     let work = async {
-        let (exit, (), ()) =
-            tokio::join!(ended, deliver(stdout, ends.stdout, &exited), deliver(stderr, ends.stderr, &exited));
+        let (exit, (), ()) = tokio::join!(ended, deliver(stdout, out, &exited), deliver(stderr, err, &exited));
         exit
     };
-    let feeding = feed(ends.stdin, stdin);
-    tokio::pin!(work, feeding);
-    let mut fed = false;
-    let exit = loop {
-        tokio::select! {
-            exit = &mut work => break exit,
-            () = &mut feeding, if !fed => fed = true,
-            () = gone.cancelled() => return false,
-        }
+    let feeding = async {
+        feed(source, stdin).await;
+        std::future::pending().await
     };
-    let mut error = ends.error;
-    let report = report(exit, purpose, protocol);
-    let reported = report.is_empty() || error.send(report.into()).await;
-    error.finish().await;
-    reported
+    tokio::select! {
+        exit = work => exit,
+        exit = feeding => exit,
+    }
 }
 
 async fn feed<S: Source>(source: Option<S>, input: Option<Input>) {
@@ -374,9 +439,13 @@ async fn deliver<T: Target>(output: Option<Output>, target: Option<T>, exited: &
     target.finish().await;
 }
 
+fn has_statuses(protocol: &str) -> bool {
+    protocol.starts_with("v4.") || protocol.starts_with("v5.")
+}
+
 /// What goes on the error stream: a `Status` since v4, before that a text, nothing for success.
 fn report(exit: Exit, purpose: Purpose, protocol: &str) -> String {
-    let statuses = protocol.starts_with("v4.") || protocol.starts_with("v5.");
+    let statuses = has_statuses(protocol);
     match exit {
         Exit::Code(code) if code == 0 || purpose == Purpose::Attach => {
             if statuses {
