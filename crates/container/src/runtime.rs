@@ -14,7 +14,7 @@
 //! The set-up process may be made long before the order comes: joining version 1 control groups can take 20 ms, which
 //! then nobody waits for. The container's first process is the caller's own child.
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Hierarchies};
 use crate::error::{During, Error, Result};
 use crate::process::{self, Confinement};
 use crate::rootfs::{attach, prepare};
@@ -269,7 +269,13 @@ fn run_stage(
     }
     let mut reader = Reader::default();
     match wire::receive::<Order>(socket, &mut reader) {
-        Ok(Order::Create(plan)) => create(alone, *plan, socket, reader),
+        Ok(Order::Create(plan)) => {
+            let hierarchies = match cgroup {
+                Some(cgroup) => cgroup.hierarchies().clone(),
+                None => Hierarchies::discover()?,
+            };
+            create(alone, *plan, hierarchies, socket, reader)
+        }
         Ok(Order::Join(order)) => join(alone, *order, socket, reader),
         Ok(Order::Go) => Ok(()),
         // The caller does not need this process any more.
@@ -287,11 +293,16 @@ fn take_stdio(reader: &mut Reader, terminal: bool) -> Result<Option<Stdio>> {
 }
 
 /// In the set-up process, with the host's rights.
-fn create(alone: SingleThreaded, plan: Plan, socket: &UnixStream, mut reader: Reader) -> Result<()> {
+fn create(
+    alone: SingleThreaded,
+    plan: Plan,
+    hierarchies: Hierarchies,
+    socket: &UnixStream,
+    mut reader: Reader,
+) -> Result<()> {
     let stdio = take_stdio(&mut reader, plan.spec.process.terminal)?;
     let spaces = Spaces::open(alone, &plan.spec)?;
     let id_map = spaces.id_map(&plan.spec);
-    let hierarchies = crate::cgroup::Hierarchies::discover()?;
     let mut mounts = prepare::sources(&plan.spec.mounts, id_map)?;
     let devices = prepare::devices()?;
     prepare::enter_scratch(&plan.scratch)?;

@@ -115,6 +115,10 @@ impl Cgroup {
         &self.path
     }
 
+    pub fn hierarchies(&self) -> &Hierarchies {
+        &self.hierarchies
+    }
+
     pub fn child(&self, name: &str) -> Result<Self> {
         Self::new(self.hierarchies.clone(), self.path.join(name))
     }

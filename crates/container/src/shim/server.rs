@@ -157,8 +157,9 @@ impl Server {
         server.make_sandbox()?;
         server.recover();
         server.watch_fd(server.listener.as_fd(), Token::Listener)?;
-        server.leave_daemon();
+        // In this order: on version 1 the moves of the one keep the directories of the other waiting.
         server.make_spare();
+        server.leave_daemon();
         Ok(server)
     }
 

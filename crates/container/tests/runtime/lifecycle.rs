@@ -86,8 +86,7 @@ fn idempotent() {
     assert!(pod.state("a").is_none());
     assert!(!pod.sandbox.dir.join("containers/a.1").exists());
     // A second shim for the same sandbox is refused.
-    let exe = std::env::current_exe().expect("own path");
-    assert!(client::launch(&exe, &pod.sandbox).is_err());
+    assert!(client::launch(&shim_executable(), &pod.sandbox).is_err());
     assert_eq!(pod.run(pod.script("b", "echo fine")).1, "fine\n");
 }
 
@@ -139,7 +138,7 @@ fn log_rotation() {
 pub fn daemon(orders: &str) {
     let orders = fs::File::open(orders).expect("orders");
     let (sandbox, start): (Sandbox, Start) = serde_json::from_reader(orders).expect("orders");
-    client::launch(&std::env::current_exe().expect("own path"), &sandbox).expect("shim");
+    client::launch(&shim_executable(), &sandbox).expect("shim");
     let mut connection = Client::connect(&sandbox.run_dir).expect("connected");
     connection.start(start).expect("started");
     println!("ready");
@@ -194,7 +193,7 @@ fn shim_killed() {
     eventually("it is gone", || Client::connect(&pod.sandbox.run_dir).is_err().then_some(()));
     assert!(matches!(Client::connect(&pod.sandbox.run_dir), Err(Error::NoShim { .. })));
     // A new one ends what the old one left, and knows how the others ended.
-    client::launch(&std::env::current_exe().expect("own path"), &pod.sandbox).expect("shim");
+    client::launch(&shim_executable(), &pod.sandbox).expect("shim");
     assert!(!Path::new(&format!("/proc/{}", state.pid.expect("pid"))).join("fd/0").exists());
     assert!(matches!(pod.state("a").expect("known").phase, Phase::Exited { code: 137, .. }));
     assert_eq!(code(&pod.state("b").expect("known")), 5);
