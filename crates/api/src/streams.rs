@@ -26,6 +26,8 @@ pub struct Wanted {
     pub stdout: bool,
     pub stderr: bool,
     pub tty: bool,
+    /// The size a terminal begins with, if it is known by then; later ones come through `Session::resize`.
+    pub size: Option<TerminalSize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

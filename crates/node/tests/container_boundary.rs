@@ -102,7 +102,7 @@ async fn all(output: Option<api::streams::Output>) -> String {
 }
 
 fn wanted(tty: bool) -> Wanted {
-    Wanted { stdin: true, stdout: true, stderr: true, tty }
+    Wanted { stdin: true, stdout: true, stderr: true, tty, size: None }
 }
 
 fn command(args: &[&str], tty: bool) -> ExecRequest {

@@ -223,7 +223,9 @@ impl Boundary for ContainerBoundary {
             args: request.command,
             env: request.env.into_iter().map(|(name, value)| format!("{name}={value}")).collect(),
             terminal: wanted.tty,
-            console_size: None,
+            console_size: wanted
+                .size
+                .map(|size| ::container::spec::ConsoleSize { height: size.rows, width: size.columns }),
         };
         let name = container.to_owned();
         let run_dir = sandbox.run_dir.clone();

@@ -104,7 +104,7 @@ impl Place {
     }
 
     async fn exec(&self, command: &[String]) -> Result<(), String> {
-        let wanted = Wanted { stdin: false, stdout: true, stderr: true, tty: false };
+        let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
         let request = ExecRequest { command: command.to_vec(), env: Vec::new(), wanted };
         let session =
             self.boundary.exec(&self.sandbox, &self.container.name, request).await.map_err(|e| e.to_string())?;

@@ -55,6 +55,7 @@ pub async fn handle(
         stdout: query.flag("stdout"),
         stderr: query.flag("stderr"),
         tty: query.flag("tty"),
+        size: None,
     };
     let response = match subresource {
         "portforward" => crate::stream::port_forward(request, streams, into(String::new())).await,

@@ -78,22 +78,17 @@ pub async fn exec<B>(
     if command.is_empty() {
         return refuse(&Status::bad_request("you must specify at least one command for the container"));
     }
-    let start = |wanted| -> Start { Box::pin(async move { streams.exec(&target, command, wanted).await }) };
+    let start: Start = Box::new(|wanted| Box::pin(async move { streams.exec(&target, command, wanted).await }));
     remote(request, wanted, Purpose::Exec, start).await
 }
 
 /// `POST|GET .../pods/x/attach`.
 pub async fn attach<B>(request: Request<B>, streams: Arc<dyn PodStreams>, target: Target, wanted: Wanted) -> Response {
-    let start = |wanted| -> Start { Box::pin(async move { streams.attach(&target, wanted).await }) };
+    let start: Start = Box::new(|wanted| Box::pin(async move { streams.attach(&target, wanted).await }));
     remote(request, wanted, Purpose::Attach, start).await
 }
 
-async fn remote<B>(
-    mut request: Request<B>,
-    mut wanted: Wanted,
-    purpose: Purpose,
-    start: impl FnOnce(Wanted) -> Start,
-) -> Response {
+async fn remote<B>(mut request: Request<B>, mut wanted: Wanted, purpose: Purpose, start: Start) -> Response {
     let offer = or_refuse!(Offer::read(request.headers(), request.version()));
     // With a terminal standard error comes merged.
     wanted.stderr &= !wanted.tty;
@@ -109,13 +104,12 @@ async fn remote<B>(
         Err(response) => return *response,
     };
     let place = or_refuse!(place());
-    let start = start(wanted);
     // A program in a terminal begins when the size of the terminal is known, which comes over the stream. Everything
     // else begins now, so that what prevents it is a plain answer.
     let begin = if wanted.tty && purpose == Purpose::Exec {
         Begin::WithSize(start)
     } else {
-        Begin::Started(Box::new(or_refuse!(start.await)))
+        Begin::Started(Box::new(or_refuse!(start(wanted).await)))
     };
     let remote = Remote { begin, wanted, purpose, protocol };
     let upgrade = hyper::upgrade::on(&mut request);

@@ -49,7 +49,7 @@ pub enum Purpose {
 }
 
 /// Starts a session.
-pub type Start = BoxFuture<'static, StatusResult<Session>>;
+pub type Start = Box<dyn FnOnce(Wanted) -> BoxFuture<'static, StatusResult<Session>> + Send>;
 
 pub enum Begin {
     Started(Box<Session>),
@@ -143,7 +143,7 @@ impl Remote {
                 gone.cancel();
             }
         });
-        let ended = pump(self.begin, ends, self.protocol, self.purpose, &gone).await;
+        let ended = pump(self.begin, self.wanted, ends, self.protocol, self.purpose, &gone).await;
         if ended {
             let reading = async {
                 let _ = (&mut reading).await;
@@ -189,7 +189,7 @@ impl Remote {
         };
         let ends = Ends { stdin, stdout, stderr, error, sizes };
         let ended = tokio::select! {
-            ended = pump(self.begin, ends, self.protocol, self.purpose, &gone) => ended,
+            ended = pump(self.begin, self.wanted, ends, self.protocol, self.purpose, &gone) => ended,
             () = resizing => false,
         };
         if ended {
@@ -313,6 +313,7 @@ async fn read_sizes(mut sizes: spdy::Receive, resize: mpsc::Sender<TerminalSize>
 /// the client went away before.
 async fn pump<S: Source, T: Target>(
     begin: Begin,
+    wanted: Wanted,
     mut ends: Ends<S, T>,
     protocol: &str,
     purpose: Purpose,
@@ -323,7 +324,7 @@ async fn pump<S: Source, T: Target>(
             Begin::Started(session) => (Ok(*session), None),
             Begin::WithSize(start) => {
                 let first = tokio::time::timeout(SIZE_WITHIN, ends.sizes.recv()).await.ok().flatten();
-                (start.await, first)
+                (start(Wanted { size: first, ..wanted }).await, first)
             }
         }
     };

@@ -126,7 +126,7 @@ fn answer(value: &Value) -> Response<Full<Bytes>> {
 
 fn wanted(query: &[(String, String)]) -> Wanted {
     let on = |name: &str| query.iter().any(|(key, value)| key == name && value == "true");
-    Wanted { stdin: on("stdin"), stdout: on("stdout"), stderr: on("stderr"), tty: on("tty") }
+    Wanted { stdin: on("stdin"), stdout: on("stdout"), stderr: on("stderr"), tty: on("tty"), size: None }
 }
 
 async fn serve(request: Request<Incoming>, upgrades: &Upgrades) -> Response<Full<Bytes>> {
