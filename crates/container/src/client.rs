@@ -46,6 +46,8 @@ pub struct Ending(Reader);
 /// The child is not a fork of this process: it is executed at once, in a clean environment, through a read-only view of
 /// the binary.
 pub fn launch(exe: &Path, sandbox: &Sandbox) -> Result<()> {
+    // An upgrade may have replaced the file; what runs here is still there.
+    let exe = if exe.exists() { exe } else { Path::new("/proc/self/exe") };
     let sealed = sealed_executable(exe)?;
     let program = format!("/proc/self/fd/{}", sealed.as_raw_fd());
     let mut child = Command::new(&program)

@@ -36,7 +36,9 @@ fn image(base: &Path) -> Vec<PathBuf> {
         std::fs::create_dir_all(layer.join(directory)).expect("made");
     }
     std::fs::copy("/bin/busybox", layer.join("bin/busybox")).expect("copied");
-    for name in ["sh", "cat", "sleep", "echo", "id", "stty", "nc", "true", "stat", "hostname", "sort"] {
+    for name in
+        ["sh", "cat", "sleep", "echo", "id", "stty", "nc", "true", "stat", "hostname", "sort", "mount", "test", "ls"]
+    {
         symlink("busybox", layer.join("bin").join(name)).expect("link");
     }
     vec![layer]
@@ -153,7 +155,28 @@ async fn whole_life() {
     boundary.destroy(&pod).await.expect("destroyed again");
     assert!(matches!(boundary.list(&pod).await, Err(BoundaryError::NoSandbox(_))));
     assert!(!pod.dir.join("boundary").exists());
+    privileged(&boundary, &pod, base).await;
     let _ = std::fs::remove_dir(&pod.run_dir);
+}
+
+async fn privileged(boundary: &ContainerBoundary, pod: &SandboxSpec, base: &Path) {
+    let mut pod = pod.clone();
+    pod.id_base = 0;
+    boundary.prepare(&pod).await.expect("prepared");
+    let mut all = script(
+        base,
+        "all",
+        "mount -t tmpfs x /tmp && echo mounted; test -w /proc/sys/kernel && echo writable; ls /dev",
+    );
+    all.security.privileged = true;
+    boundary.start(&pod, &all).await.expect("started");
+    ended(boundary, &pod, "all").await;
+    let log = std::fs::read_to_string(&all.log_path).expect("log");
+    assert!(log.contains("mounted") && log.contains("writable"), "{log}");
+    for device in ["kvm", "fuse", "loop-control"].iter().filter(|d| Path::new("/dev").join(d).exists()) {
+        assert!(log.contains(device), "{device}: {log}");
+    }
+    boundary.destroy(&pod).await.expect("destroyed");
 }
 
 async fn mounts_and_exits(boundary: &ContainerBoundary, pod: &SandboxSpec, base: &Path) {

@@ -1,14 +1,19 @@
-//! Setting limits. Errors are warnings: a workload runs without a limit that this host cannot set, and whoever asked
-//! is told.
+//! Setting limits. A workload runs without a limit for which this host has no controller, and whoever asked is told; but
+//! a memory limit that the host could set and does not is an error: it protects the others.
 
 use super::Cgroup;
+use crate::error::{Error, Result};
 use crate::spec::Resources;
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
+
+/// Processes that set a container up leave its group while the limit is written.
+const MEMORY_TRIES: u32 = 50;
 
 impl Cgroup {
     /// Sets what is asked for; one line for each limit that could not be set.
-    pub fn set(&self, resources: &Resources) -> Vec<String> {
+    pub fn set(&self, resources: &Resources) -> Result<Vec<String>> {
         let mut warnings = Vec::new();
         if let Some(cpu) = &resources.cpu {
             if let Some(shares) = cpu.shares {
@@ -24,15 +29,39 @@ impl Cgroup {
             }
         }
         if let Some(limit) = resources.memory.as_ref().and_then(|m| m.limit) {
-            let limit = limit.to_string();
-            self.write("memory", "memory.limit_in_bytes", &limit, "memory.max", &limit, &mut warnings);
-            self.forbid_swap(&limit);
+            self.set_memory(limit, &mut warnings)?;
         }
         if let Some(limit) = resources.pids.as_ref().and_then(|p| p.limit) {
             let limit = limit.to_string();
             self.write("pids", "pids.max", &limit, "pids.max", &limit, &mut warnings);
         }
-        warnings
+        Ok(warnings)
+    }
+
+    fn set_memory(&self, limit: u64, warnings: &mut Vec<String>) -> Result<()> {
+        let text = limit.to_string();
+        let file = match (self.hierarchies.v1("memory"), self.hierarchies.v2("memory")) {
+            (Some(mount), _) => mount.join(&self.path).join("memory.limit_in_bytes"),
+            (None, Some(mount)) => mount.join(&self.path).join("memory.max"),
+            (None, None) => {
+                warnings.push(format!("memory: this host has no such cgroup controller, a limit of {text} is not set"));
+                return Ok(());
+            }
+        };
+        for attempt in 1.. {
+            match fs::write(&file, &text) {
+                Ok(()) => break,
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) && attempt < MEMORY_TRIES => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
+                    return Err(Error::Refused(format!("memory limit {text}: too little for even starting a process")));
+                }
+                Err(e) => return Err(Error::step(format!("memory limit {text} ({})", file.display()), e)),
+            }
+        }
+        self.forbid_swap(&text);
+        Ok(())
     }
 
     /// Swap would turn a memory limit into a slow host. Kernels without swap accounting have no such files.
@@ -57,7 +86,7 @@ impl Cgroup {
     }
 }
 
-fn put(mount: &Path, path: &Path, file: &str, value: &str) -> Result<(), String> {
+fn put(mount: &Path, path: &Path, file: &str, value: &str) -> std::result::Result<(), String> {
     let file = mount.join(path).join(file);
     fs::write(&file, value).map_err(|e| format!("{}: cannot set {value}: {e}", file.display()))
 }

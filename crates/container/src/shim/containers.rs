@@ -330,7 +330,11 @@ impl Server {
                     container.pid = Some(pid);
                     container.pidfd = Pid::from_raw(pid as i32).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
                     // Limits come before anything of the tenant's runs, and after the set-up has made its processes.
-                    let warnings = container.cgroup.as_ref().map(|c| c.set(&container.resources)).unwrap_or_default();
+                    let set = container.cgroup.as_ref().map(|c| c.set(&container.resources)).unwrap_or(Ok(Vec::new()));
+                    let warnings = match set {
+                        Ok(warnings) => warnings,
+                        Err(e) => return self.start_failed(id, e),
+                    };
                     launch.go();
                     for warning in warnings {
                         self.warn(&warning);

@@ -157,15 +157,19 @@ impl Server {
         server.make_sandbox()?;
         server.recover();
         server.watch_fd(server.listener.as_fd(), Token::Listener)?;
-        // In this order: on version 1 the moves of the one keep the directories of the other waiting.
+        // All directories before the first move: on version 1 a move holds up everything else by 20 ms.
+        let shims = server.cgroup.sibling("shims").and_then(|group| group.create().map(|()| group));
         server.make_spare();
-        server.leave_daemon();
+        match shims {
+            Ok(group) => server.leave_daemon(&group),
+            Err(e) => server.warn(&e.to_string()),
+        }
         Ok(server)
     }
 
     fn make_sandbox(&mut self) -> Result<()> {
         let mappings: Vec<_> = self.sandbox.id_map.into_iter().collect();
-        let mut warnings = self.cgroup.set(&self.sandbox.resources);
+        let mut warnings = self.cgroup.set(&self.sandbox.resources)?;
         let wanted = namespaces::Wanted {
             uid_mappings: &mappings,
             gid_mappings: &mappings,
@@ -211,11 +215,7 @@ impl Server {
 
     /// Out of the daemon's control group, so that what ends the daemon's group does not end this one. A helper does the
     /// moves: on version 1 they can wait for all processors.
-    fn leave_daemon(&mut self) {
-        let Ok(group) = self.cgroup.sibling("shims") else { return };
-        if let Err(e) = group.create() {
-            return self.warn(&e.to_string());
-        }
+    fn leave_daemon(&mut self, group: &Cgroup) {
         let own = rustix::process::getpid();
         match self.alone.clone(0, None) {
             Ok(crate::sys::Cloned::Child) => {

@@ -25,6 +25,8 @@ pub const TESTS: &[(&str, fn())] = &[
     ("isolation::cgroup_view", cgroup_view),
     ("isolation::sysctls", sysctls),
     ("isolation::network", network),
+    ("isolation::host_network", host_network),
+    ("isolation::tiny_memory", tiny_memory),
 ];
 
 fn identity() {
@@ -383,4 +385,52 @@ fn network() {
     let mut text = String::new();
     std::io::Read::read_to_string(&mut stream, &mut text).expect("read");
     assert_eq!(text, "hello\n");
+}
+
+fn host_network() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener};
+    let pod = Pod::with(|s| (s.network, s.host_network) = (container::shim::protocol::Network::Host, true));
+    let text = pod.output_of("ls /sys/class/net | sort | tr '\\n' ' '");
+    let mut links: Vec<String> = fs::read_dir("/sys/class/net")
+        .expect("links")
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into())
+        .collect();
+    links.sort();
+    assert_eq!(text.trim(), links.join(" "));
+    if !has_probe() {
+        println!("SKIPPED: no C compiler for the abstract sockets");
+        return;
+    }
+    let name = format!("atoll-test-{}", std::process::id());
+    let address = SocketAddr::from_abstract_name(&name).expect("address");
+    let _listener = UnixListener::bind_addr(&address).expect("bound");
+    assert_eq!(pod.output_of(&format!("probe {name}")), "abstract ok\n");
+    let mut start = pod.command("confined", &["probe", &name]);
+    start.confinement.scope_abstract_sockets = true;
+    let (_, text) = pod.run(start);
+    let log = fs::read_to_string(pod.sandbox.dir.join("shim.log")).expect("log");
+    if log.contains("Landlock cannot") {
+        println!("SKIPPED: Landlock here knows no scopes");
+    } else {
+        assert_eq!(text, "abstract EPERM\n");
+    }
+}
+
+/// A limit that cannot hold refuses the start; it is never left out.
+fn tiny_memory() {
+    let pod = Pod::new();
+    let mut start = pod.script("a", "echo runs");
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 10) });
+    match pod.client().start(start) {
+        Err(e) => println!("  refused: {e}"),
+        Ok(_) => {
+            let state = pod.ended("a");
+            assert_ne!(code(&state), 0, "a program ran in 64 KiB");
+        }
+    }
+    let mut start = pod.script("b", "echo runs");
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(6 << 20) });
+    assert_eq!(pod.run(start).1, "runs\n");
 }

@@ -79,9 +79,20 @@ const PROBE: &str = r#"
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/un.h>
 #include <unistd.h>
 #define TRY(name, call) do { errno = 0; long r = (call); printf("%s %s\n", name, r < 0 ? strerrorname_np(errno) : "ok"); } while (0)
-int main(void) {
+static long abstract(const char *name) {
+    struct sockaddr_un a = { .sun_family = AF_UNIX };
+    int s = socket(AF_UNIX, SOCK_STREAM, 0);
+    strncpy(a.sun_path + 1, name, sizeof a.sun_path - 2);
+    return connect(s, (struct sockaddr *)&a, sizeof(sa_family_t) + 1 + strlen(name));
+}
+int main(int argc, char **argv) {
+    if (argc > 1) {
+        TRY("abstract", abstract(argv[1]));
+        return 0;
+    }
     TRY("unshare", syscall(SYS_unshare, 0x10000000));
     TRY("mount", mount("none", "/tmp", "tmpfs", 0, 0));
     TRY("keyctl", syscall(SYS_keyctl, 0, -3, 0));

@@ -132,14 +132,17 @@ fn mounts(sandbox: &SandboxSpec, container: &ContainerSpec) -> Vec<oci::Mount> {
     }
     let mut own: Vec<&Mount> = container.mounts.iter().collect();
     own.sort_by_key(|m| m.target.components().count());
-    all.extend(own.into_iter().map(mount));
+    all.extend(own.into_iter().map(|m| mount(m, privileged)));
     all
 }
 
-fn mount(mount: &Mount) -> oci::Mount {
+/// Device nodes work only for privileged containers, wherever they come from.
+fn mount(mount: &Mount, privileged: bool) -> oci::Mount {
     let (kind, source, mut options): (&str, PathBuf, Vec<String>) = match &mount.source {
         MountSource::Pod(path) => ("bind", path.clone(), vec!["bind".into(), "idmap".into(), "nodev".into()]),
-        MountSource::Host(path) => ("bind", path.clone(), vec!["rbind".into()]),
+        MountSource::Host(path) => {
+            ("bind", path.clone(), vec!["rbind".into(), if privileged { "dev" } else { "nodev" }.into()])
+        }
         MountSource::Tmpfs { size, mode } => {
             let mut options = vec!["nosuid".into(), "nodev".into(), format!("mode={mode:o}")];
             options.extend(size.map(|size| format!("size={size}")));
