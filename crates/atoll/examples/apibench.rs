@@ -46,7 +46,8 @@ fn target(path: &str) -> Result<Target, Fault> {
     for certificate in CertificateDer::pem_slice_iter(&decode("certificate-authority-data")?) {
         roots.add(certificate?)?;
     }
-    let chain: Vec<_> = CertificateDer::pem_slice_iter(&decode("client-certificate-data")?).collect::<Result<_, _>>()?;
+    let chain: Vec<_> =
+        CertificateDer::pem_slice_iter(&decode("client-certificate-data")?).collect::<Result<_, _>>()?;
     let key = PrivateKeyDer::from_pem_slice(&decode("client-key-data")?)?;
     let config = rustls::ClientConfig::builder().with_root_certificates(roots).with_client_auth_cert(chain, key)?;
     let address = field("server")?.trim_start_matches("https://").to_owned();
@@ -82,13 +83,25 @@ impl Target {
         Ok(sender.send_request(request).await?)
     }
 
-    async fn call(&self, sender: &mut SendRequest<Full<Bytes>>, method: &str, path: &str, body: Value) -> Result<(u16, Bytes), Fault> {
+    async fn call(
+        &self,
+        sender: &mut SendRequest<Full<Bytes>>,
+        method: &str,
+        path: &str,
+        body: Value,
+    ) -> Result<(u16, Bytes), Fault> {
         let response = self.send(sender, method, path, body).await?;
         let status = response.status().as_u16();
         Ok((status, response.into_body().collect().await?.to_bytes()))
     }
 
-    async fn must(&self, sender: &mut SendRequest<Full<Bytes>>, method: &str, path: &str, body: Value) -> Result<Bytes, Fault> {
+    async fn must(
+        &self,
+        sender: &mut SendRequest<Full<Bytes>>,
+        method: &str,
+        path: &str,
+        body: Value,
+    ) -> Result<Bytes, Fault> {
         let (status, bytes) = self.call(sender, method, path, body).await?;
         if status >= 300 {
             return Err(format!("{method} {path}: {status} {}", String::from_utf8_lossy(&bytes)).into());
@@ -135,7 +148,8 @@ async fn watchers(target: Target) -> Result<Value, Fault> {
     let seen = Arc::new(tokio::sync::Semaphore::new(0));
     for _ in 0..WATCHERS {
         let mut sender = target.connect().await?;
-        let path = "/api/v1/namespaces/bench/configmaps?watch=1&resourceVersion=0&fieldSelector=metadata.name%3Dwatched";
+        let path =
+            "/api/v1/namespaces/bench/configmaps?watch=1&resourceVersion=0&fieldSelector=metadata.name%3Dwatched";
         let mut body = target.send(&mut sender, "GET", path, Value::Null).await?.into_body();
         let seen = seen.clone();
         tokio::spawn(async move {
@@ -164,7 +178,9 @@ async fn watchers(target: Target) -> Result<Value, Fault> {
         times.push(begun.elapsed().as_secs_f64() * 1e3);
     }
     times.sort_by(f64::total_cmp);
-    Ok(json!({"write_to_last_of_100_watchers_ms": {"median": quantile(&times, 0.5), "p99": quantile(&times, 0.99)}, "events": EVENTS}))
+    Ok(
+        json!({"write_to_last_of_100_watchers_ms": {"median": quantile(&times, 0.5), "p99": quantile(&times, 0.99)}, "events": EVENTS}),
+    )
 }
 
 async fn pods(target: Target) -> Result<Value, Fault> {
@@ -195,7 +211,9 @@ async fn pods(target: Target) -> Result<Value, Fault> {
         target.must(&mut sender, "DELETE", &format!("/api/v1/namespaces/bench/pods/{name}"), Value::Null).await?;
     }
     times.sort_by(f64::total_cmp);
-    Ok(json!({"pod_request_to_process_ms": {"median": quantile(&times, 0.5), "p99": quantile(&times, 0.99)}, "pods": PODS}))
+    Ok(
+        json!({"pod_request_to_process_ms": {"median": quantile(&times, 0.5), "p99": quantile(&times, 0.99)}, "pods": PODS}),
+    )
 }
 
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]

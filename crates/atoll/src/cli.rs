@@ -29,7 +29,9 @@ pub fn explain(error: impl std::error::Error) -> Failure {
 
 #[derive(Parser)]
 #[command(name = "atoll", version, about = "A private cloud in one binary", long_about = None)]
-#[command(after_help = "Example:\n  atoll up &\n  export KUBECONFIG=/var/lib/atoll/kubeconfig\n  kubectl apply -f app.yaml")]
+#[command(
+    after_help = "Example:\n  atoll up &\n  export KUBECONFIG=/var/lib/atoll/kubeconfig\n  kubectl apply -f app.yaml"
+)]
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -82,7 +84,9 @@ pub struct Up {
 #[derive(Subcommand)]
 pub enum Image {
     /// Take a file into the store: docker-archive, OCI layout, rootfs tar, .wasm component, raw or qcow2 disk
-    #[command(after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12")]
+    #[command(
+        after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12"
+    )]
     Import(Import),
     /// List images
     Ls {

@@ -47,16 +47,21 @@ fn root() -> Finding {
 fn kvm() -> Finding {
     let speed = |n: f64| format!("{:.1} million kernel-mode instructions/s", n / 1e6);
     match vmm::kvm::probe() {
-        Support::Hardware { instructions_per_second } => {
-            finding("kvm", "yes", format!("hardware, {}", speed(instructions_per_second)), "microvm: machines run natively")
-        }
+        Support::Hardware { instructions_per_second } => finding(
+            "kvm",
+            "yes",
+            format!("hardware, {}", speed(instructions_per_second)),
+            "microvm: machines run natively",
+        ),
         Support::Emulated { instructions_per_second } => finding(
             "kvm",
             "limited",
             format!("emulated, {}", speed(instructions_per_second)),
             "microvm: machines run in QEMU's translator, slower than native",
         ),
-        Support::Absent { why } => finding("kvm", "no", why, "microvm: machines run in QEMU's translator, slower than native"),
+        Support::Absent { why } => {
+            finding("kvm", "no", why, "microvm: machines run in QEMU's translator, slower than native")
+        }
     }
 }
 
@@ -78,10 +83,15 @@ fn cgroups() -> Finding {
         (Some(list), _) if !list.trim().is_empty() => {
             finding("cgroups", "yes", format!("v2: {}", list.trim()), "limits on CPU, memory and processes hold")
         }
-        (None, false) if root.join("unified").exists() => {
-            finding("cgroups", "yes", format!("hybrid, v1: {}", v1.join(" ")), "limits on CPU, memory and processes hold")
+        (None, false) if root.join("unified").exists() => finding(
+            "cgroups",
+            "yes",
+            format!("hybrid, v1: {}", v1.join(" ")),
+            "limits on CPU, memory and processes hold",
+        ),
+        (None, false) => {
+            finding("cgroups", "yes", format!("v1: {}", v1.join(" ")), "limits on CPU, memory and processes hold")
         }
-        (None, false) => finding("cgroups", "yes", format!("v1: {}", v1.join(" ")), "limits on CPU, memory and processes hold"),
         _ => finding("cgroups", "no", "no controllers", "workloads run without limits"),
     }
 }
@@ -92,11 +102,17 @@ fn namespaces() -> Finding {
     if absent.is_empty() {
         return finding("namespaces", "yes", wanted.join(" "), "container: every pod has user ids of its own");
     }
-    finding("namespaces", "no", format!("missing: {}", absent.join(" ")), "container: pods cannot be isolated; use another kernel")
+    finding(
+        "namespaces",
+        "no",
+        format!("missing: {}", absent.join(" ")),
+        "container: pods cannot be isolated; use another kernel",
+    )
 }
 
 fn overlay() -> Finding {
-    let has = std::fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|l| l.ends_with("\toverlay"));
+    let has =
+        std::fs::read_to_string("/proc/filesystems").unwrap_or_default().lines().any(|l| l.ends_with("\toverlay"));
     if has {
         return finding("overlayfs", "yes", "in the kernel", "container: image layers are shared");
     }
@@ -121,7 +137,11 @@ fn landlock() -> Finding {
 
 fn nftables() -> Finding {
     match network::probe() {
-        Ok(()) => finding("nftables", "yes", "rules load in a private namespace", "network: Services and isolation work"),
-        Err(why) => finding("nftables", "no", why.to_string(), "network: atoll up cannot start; load the nf_tables module"),
+        Ok(()) => {
+            finding("nftables", "yes", "rules load in a private namespace", "network: Services and isolation work")
+        }
+        Err(why) => {
+            finding("nftables", "no", why.to_string(), "network: atoll up cannot start; load the nf_tables module")
+        }
     }
 }

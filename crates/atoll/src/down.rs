@@ -25,7 +25,8 @@ pub fn run(data_dir: &Path) -> Outcome {
     let router = Router::open(up::router_config(&instance)?).map_err(explain)?;
     router.enter_thread().map_err(explain)?;
     let router = Arc::new(router);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(explain)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().map_err(explain)?;
     let stopped = runtime.block_on(up::destroy_all(&instance, router.clone()))?;
     drop(runtime);
     println!("stopped {stopped} {}", if stopped == 1 { "workload" } else { "workloads" });
@@ -42,7 +43,9 @@ fn stop(instance: &Instance, pid: i32) -> Outcome {
     let until = Instant::now() + PATIENCE;
     while instance.running().is_some() {
         if Instant::now() > until {
-            return Err(Failure(format!("atoll up, pid {pid}, did not stop in 30 s; look at its log, or kill -9 {pid} and try again")));
+            return Err(Failure(format!(
+                "atoll up, pid {pid}, did not stop in 30 s; look at its log, or kill -9 {pid} and try again"
+            )));
         }
         std::thread::sleep(Duration::from_millis(50));
     }

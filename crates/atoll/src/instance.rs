@@ -29,13 +29,20 @@ impl Instance {
     /// Makes the directory, or checks that what is there is ours and not from a newer program.
     pub fn open(data_dir: &Path) -> Result<Self, Failure> {
         let fresh = !data_dir.exists();
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(data_dir).map_err(fail("--data-dir: cannot create", data_dir))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(data_dir)
+            .map_err(fail("--data-dir: cannot create", data_dir))?;
         let data_dir = data_dir.canonicalize().map_err(fail("--data-dir:", data_dir))?;
         let version = data_dir.join("version");
         match fs::read_to_string(&version) {
             Ok(text) => check_version(&text, &version)?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let strange = fs::read_dir(&data_dir).map_err(fail("read", &data_dir))?.flatten().find(|e| e.file_name() != "images");
+                let strange = fs::read_dir(&data_dir)
+                    .map_err(fail("read", &data_dir))?
+                    .flatten()
+                    .find(|e| e.file_name() != "images");
                 if let (false, Some(entry)) = (fresh, strange) {
                     return Err(Failure(format!(
                         "--data-dir: {} is not empty and not Atoll's (it holds {:?}); name an empty or new directory",
@@ -56,7 +63,10 @@ impl Instance {
     /// The data directory of something that must exist already.
     pub fn existing(data_dir: &Path) -> Result<Self, Failure> {
         if !data_dir.join("version").exists() {
-            return Err(Failure(format!("--data-dir: {} holds no Atoll; name the one given to `atoll up`", data_dir.display())));
+            return Err(Failure(format!(
+                "--data-dir: {} holds no Atoll; name the one given to `atoll up`",
+                data_dir.display()
+            )));
         }
         Self::open(data_dir)
     }
@@ -114,7 +124,11 @@ fn check_version(text: &str, path: &Path) -> Result<(), Failure> {
             "{}: data directory is of version {newer}; this atoll knows up to {VERSION}: run the newer atoll, or name another --data-dir",
             path.display()
         ))),
-        _ => Err(Failure(format!("{}: not a version Atoll wrote: {:?}", path.display(), text.chars().take(40).collect::<String>()))),
+        _ => Err(Failure(format!(
+            "{}: not a version Atoll wrote: {:?}",
+            path.display(),
+            text.chars().take(40).collect::<String>()
+        ))),
     }
 }
 

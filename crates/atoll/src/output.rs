@@ -86,7 +86,10 @@ fn scalar(value: &Value) -> String {
 
 fn plain(text: &str) -> bool {
     let first = text.chars().next().is_some_and(|c| c.is_ascii_alphabetic() || c == '/');
-    let word = matches!(text.to_ascii_lowercase().as_str(), "true" | "false" | "null" | "yes" | "no" | "on" | "off" | "y" | "n");
+    let word = matches!(
+        text.to_ascii_lowercase().as_str(),
+        "true" | "false" | "null" | "yes" | "no" | "on" | "off" | "y" | "n"
+    );
     first && !word && text.chars().all(|c| c.is_ascii_alphanumeric() || "-_./@".contains(c))
 }
 

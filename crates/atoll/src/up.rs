@@ -28,7 +28,9 @@ struct Listeners {
 pub fn run(options: &Up) -> Outcome {
     let begun = Instant::now();
     if !rustix::process::getuid().is_root() {
-        return Err(Failure("up: needs root, to give workloads namespaces and users of their own: sudo atoll up".into()));
+        return Err(Failure(
+            "up: needs root, to give workloads namespaces and users of their own: sudo atoll up".into(),
+        ));
     }
     logging();
     let instance = Instance::open(&options.data.data_dir)?;
@@ -117,9 +119,13 @@ pub async fn destroy_all(instance: &Instance, router: Arc<Router>) -> Result<usi
 
 /// The Node's name: the host's, made a DNS label.
 fn node_name(options: &Up) -> String {
-    let name = options.node_name.clone().unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned());
-    let clean: String =
-        name.to_ascii_lowercase().chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
+    let name =
+        options.node_name.clone().unwrap_or_else(|| rustix::system::uname().nodename().to_string_lossy().into_owned());
+    let clean: String = name
+        .to_ascii_lowercase()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
+        .collect();
     let clean = clean.trim_matches(['-', '.']);
     if clean.is_empty() { "node".into() } else { clean.into() }
 }

@@ -1,1 +1,28 @@
-//! function
+//! Functions: a WebAssembly component that exports `wasi:http/incoming-handler` in, an HTTP server out. Knows nothing of
+//! the API.
+//!
+//! Two roles of the program run what a tenant wrote, each in a jail ([`jail`]): [`compile`] turns a component into machine
+//! code and ends; [`host`] is one process per namespace that serves that namespace's functions and outlives the daemon.
+//! The daemon talks to it through [`client`].
+//!
+//! Every request gets an instance of its own, made from a pool of prepared memory and thrown away afterwards: nothing
+//! leaks from one request to the next.
+//!
+//! *Invariant:* the daemon never parses, compiles or maps a tenant's bytes.
+//! *Invariant:* a function has no file, no socket and no clock but those WASI hands it; outbound HTTP is refused.
+#![deny(unsafe_code)]
+
+pub mod client;
+pub mod compile;
+mod engine;
+mod error;
+pub mod host;
+mod jail;
+#[allow(unsafe_code)]
+mod sys;
+mod wire;
+
+pub use client::{Client, launch};
+pub use compile::Cache;
+pub use error::{Error, Result};
+pub use wire::{Exit, FunctionLimits, FunctionSpec, FunctionState, FunctionStats, Listing};

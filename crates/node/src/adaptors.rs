@@ -236,3 +236,32 @@ impl Networks for RouterNetworks {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_in_use_is_pinned() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Arc::new(Store::open(dir.path().join("images")).unwrap());
+        let images = StoreImages::new(store.clone(), None);
+        let one = format!("sha256:{}", "1".repeat(64));
+        let two = format!("sha256:{}", "2".repeat(64));
+        images.collect(&BTreeSet::from([one.clone(), "nonsense".to_owned()])).await.unwrap();
+        assert_eq!(store.pin_owners().unwrap().len(), 1);
+        images.collect(&BTreeSet::from([two.clone()])).await.unwrap();
+        let owners = store.pin_owners().unwrap();
+        assert_eq!(owners.len(), 1);
+        let pins = std::fs::read_dir(dir.path().join("images/pins").join(&owners[0])).unwrap().flatten();
+        let pins: Vec<_> = pins.map(|e| e.file_name().into_string().unwrap()).collect();
+        assert_eq!(pins, ["2".repeat(64)]);
+    }
+
+    #[test]
+    fn which_names_have_a_registry() {
+        for (name, has) in [("app", false), ("team/app:1", false), ("r.example/app", true), ("127.0.0.1:5000/a", true)] {
+            assert_eq!(has_host(name), has, "{name}");
+        }
+    }
+}

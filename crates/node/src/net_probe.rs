@@ -302,6 +302,59 @@ mod tests {
         assert!(tcp("127.0.0.1", free).await.is_err());
     }
 
+    #[tokio::test]
+    async fn tls_without_verification() {
+        let made = rcgen::generate_simple_self_signed(vec!["elsewhere.example".to_owned()]).unwrap();
+        let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key)
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut stream = acceptor.accept(stream).await.unwrap();
+            let mut request = vec![0; 4096];
+            let _ = stream.read(&mut request).await.unwrap();
+            stream.write_all(b"HTTP/1.1 204 OK\r\n\r\n").await.unwrap();
+            let _ = stream.shutdown().await;
+        });
+        assert_eq!(http(&HttpGet { tls: true, ..get(port) }).await, Ok(()));
+    }
+
+    #[tokio::test]
+    async fn grpc_health() {
+        async fn answer(request: Request<Incoming>) -> Result<Response<Full<Bytes>>, std::convert::Infallible> {
+            assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            let reply = Response::builder().header("content-type", "application/grpc");
+            Ok(match body.get(7..).unwrap_or_default() {
+                b"up" => reply.body(Full::new(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 1]))),
+                b"down" => reply.body(Full::new(Bytes::from_static(&[0, 0, 0, 0, 2, 8, 2]))),
+                _ => reply.header("grpc-status", "5").body(Full::default()),
+            }
+            .unwrap())
+        }
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let service = hyper::service::service_fn(answer);
+                let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                tokio::spawn(server.serve_connection(TokioIo::new(stream), service));
+            }
+        });
+        assert_eq!(grpc("127.0.0.1", port, "up").await, Ok(()));
+        let error = grpc("127.0.0.1", port, "down").await.unwrap_err();
+        assert_eq!(error, "service unhealthy (responded with \"NOT_SERVING\")");
+        assert!(grpc("127.0.0.1", port, "other").await.unwrap_err().contains("not known"));
+    }
+
     #[test]
     fn health_messages() {
         assert_eq!(grpc_request("").unwrap(), [0, 0, 0, 0, 0]);

@@ -44,7 +44,9 @@ fn missing_image(c: &Cluster) -> Outcome {
 
 fn archives(c: &Cluster) -> Outcome {
     let data = c.data().to_string_lossy().into_owned();
-    let import = |file: &std::path::Path| c.atoll(&["image", "import", "--data-dir", &data, &file.to_string_lossy(), "--tag", "test/evil:1"]);
+    let import = |file: &std::path::Path| {
+        c.atoll(&["image", "import", "--data-dir", &data, &file.to_string_lossy(), "--tag", "test/evil:1"])
+    };
     let whole = std::fs::read(c.scratch("busybox.tar")).unwrap();
     let short = c.scratch("short.tar");
     std::fs::write(&short, &whole[..whole.len() / 2]).unwrap();
@@ -80,7 +82,9 @@ fn bodies(c: &Cluster) -> Outcome {
         std::fs::write(&file, body).unwrap();
         let said = c.inside("kubectl").args(["config", "view", "--raw", "-o", "json"]).output().unwrap();
         let config: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-        for (name, pointer) in [("crt", "/users/0/user/client-certificate-data"), ("key", "/users/0/user/client-key-data")] {
+        for (name, pointer) in
+            [("crt", "/users/0/user/client-certificate-data"), ("key", "/users/0/user/client-key-data")]
+        {
             let text = config.pointer(pointer).and_then(|v| v.as_str()).unwrap();
             let decoded = c.inside("sh").args(["-c", &format!("echo {text} | base64 -d")]).output().unwrap().stdout;
             std::fs::write(c.scratch(name), decoded).unwrap();
@@ -99,7 +103,8 @@ fn bodies(c: &Cluster) -> Outcome {
             .unwrap();
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
-    let huge = format!("{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"data\":{{\"a\":\"{}\"}}}}", "x".repeat(4 << 20));
+    let huge =
+        format!("{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"data\":{{\"a\":\"{}\"}}}}", "x".repeat(4 << 20));
     assert_eq!(post(huge.as_bytes(), "application/json"), "413");
     let mut bomb = String::from("a0: &a0 [x,x,x,x,x,x,x,x,x]\n");
     for i in 1..12 {
@@ -125,10 +130,21 @@ fn starts(c: &Cluster) -> Outcome {
     let newer = c.scratch("newer").to_string_lossy().into_owned();
     assert!(c.atoll(&["up", "--data-dir", &newer]).bad().contains("version 99"));
     let mut user = c.inside("setpriv");
-    user.args(["--reuid=65534", "--regid=65534", "--clear-groups", env!("CARGO_BIN_EXE_atoll"), "up", "--data-dir", "/tmp/none"]);
+    user.args([
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        env!("CARGO_BIN_EXE_atoll"),
+        "up",
+        "--data-dir",
+        "/tmp/none",
+    ]);
     if let Ok(output) = user.output() {
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && (said.contains("needs root") || said.contains("Permission denied")), "{said}");
+        assert!(
+            !output.status.success() && (said.contains("needs root") || said.contains("Permission denied")),
+            "{said}"
+        );
     }
     assert!(!std::path::Path::new("/tmp/none").exists());
     Outcome::Passed

@@ -44,7 +44,11 @@ impl Cluster {
             return Err("needs root".into());
         }
         for tool in ["kubectl", "ip", "nsenter", "curl"] {
-            if Command::new("sh").args(["-c", &format!("command -v {tool}")]).output().is_ok_and(|o| !o.status.success()) {
+            if Command::new("sh")
+                .args(["-c", &format!("command -v {tool}")])
+                .output()
+                .is_ok_and(|o| !o.status.success())
+            {
                 return Err(format!("{tool} is not installed"));
             }
         }
@@ -180,10 +184,28 @@ impl Cluster {
         }
         fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:1000:1000::/:/bin/sh\n").expect("passwd");
         let tar = self.scratch("busybox.tar");
-        let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).args(["--owner=0", "--group=0", "."]).status();
+        let made = Command::new("tar")
+            .arg("-C")
+            .arg(&root)
+            .arg("-cf")
+            .arg(&tar)
+            .args(["--owner=0", "--group=0", "."])
+            .status();
         assert!(made.expect("tar runs").success());
-        self.atoll(&["image", "import", "--data-dir", &self.data().to_string_lossy(), &tar.to_string_lossy(), "--tag",
-            "127.0.0.1:5000/test/busybox:1", "--cmd", "sleep", "--cmd", "1000000"]).good();
+        self.atoll(&[
+            "image",
+            "import",
+            "--data-dir",
+            &self.data().to_string_lossy(),
+            &tar.to_string_lossy(),
+            "--tag",
+            "127.0.0.1:5000/test/busybox:1",
+            "--cmd",
+            "sleep",
+            "--cmd",
+            "1000000",
+        ])
+        .good();
     }
 }
 

@@ -95,7 +95,8 @@ fn deployment(name: &str, ns: &str, replicas: u32, extra: &str) -> String {
 
 fn apply_client_side(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-apply");
-    let with = |data: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {data}\n");
+    let with =
+        |data: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {data}\n");
     assert!(c.kubectl_with(&["apply", "-f", "-"], &with("{a: '1', b: '2'}")).good().contains("created"));
     assert!(c.kubectl_with(&["apply", "-f", "-"], &with("{a: '1', b: '2'}")).good().contains("unchanged"));
     assert!(c.kubectl_with(&["apply", "-f", "-"], &with("{a: '3'}")).good().contains("configured"));
@@ -105,7 +106,8 @@ fn apply_client_side(c: &Cluster) -> Outcome {
 
 fn apply_server_side(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-ssa");
-    let with = |data: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {data}\n");
+    let with =
+        |data: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {data}\n");
     let apply = |manager: &str, data: &str, more: &[&str]| {
         let manager = format!("--field-manager={manager}");
         let args = [&["apply", "--server-side", &manager, "-f", "-"], more].concat();
@@ -138,7 +140,8 @@ fn replace_and_conflict(c: &Cluster) -> Outcome {
 fn edit(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-edit");
     c.kubectl(&["create", "-n", &ns, "configmap", "m", "--from-literal=a=before"]).good();
-    let said = c.inside("kubectl").env("KUBE_EDITOR", "sed -i s/before/after/").args(["edit", "-n", &ns, "cm", "m"]).output();
+    let said =
+        c.inside("kubectl").env("KUBE_EDITOR", "sed -i s/before/after/").args(["edit", "-n", &ns, "cm", "m"]).output();
     assert!(said.unwrap().status.success());
     assert_eq!(c.kubectl(&["get", "-n", &ns, "cm", "m", "-o", "jsonpath={.data.a}"]).good(), "after");
     Outcome::Passed
@@ -148,8 +151,14 @@ fn patch_three_ways(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-patch");
     c.apply(&deployment("d", &ns, 0, "env: [{name: A, value: '1'}]"));
     let patch = |kind: &str, text: &str| c.kubectl(&["patch", "-n", &ns, "deploy", "d", "--type", kind, "-p", text]);
-    patch("strategic", r#"{"spec":{"template":{"spec":{"containers":[{"name":"main","env":[{"name":"B","value":"2"}]}]}}}}"#).good();
-    let env = c.kubectl(&["get", "-n", &ns, "deploy", "d", "-o", "jsonpath={.spec.template.spec.containers[0].env[*].name}"]).good();
+    patch(
+        "strategic",
+        r#"{"spec":{"template":{"spec":{"containers":[{"name":"main","env":[{"name":"B","value":"2"}]}]}}}}"#,
+    )
+    .good();
+    let env = c
+        .kubectl(&["get", "-n", &ns, "deploy", "d", "-o", "jsonpath={.spec.template.spec.containers[0].env[*].name}"])
+        .good();
     assert_eq!(env.split_whitespace().count(), 2, "{env}");
     patch("merge", r#"{"metadata":{"labels":{"x":"y"}}}"#).good();
     patch("json", r#"[{"op":"test","path":"/metadata/labels/x","value":"y"},{"op":"replace","path":"/metadata/labels/x","value":"z"}]"#).good();
@@ -214,7 +223,9 @@ fn exec_terminal(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-tty");
     c.apply(&sleeper("p", &ns));
     c.wait_ready(&ns, "pod/p");
-    let line = format!("stty rows 33 cols 77; kubectl exec -it -n {ns} p -- sh -c 'tty; stty size'");
+    let line = format!(
+        "stty rows 33 cols 77; kubectl exec -it -n {ns} p -- sh -c 'tty; for i in 1 2 3 4 5 6 7 8 9; do stty size 2>/dev/null | grep 33 && break; sleep 0.2; done'"
+    );
     let output = c.inside("script").args(["-qec", &line, "/dev/null"]).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("/dev/pts/") && text.contains("33 77"), "{text}");
@@ -268,7 +279,9 @@ fn forward_once(c: &Cluster, ns: &str, port: &str, env: &[(&str, &str)]) {
     let mut command = c.inside("kubectl");
     command.args(["port-forward", "-n", ns, "pod/web", &format!("{port}:8000")]).envs(env.iter().copied());
     let mut forward = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let get = |path: &str| c.inside("curl").args(["-fsS", "-m", "20", &format!("http://127.0.0.1:{port}/{path}")]).output().unwrap();
+    let get = |path: &str| {
+        c.inside("curl").args(["-fsS", "-m", "20", &format!("http://127.0.0.1:{port}/{path}")]).output().unwrap()
+    };
     c.until("the forwarded port answers", || get("").stdout == b"hi\n");
     assert_eq!(get("big").stdout.len(), 8 << 20);
     forward.kill().unwrap();
@@ -302,7 +315,10 @@ fn scale_and_rollout(c: &Cluster) -> Outcome {
     assert!(history.contains("1 ") && history.contains("2 "), "{history}");
     k(&["rollout", "undo", "deploy/d"]).good();
     k(&["rollout", "status", "deploy/d", "--timeout=60s"]).good();
-    assert_eq!(k(&["get", "deploy", "d", "-o", "jsonpath={.spec.template.spec.containers[0].env[0].value}"]).good(), "one");
+    assert_eq!(
+        k(&["get", "deploy", "d", "-o", "jsonpath={.spec.template.spec.containers[0].env[0].value}"]).good(),
+        "one"
+    );
     k(&["rollout", "restart", "deploy/d"]).good();
     k(&["rollout", "status", "deploy/d", "--timeout=60s"]).good();
     assert!(k(&["get", "rs", "-o", "name"]).good().lines().count() >= 3);
@@ -334,10 +350,17 @@ fn wait(c: &Cluster) -> Outcome {
 
 fn diff_and_dry_run(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-diff");
-    let with = |v: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {{a: '{v}'}}\n");
+    let with = |v: &str| {
+        format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}}}\ndata: {{a: '{v}'}}\n")
+    };
     c.apply(&with("1"));
     let said = c.kubectl_with(&["diff", "-f", "-"], &with("2"));
-    assert!(!said.ok && said.out.contains("-  a: \"1\"") && said.out.contains("+  a: \"2\""), "{}{}", said.out, said.err);
+    assert!(
+        !said.ok && said.out.contains("-  a: \"1\"") && said.out.contains("+  a: \"2\""),
+        "{}{}",
+        said.out,
+        said.err
+    );
     assert!(c.kubectl_with(&["diff", "-f", "-"], &with("1")).ok);
     c.kubectl_with(&["apply", "--dry-run=server", "-f", "-"], &with("3")).good();
     assert_eq!(c.kubectl(&["get", "-n", &ns, "cm", "m", "-o", "jsonpath={.data.a}"]).good(), "1");
@@ -357,7 +380,9 @@ fn explain(c: &Cluster) -> Outcome {
 
 fn api_resources(c: &Cluster) -> Outcome {
     let text = c.kubectl(&["api-resources"]).good();
-    for line in ["configmaps", "deployments", "virtualmachines", "httproutes", "leases", "runtimeclasses", "endpointslices"] {
+    for line in
+        ["configmaps", "deployments", "virtualmachines", "httproutes", "leases", "runtimeclasses", "endpointslices"]
+    {
         assert!(text.contains(line), "no {line} in:\n{text}");
     }
     assert!(text.contains("serving.knative.dev/v1") && text.contains("kubevirt.io/v1"));
@@ -395,13 +420,19 @@ fn custom_resources(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-crd");
     c.apply(CRD);
     c.kubectl(&["wait", "crd/boats.reef.example", "--for=condition=Established", "--timeout=30s"]).good();
-    let boat = |spec: &str| format!("apiVersion: reef.example/v1\nkind: Boat\nmetadata: {{name: b, namespace: {ns}}}\nspec: {spec}\n");
+    let boat = |spec: &str| {
+        format!("apiVersion: reef.example/v1\nkind: Boat\nmetadata: {{name: b, namespace: {ns}}}\nspec: {spec}\n")
+    };
     c.until("the new kind is served", || c.kubectl_with(&["apply", "-f", "-"], &boat("{crew: 3}")).ok);
     assert_eq!(c.kubectl(&["get", "-n", &ns, "bo", "b", "-o", "jsonpath={.spec.colour}"]).good(), "blue");
     assert!(c.kubectl(&["get", "-n", &ns, "boats"]).good().contains("CREW"));
     let wrong = c.kubectl_with(&["apply", "-f", "-"], &boat("{crew: 0}")).bad();
     assert!(wrong.contains("spec.crew") && wrong.contains("greater than or equal to 1"), "{wrong}");
-    assert!(c.kubectl_with(&["apply", "-f", "-"], &boat("{crew: 1, sail: big}")).bad().contains("unknown field \"spec.sail\""));
+    assert!(
+        c.kubectl_with(&["apply", "-f", "-"], &boat("{crew: 1, sail: big}"))
+            .bad()
+            .contains("unknown field \"spec.sail\"")
+    );
     c.kubectl(&["scale", "-n", &ns, "boat/b", "--replicas=5"]).good();
     assert_eq!(c.kubectl(&["get", "-n", &ns, "bo", "b", "-o", "jsonpath={.spec.crew}"]).good(), "5");
     c.kubectl(&["delete", "crd", "boats.reef.example", "--timeout=30s"]).good();
@@ -411,7 +442,9 @@ fn custom_resources(c: &Cluster) -> Outcome {
 
 fn finalizers(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-final");
-    c.apply(&format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}, finalizers: [reef.example/hold]}}\n"));
+    c.apply(&format!(
+        "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: m, namespace: {ns}, finalizers: [reef.example/hold]}}\n"
+    ));
     c.kubectl(&["delete", "-n", &ns, "cm", "m", "--wait=false"]).good();
     let held = c.kubectl(&["get", "-n", &ns, "cm", "m", "-o", "jsonpath={.metadata.deletionTimestamp}"]).good();
     assert!(held.starts_with("20"), "{held}");

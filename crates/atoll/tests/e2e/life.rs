@@ -33,15 +33,19 @@ fn service(c: &Cluster) -> Outcome {
     c.apply(&sleeper("client", &ns));
     c.kubectl(&["rollout", "status", "-n", &ns, "deploy/web", "--timeout=60s"]).good();
     c.wait_ready(&ns, "pod/client");
-    let get = |url: &str| c.kubectl(&["exec", "-n", &ns, "client", "--", "wget", "-qO-", "-T", "5", url]);
+    // Debian's static busybox has a wget that crashes; nc does
+    let get = |host: &str| {
+        let line = format!("printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 5 {host} 80 | grep ^web-");
+        c.kubectl(&["exec", "-n", &ns, "client", "--", "sh", "-c", &line])
+    };
     let mut seen = std::collections::BTreeSet::new();
     c.until("both replicas answer through the Service's name", || {
-        seen.insert(get("http://web").out);
+        seen.insert(get("web").out);
         seen.remove("");
         seen.len() == 2
     });
-    assert!(get(&format!("http://web.{ns}.svc.cluster.local")).ok);
-    assert!(!get("http://nothing-here").ok);
+    assert!(get(&format!("web.{ns}.svc.cluster.local")).ok);
+    assert!(!get("nothing-here").ok);
     Outcome::Passed
 }
 
@@ -53,10 +57,18 @@ fn gateway(c: &Cluster) -> Outcome {
          parentRefs: [{{name: atoll, namespace: default}}]\n  hostnames: [gw.example]\n  rules:\n  \
          - {{matches: [{{path: {{type: PathPrefix, value: /}}}}], backendRefs: [{{name: web, port: 80}}]}}\n"
     ));
-    let get = |host: &str| c.inside("curl").args(["-fsS", "-m", "5", "-H", &format!("host: {host}"), "http://127.0.0.1:8080/"]).output().unwrap();
+    let get = |host: &str| {
+        c.inside("curl")
+            .args(["-fsS", "-m", "5", "-H", &format!("host: {host}"), "http://127.0.0.1:8080/"])
+            .output()
+            .unwrap()
+    };
     c.until("the route answers", || get("gw.example").status.success());
     assert!(!get("other.example").status.success());
-    let h2 = c.inside("curl").args(["-fsS", "--http2-prior-knowledge", "-H", "host: gw.example", "http://127.0.0.1:8080/"]).output();
+    let h2 = c
+        .inside("curl")
+        .args(["-fsS", "--http2-prior-knowledge", "-H", "host: gw.example", "http://127.0.0.1:8080/"])
+        .output();
     assert!(h2.unwrap().status.success());
     Outcome::Passed
 }
@@ -67,7 +79,13 @@ fn containers(c: &Cluster, ns: &str) -> serde_json::Value {
     pods.iter()
         .map(|p| {
             let s = &p["status"]["containerStatuses"][0];
-            serde_json::json!([p["metadata"]["name"], s["containerID"], s["restartCount"], s["state"]["running"]["startedAt"], p["status"]["podIP"]])
+            serde_json::json!([
+                p["metadata"]["name"],
+                s["containerID"],
+                s["restartCount"],
+                s["state"]["running"]["startedAt"],
+                p["status"]["podIP"]
+            ])
         })
         .collect()
 }

@@ -191,7 +191,8 @@ impl Boundary for MicrovmBoundary {
             }
             let state = vmm::launch(&exe, &machine)?;
             begun.started = state.started;
-            std::fs::write(&note, serde_json::to_vec(&begun).unwrap_or_default()).map_err(vmm::Error::io("write", &note))?;
+            std::fs::write(&note, serde_json::to_vec(&begun).unwrap_or_default())
+                .map_err(vmm::Error::io("write", &note))?;
             Ok(state_of(&begun, &state))
         })
         .await
@@ -199,7 +200,11 @@ impl Boundary for MicrovmBoundary {
 
     async fn list(&self, sandbox: &SandboxSpec) -> Result<Vec<ContainerState>> {
         let Some(before) = started(sandbox) else {
-            return if sandbox.run_dir.exists() { Ok(vec![]) } else { Err(BoundaryError::NoSandbox(sandbox.uid.clone())) };
+            return if sandbox.run_dir.exists() {
+                Ok(vec![])
+            } else {
+                Err(BoundaryError::NoSandbox(sandbox.uid.clone()))
+            };
         };
         if let Ok(state) = self.request(sandbox, Request::State).await {
             return Ok(vec![state_of(&before, &state)]);
