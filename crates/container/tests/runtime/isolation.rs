@@ -27,6 +27,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("isolation::network", network),
     ("isolation::host_network", host_network),
     ("isolation::tiny_memory", tiny_memory),
+    ("isolation::ordinary_programs", ordinary_programs),
 ];
 
 fn identity() {
@@ -433,4 +434,42 @@ fn tiny_memory() {
     let mut start = pod.script("b", "echo runs");
     start.spec.linux.resources.memory = Some(Memory { limit: Some(6 << 20) });
     assert_eq!(pod.run(start).1, "runs\n");
+}
+
+/// The profile lets the usual things through: threads, children, timers, sockets, locks, of a large dynamic program.
+fn ordinary_programs() {
+    if !std::path::Path::new("/usr/bin/python3").exists() {
+        println!("SKIPPED: no /usr/bin/python3");
+        return;
+    }
+    let program = "
+import asyncio, concurrent.futures, mmap, multiprocessing, os, select, signal, socket, sqlite3, subprocess, tempfile, threading
+def double(n): return n * 2
+if __name__ == '__main__':
+    with concurrent.futures.ThreadPoolExecutor(4) as pool: assert sum(pool.map(double, range(9))) == 72
+    with multiprocessing.Pool(2) as pool: assert sum(pool.map(double, range(9))) == 72
+    assert subprocess.check_output(['/bin/echo', 'x']) == b'x\\n'
+    async def serve():
+        async def answer(r, w): w.write(await r.readline()); await w.drain(); w.close()
+        server = await asyncio.start_server(answer, '127.0.0.1', 0)
+        r, w = await asyncio.open_connection(*server.sockets[0].getsockname())
+        w.write(b'hello\\n'); assert await r.readline() == b'hello\\n'; await asyncio.sleep(0.01)
+    asyncio.run(serve())
+    d = sqlite3.connect('/data/x.db'); d.execute('create table t(a)'); d.execute('insert into t values(1)'); d.commit()
+    with tempfile.TemporaryFile() as f: f.write(b'a' * 5000); f.flush(); mmap.mmap(f.fileno(), 0).close()
+    os.memfd_create('x'); os.eventfd(0); os.sched_getaffinity(0); os.getrandom(8); signal.setitimer(signal.ITIMER_REAL, 100)
+    a, b = socket.socketpair(); a.send(b'1'); assert select.select([b], [], [], 5)[0]
+    print('all well')
+";
+    let pod = Pod::new();
+    let mut start = pod.command("a", &["/usr/bin/python3", "/main.py"]);
+    for path in ["/usr", "/lib", "/lib64"].iter().filter(|p| std::path::Path::new(p).exists()) {
+        pod.mount(&mut start, path, std::path::Path::new(path), &["rbind", "ro"]);
+    }
+    let script = pod.base.join("main.py");
+    fs::write(&script, program).expect("written");
+    pod.mount(&mut start, "/main.py", &script, &["bind", "idmap", "ro"]);
+    let log = start.log_path.clone();
+    let (_, text) = pod.run(start);
+    assert_eq!(text, "all well\n", "{}", output(&log, "stderr"));
 }
