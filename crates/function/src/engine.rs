@@ -2,7 +2,9 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use wasmtime::{Config, CustomCodeMemory, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig};
+use wasmtime::{
+    Config, CustomCodeMemory, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig,
+};
 
 /// Instances alive at once in one host.
 pub(crate) const INSTANCES: u32 = 256;
@@ -40,9 +42,12 @@ pub(crate) fn serving() -> wasmtime::Result<Engine> {
         .max_tables_per_component(32)
         .max_memory_size(MEMORY_MAX as usize)
         .table_elements(100_000)
-        // Pages that most requests touch are cleared by hand instead of being given back and faulted in again.
-        .linear_memory_keep_resident(2 << 20)
-        .table_keep_resident(64 << 10)
+        // Pages that a request wrote are found and put back to what they were, instead of being given back and faulted
+        // in again: with several threads, taking pages out of an address space is what costs most.
+        .pagemap_scan(Enabled::Auto)
+        .linear_memory_keep_resident(16 << 20)
+        .table_keep_resident(1 << 20)
+        .max_unused_warm_slots(16)
         .async_stack_keep_resident(64 << 10);
     let mut config = common();
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));

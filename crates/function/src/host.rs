@@ -108,9 +108,10 @@ fn serve_jailed(run_dir: &Path, uid: u32) -> Result<()> {
     let stdin = std::io::stdin();
     let socket = stdin.as_fd().try_clone_to_owned().map_err(io("take over", "the control socket"))?;
     let _ = rustix::process::setsid();
+    // The engine opens /proc/self/pagemap, which will not be there later.
+    let engine = jail::as_user(uid, crate::engine::serving)?.map_err(|e| Error::Start(format!("{e:#}")))?;
     jail::leave_the_host(run_dir)?;
     jail::drop_privilege(uid, &LIMITS)?;
-    let engine = crate::engine::serving().map_err(|e| Error::Start(format!("{e:#}")))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 16)))
         .thread_name("function")

@@ -35,6 +35,19 @@ pub(crate) fn leave_the_host(mount_point: &Path) -> Result<()> {
     process::chdir("/").map_err(io("enter", "/"))
 }
 
+/// Does what has to be done before the jail but not as root: descriptors opened now remember whose they are.
+pub(crate) fn as_user<T>(uid: u32, work: impl FnOnce() -> T) -> Result<T> {
+    let failed = |e: rustix::io::Errno| io("change the effective user of", "this process")(e);
+    let change = |to: u32| set_thread_res_uid(None, Some(fs::Uid::from_raw(to)), None).map_err(failed);
+    change(uid)?;
+    // Without it, the files in /proc/self would be root's.
+    set_dumpable_behavior(DumpableBehavior::Dumpable).map_err(failed)?;
+    let result = work();
+    change(0)?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(failed)?;
+    Ok(result)
+}
+
 /// Limits of one role.
 pub(crate) struct Limits {
     pub processes: u64,
@@ -164,8 +177,8 @@ const ARCHITECTURE: u32 = 0xc000_00b7;
 const NAMESPACES: u32 = 0x7e02_0080;
 /// Thread names and the name of a mapping; nothing else.
 const PRCTL_ALLOWED: [u32; 3] = [libc::PR_SET_NAME as u32, libc::PR_GET_NAME as u32, libc::PR_SET_VMA as u32];
-/// `FIONBIO`, `FIOCLEX`.
-const IOCTL_ALLOWED: [u32; 2] = [0x5421, 0x5451];
+/// `FIONBIO`, `FIOCLEX`, `PAGEMAP_SCAN`.
+const IOCTL_ALLOWED: [u32; 3] = [0x5421, 0x5451, 0xc060_6610];
 
 // linux/bpf_common.h, linux/seccomp.h
 const LOAD: u16 = 0x20;

@@ -1,4 +1,4 @@
-;; The smallest component that answers HTTP: a response without body. `BODY` is replaced by what the handler does.
+;; The smallest component that answers HTTP: a response without body. A test says what its handler does.
 (component
   (import "wasi:http/types@0.2.0" (instance $types
     (export "fields" (type $fields (sub resource)))
@@ -52,7 +52,7 @@
       (call $set (local.get $out) (i32.const 0) (call $response (call $fields))
         (i32.const 0) (i64.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)))
     (func (export "handle") (param $request i32) (param $out i32)
-      BODY))
+      @HANDLER@))
   (core instance $code (instantiate $code (with "host" (instance
     (export "fields" (func $fields)) (export "response" (func $response)) (export "set" (func $set))
     (export "memory" (memory $memory))))))

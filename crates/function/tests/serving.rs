@@ -29,6 +29,7 @@ fn main() {
         Some("function-host") => std::process::exit(function::host::main(&args[2..])),
         Some("function-compile") => std::process::exit(function::compile::main(&args[2..])),
         Some("--list") => return,
+        Some("bench") => return bench(),
         _ => {}
     }
     if !rustix::process::geteuid().is_root() {
@@ -41,6 +42,45 @@ fn main() {
         let begun = Instant::now();
         test(&bench);
         println!("test {name} ... ok ({:?})", begun.elapsed());
+    }
+}
+
+/// `serving bench`: requests a second with wrk and latencies of single requests, for the smallest component and for one in
+/// JavaScript.
+fn bench() {
+    let bench = Bench::new();
+    let hello = bench.start("hello", ANSWER, FunctionLimits::default());
+    measure("smallest component", &hello, "/");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/shop/pricing/pricing.wasm");
+    let Ok(bytes) = fs::read(&path) else { return println!("SKIPPED: {} is not built", path.display()) };
+    let (path, digest) = bench.store(&bytes);
+    let begun = Instant::now();
+    bench.cache().get(&path, &digest).unwrap();
+    println!("JavaScript: compiled in {:?}", begun.elapsed());
+    let begun = Instant::now();
+    let pricing = bench.start_component("pricing", &path, &digest, FunctionLimits::default(), &[]).unwrap();
+    println!("JavaScript: from compiled code to listening in {:?}", begun.elapsed());
+    measure("JavaScript", &pricing, "/price?sku=teapot&qty=1");
+    println!("after it: {:?}", bench.client.stats("pricing").unwrap());
+}
+
+fn measure(what: &str, running: &Running, path: &str) {
+    let mut times: Vec<Duration> = Vec::new();
+    for _ in 0..200 {
+        let begun = Instant::now();
+        assert_eq!(running.get(path).0, 200);
+        times.push(begun.elapsed());
+    }
+    let first = times[0];
+    times.sort_unstable();
+    println!("{what}: first request {first:?}, median of 200 with connection {:?}, best {:?}", times[100], times[0]);
+    for connections in ["1", "16"] {
+        let url = format!("http://{}{path}", running.address);
+        let wrk = std::process::Command::new("wrk").args(["-t1", "-d5", "-c", connections, &url]).output();
+        let text = wrk.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+        let lines =
+            text.lines().filter(|l| ["Requests/sec", "Latency", "Non-2xx", "Socket"].iter().any(|w| l.contains(w)));
+        println!("{what}, {connections} connections: {}", lines.map(str::trim).collect::<Vec<_>>().join("; "));
     }
 }
 
@@ -65,7 +105,7 @@ impl Bench {
     }
 
     fn component(&self, body: &str) -> (PathBuf, String) {
-        let bytes = wat::parse_str(include_str!("handler.wat").replace("BODY", body)).unwrap();
+        let bytes = wat::parse_str(include_str!("handler.wat").replace("@HANDLER@", body)).unwrap();
         self.store(&bytes)
     }
 
