@@ -4,22 +4,21 @@
 # make lint   format and lints
 .PHONY: demo test bench lint build packages fuzz
 
-CARGO_FLAGS ?= --release
 export CARGO_TERM_COLOR ?= auto
 
 packages:
 	@scripts/packages.sh $(SET)
 
 build:
-	cargo build $(CARGO_FLAGS) --bin atoll
+	cargo build --release --bin atoll
 
 demo: packages build
 	@scripts/demo.sh
 
 test: SET = test
 test: packages
-	cargo build $(CARGO_FLAGS) --bin atoll --examples
-	cargo test $(CARGO_FLAGS) --workspace --no-fail-fast
+	cargo build --workspace --bins --examples
+	cargo test --workspace --no-fail-fast
 
 bench: SET = bench
 bench: packages build
@@ -27,4 +26,4 @@ bench: packages build
 
 lint:
 	cargo fmt --all --check
-	cargo clippy $(CARGO_FLAGS) --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --all-targets -- -D warnings

@@ -8,7 +8,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-const TESTS: &[(&str, fn(&Bench))] = &[
+type Test = (&'static str, fn(&Bench));
+
+const TESTS: &[Test] = &[
     ("answers, on one connection and on many", answers),
     ("every request has an instance of its own", fresh_instances),
     ("a trap costs one request", traps),

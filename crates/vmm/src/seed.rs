@@ -116,7 +116,7 @@ fn directory(own: u32, entries: &[(Vec<u8>, u32, usize)]) -> Vec<u8> {
 }
 
 fn record(name: &[u8], at: u32, len: usize, directory: bool) -> Vec<u8> {
-    let pad = usize::from(name.len() % 2 == 0);
+    let pad = usize::from(name.len().is_multiple_of(2));
     let mut r = vec![0u8; 33 + name.len() + pad];
     r[0] = r.len() as u8;
     r[2..10].copy_from_slice(&both32(at));
