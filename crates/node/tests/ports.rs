@@ -88,10 +88,9 @@ async fn images_and_network_for_real() {
     node.until_true("all links are gone", || router.list().is_empty()).await;
     stop.send_replace(true);
     task.await.unwrap();
-    match Arc::into_inner(router) {
-        Some(router) => router.teardown().unwrap(),
-        None => panic!("the agent has ended and still holds the router"),
-    }
+    // A blocking thread drops its share a moment after it has answered.
+    node.until_true("the router is let go", || Arc::strong_count(&router) == 1).await;
+    Arc::into_inner(router).unwrap().teardown().unwrap();
     // The namespaces were pinned by mounts.
     let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     let mut left: Vec<&str> =
