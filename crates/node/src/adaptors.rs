@@ -260,7 +260,8 @@ mod tests {
 
     #[test]
     fn which_names_have_a_registry() {
-        for (name, has) in [("app", false), ("team/app:1", false), ("r.example/app", true), ("127.0.0.1:5000/a", true)] {
+        for (name, has) in [("app", false), ("team/app:1", false), ("r.example/app", true), ("127.0.0.1:5000/a", true)]
+        {
             assert_eq!(has_host(name), has, "{name}");
         }
     }
