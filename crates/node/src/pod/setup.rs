@@ -230,7 +230,10 @@ impl Worker {
         let sysctls = spec.security_context.iter().flat_map(|c| c.sysctls.iter().flatten());
         for sysctl in sysctls {
             if !own_sysctl(&sysctl.name, spec.host_network == Some(true)) {
-                return refuse(&format!("spec.securityContext.sysctls \"{}\", which is not the pod's own", sysctl.name));
+                return refuse(&format!(
+                    "spec.securityContext.sysctls \"{}\", which is not the pod's own",
+                    sysctl.name
+                ));
             }
         }
         let mut ports = plan_ports(spec);
@@ -492,7 +495,8 @@ impl Worker {
 
 /// Whether a kernel parameter belongs to the pod's namespaces, so that nobody else feels it (`namespaces(7)`).
 fn own_sysctl(name: &str, host_network: bool) -> bool {
-    let plain = name.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
+    let plain =
+        name.split('.').all(|p| !p.is_empty() && p.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b)));
     let ipc = ["kernel.shm", "kernel.msg", "fs.mqueue."].iter().any(|p| name.starts_with(p)) || name == "kernel.sem";
     plain && (ipc || (name.starts_with("net.") && !host_network))
 }
