@@ -95,11 +95,14 @@ impl Inner {
     }
 
     fn start(&self, sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<ContainerState> {
-        if let Some(before) = Record::read(&sandbox.dir, &container.name)
-            && before.attempt == container.attempt
-            && let Some(state) = self.observe(sandbox, vec![before])?.pop()
-        {
-            return Ok(state);
+        if let Some(before) = Record::read(&sandbox.dir, &container.name) {
+            if before.attempt == container.attempt
+                && let Some(state) = self.observe(sandbox, vec![before.clone()])?.pop()
+            {
+                return Ok(state);
+            }
+            // An earlier attempt that the agent did not remove.
+            self.remove(sandbox, &before)?;
         }
         let Rootfs::Component { path, digest, .. } = &container.rootfs else {
             return Err(refused(
@@ -456,6 +459,7 @@ impl Boundary for WasmBoundary {
             for record in records.unwrap_or_default() {
                 inner.remove(&sandbox, &record)?;
             }
+            inner.hosts.forget_all(&sandbox.namespace, &sandbox.uid).map_err(translate)?;
             inner.hosts.leave(&sandbox.namespace, &sandbox.uid).map_err(translate)?;
             Record::destroy(&sandbox.dir).map_err(|e| failed("remove the function's directory", e))
         })

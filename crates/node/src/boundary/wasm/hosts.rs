@@ -108,6 +108,20 @@ impl Hosts {
         Some((seen.watcher.clone()?, last.unwrap_or(0)))
     }
 
+    /// Ends whatever the host still has of a sandbox: also what was added just before an agent was killed.
+    pub fn forget_all(&self, namespace: &str, sandbox: &str) -> Result<()> {
+        let host = match self.connect(namespace) {
+            Err(Error::NotRunning) => return Ok(()),
+            other => other?,
+        };
+        for function in host.list()?.functions {
+            if function.id.split('/').next() == Some(sandbox) {
+                host.forget(&function.id)?;
+            }
+        }
+        Ok(())
+    }
+
     /// A sandbox goes; a host without functions does, too.
     pub fn leave(&self, namespace: &str, sandbox: &str) -> Result<()> {
         let entry = self.namespace(namespace);
