@@ -13,9 +13,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 /// Bytes of a component.
 const COMPONENT_LIMIT: u64 = 256 << 20;
+/// Code goes when it was not asked for so long; it can be made again.
+const UNUSED: Duration = Duration::from_secs(30 * 24 * 3600);
+const ABANDONED: Duration = Duration::from_secs(3600);
 const COMPLAINT_LIMIT: u64 = 16 << 10;
 const LIMITS: jail::Limits =
     jail::Limits { processes: 256, descriptors: 64, address_space: Some(16 << 30), cpu: Some(600) };
@@ -106,6 +110,7 @@ impl Cache {
         if let Some(file) = self.look_up(&name)? {
             return Ok(Code { file, name });
         }
+        self.evict();
         self.compile(component, &name)?;
         let made = self.look_up(&name)?;
         made.map(|file| Code { file, name }).ok_or_else(|| Error::Start("compiled code vanished".into()))
@@ -123,7 +128,26 @@ impl Cache {
             let _ = fs::remove_file(&record);
             return Ok(None);
         }
+        // Its age is what decides when it goes.
+        let _ = file.set_modified(SystemTime::now());
         Ok(Some(file))
+    }
+
+    /// Removes code that was not used for long, and what a crash left. Hosts that have it mapped keep it.
+    fn evict(&self) {
+        let Ok(entries) = fs::read_dir(&self.dir) else { return };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let modified = entry.metadata().and_then(|m| m.modified());
+            let age = modified.ok().and_then(|m| m.elapsed().ok()).unwrap_or_default();
+            let code = path.extension().is_some_and(|e| e == "cwasm");
+            if code && age > UNUSED {
+                let _ = fs::remove_file(path.with_extension("sha256"));
+                let _ = fs::remove_file(&path);
+            } else if entry.file_name().to_string_lossy().starts_with("tmp-") && age > ABANDONED {
+                let _ = fs::remove_file(&path);
+            }
+        }
     }
 
     fn compile(&self, component: &Path, name: &str) -> Result<()> {
