@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::mpsc;
 
-const CHUNK: usize = 64 << 10;
+/// Read at a time; tiny in tests, so that lines cross its edges.
+const CHUNK: usize = if cfg!(test) { 37 } else { 64 << 10 };
 /// Longer lines than any writer makes are not log lines.
 const LINE_LIMIT: usize = 1 << 20;
 const POLL: Duration = Duration::from_millis(100);
@@ -155,22 +156,33 @@ impl Reader {
         Ok(read)
     }
 
-    /// After the end: goes on in the file that replaced this one, if one has.
-    fn reopen(&mut self) -> std::io::Result<bool> {
-        let now = match std::fs::metadata(&self.path) {
-            Ok(meta) => meta,
+    /// After the end: goes on in the file that replaced this one, if one has. What was written between the last read
+    /// and the rotation is read before.
+    fn reopen(&mut self, format: &mut Format, out: &mut Vec<u8>) -> std::io::Result<bool> {
+        let own = match &self.file {
+            Some(file) => Some(file.metadata()?.ino()),
+            None => None,
+        };
+        let other = |path: &Path| -> std::io::Result<bool> {
+            match std::fs::metadata(path) {
+                Ok(meta) => Ok(own != Some(meta.ino())),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+                Err(e) => Err(e),
+            }
+        };
+        if !other(&self.path)? {
+            return Ok(false);
+        }
+        while self.read(format, out)? > 0 {}
+        // Rotated twice since: what was put aside is newer than what was read here, and comes first.
+        let aside = rotated(&self.path);
+        let next = if own.is_some() && other(&aside)? { aside } else { self.path.clone() };
+        self.buffer.clear();
+        self.file = match File::open(&next) {
+            Ok(file) => Some(file),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(e) => return Err(e),
         };
-        let same = match &self.file {
-            Some(file) => file.metadata()?.ino() == now.ino(),
-            None => false,
-        };
-        if same {
-            return Ok(false);
-        }
-        self.buffer.clear();
-        self.file = Some(File::open(&self.path)?);
         Ok(true)
     }
 }
@@ -292,12 +304,16 @@ async fn pump(
             if index < last || !options.follow {
                 break;
             }
-            let (changed, r) = blocking(move || {
-                let changed = reader.reopen()?;
-                Ok((changed, reader))
+            let (changed, out, r, f) = blocking(move || {
+                let mut out = Vec::new();
+                let changed = reader.reopen(&mut format, &mut out)?;
+                Ok((changed, out, reader, format))
             })
             .await?;
-            reader = r;
+            (reader, format) = (r, f);
+            if !out.is_empty() && send.send(Ok(out.into())).await.is_err() || format.done() {
+                return Ok(());
+            }
             if changed {
                 continue;
             }

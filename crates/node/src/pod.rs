@@ -143,6 +143,8 @@ pub(crate) struct Worker {
     at: Instant,
     report: report::Report,
     machine_images: slot::Pull,
+    /// User ids of a sandbox that was lost: the next one gets the same, for what they own in volumes.
+    id_base: Option<u32>,
     source_watch: Option<watch::SourceWatch>,
     sources_dirty: bool,
     tokens: crate::volumes::Tokens,
@@ -200,6 +202,7 @@ impl Worker {
             at: Instant::now(),
             report: report::Report::default(),
             machine_images: slot::Pull::Idle,
+            id_base: None,
             source_watch: None,
             sources_dirty: false,
             tokens: crate::volumes::Tokens::new(),
@@ -257,9 +260,13 @@ impl Worker {
     async fn run(mut self) {
         loop {
             self.at = Instant::now() + RESYNC;
-            // Each round does what it can do at once; a few rounds later nothing is left.
-            for _ in 0..64 {
-                if !self.step().await {
+            // Each round does what it can do at once; a few rounds later nothing is left. Should there be more, others
+            // get their turn first.
+            let mut rounds = 0;
+            while self.step().await {
+                rounds += 1;
+                if rounds == 64 {
+                    self.at = Instant::now();
                     break;
                 }
             }
@@ -478,6 +485,7 @@ impl Worker {
             tracing::warn!(pod = self.object.name(), "leftovers of a lost sandbox: {error}");
         }
         self.initialized = !self.slots.iter().any(|s| s.role != Role::Main);
+        self.id_base = Some(sandbox.spec.id_base);
         self.stage = Stage::Absent { tries: 0, retry: None };
         true
     }

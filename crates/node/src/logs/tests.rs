@@ -130,3 +130,40 @@ proptest! {
         let _ = tail_text(&path, 100, 10);
     }
 }
+
+#[tokio::test]
+async fn nothing_is_lost_at_rotation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("0.log");
+    let alive = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let (asked, done, at) = (alive.clone(), alive.clone(), path.clone());
+    let (tell, mut lines_seen) = tokio::sync::watch::channel(0usize);
+    let writer = tokio::spawn(async move {
+        let mut file = File::create(&at).unwrap();
+        let mut rotated_at = 0;
+        for index in 0..60usize {
+            file.write_all(entry(0, "stdout", "F", &format!("line {index}")).as_bytes()).unwrap();
+            if index % 7 == 6 {
+                // One rotation at a time: only `.1` is kept.
+                lines_seen.wait_for(|seen| *seen >= rotated_at).await.unwrap();
+                std::fs::rename(&at, rotated(&at)).unwrap();
+                file = File::create(&at).unwrap();
+                rotated_at = index + 1;
+            }
+        }
+        done.store(false, std::sync::atomic::Ordering::SeqCst);
+    });
+    while !path.exists() {
+        tokio::task::yield_now().await;
+    }
+    let options = LogOptions { follow: true, ..LogOptions::default() };
+    let mut stream = stream(path, options, move || asked.load(std::sync::atomic::Ordering::SeqCst));
+    let mut seen = String::new();
+    while let Some(piece) = stream.next().await {
+        seen.push_str(std::str::from_utf8(&piece.unwrap()).unwrap());
+        tell.send_replace(seen.lines().count());
+    }
+    writer.await.unwrap();
+    let want: String = (0..60).map(|i| format!("line {i}\n")).collect();
+    assert_eq!(seen, want);
+}

@@ -86,7 +86,8 @@ impl Worker {
                     message: "Pod was active on the node longer than the specified deadline".into(),
                 });
             }
-            self.undo_all(0).await;
+            let base = self.id_base.take().unwrap_or(0);
+            self.undo_all(base).await;
             self.stage = Stage::Ended;
             return true;
         }
@@ -145,7 +146,11 @@ impl Worker {
         {
             return Err(SetupError::Waiting);
         }
-        let id_base = if security::host_users(&spec) { 0 } else { self.shared.ids.take().ok_or(SetupError::NoIds)? };
+        let id_base = match self.id_base.take() {
+            Some(base) => base,
+            None if security::host_users(&spec) => 0,
+            None => self.shared.ids.take().ok_or(SetupError::NoIds)?,
+        };
         let made = self.set_up_with(&spec, boundary, instance.as_ref(), id_base).await;
         if made.is_err() {
             self.undo_all(id_base).await;
