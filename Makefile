@@ -2,7 +2,7 @@
 # make test   all tests
 # make bench  the figures, against named peers
 # make lint   format and lints
-.PHONY: demo test bench lint build packages fuzz
+.PHONY: demo test bench lint build packages
 
 export CARGO_TERM_COLOR ?= auto
 

@@ -56,25 +56,19 @@ impl Builder {
         self.arg("-blockdev").arg(format!(
             "driver=file,node-name={name}-file,filename={path},locking=off,read-only={on},discard=unmap,auto-read-only=off"
         ));
-        let driver = match format {
-            DiskFormat::Raw => "raw",
-            DiskFormat::Qcow2 => "qcow2",
-        };
-        let backing = match (format, backing) {
-            (DiskFormat::Qcow2, Some(node)) => format!(",backing={node}"),
-            (DiskFormat::Qcow2, None) => ",backing=".to_owned(),
-            (DiskFormat::Raw, _) => String::new(),
-        };
-        // a JSON null is the only way to say "no backing file"
-        if backing == ",backing=" {
-            self.arg("-blockdev").arg(format!(
+        let node = match (format, backing) {
+            (DiskFormat::Raw, _) => {
+                format!("driver=raw,node-name={name},file={name}-file,read-only={on},discard=unmap")
+            }
+            (DiskFormat::Qcow2, Some(backing)) => {
+                format!("driver=qcow2,node-name={name},file={name}-file,read-only={on},discard=unmap,backing={backing}")
+            }
+            // a JSON null is the only way to say "no backing file"
+            (DiskFormat::Qcow2, None) => format!(
                 r#"{{"driver":"qcow2","node-name":"{name}","file":"{name}-file","read-only":{read_only},"discard":"unmap","backing":null}}"#
-            ));
-        } else {
-            self.arg("-blockdev").arg(format!(
-                "driver={driver},node-name={name},file={name}-file,read-only={on},discard=unmap{backing}"
-            ));
-        }
+            ),
+        };
+        self.arg("-blockdev").arg(node);
     }
 }
 
@@ -129,12 +123,7 @@ impl Qemu {
         for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
             b.arg(flag);
         }
-        b.arg("-machine")
-            .arg(format!("q35,accel={},usb=off,vmport=off,smm=off,graphics=off", accel.replace(",thread=multi", "")));
-        if !self.kvm {
-            b.args.truncate(b.args.len() - 1);
-            b.arg("q35,usb=off,vmport=off,smm=off,graphics=off").arg("-accel").arg(accel);
-        }
+        b.arg("-machine").arg("q35,usb=off,vmport=off,smm=off,graphics=off").arg("-accel").arg(accel);
         b.arg("-cpu").arg(cpu);
         b.arg("-smp").arg(machine.vcpus.to_string());
         b.arg("-m").arg(format!("{}M", machine.memory_bytes.div_ceil(1 << 20)));

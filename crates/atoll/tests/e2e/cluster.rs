@@ -1,7 +1,7 @@
 //! One running Atoll in a network namespace of its own, and the clients' side of it.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -240,9 +240,4 @@ pub fn lines(text: &str) -> Vec<&str> {
 
 pub fn json(text: &str) -> serde_json::Value {
     serde_json::from_str(text).expect("JSON")
-}
-
-#[allow(dead_code)]
-pub fn exists(path: &Path) -> bool {
-    path.exists()
 }
