@@ -71,6 +71,8 @@ impl Store {
             report.unfinished += self.sweep_old(name, options.unfinished)?;
         }
         report.unfinished += self.sweep_old("tmp", TEMPORARY.min(options.unfinished))?;
+        // Locks of work that was killed; whoever holds one keeps it.
+        self.sweep_old("locks", options.unfinished)?;
         Ok(report)
     }
 
