@@ -36,7 +36,10 @@ enum Traits {
 
 /// All built-in kinds.
 pub fn builtin() -> Vec<Kind> {
-    entries().into_iter().map(kind).collect()
+    let mut all: Vec<Kind> = entries().into_iter().map(kind).collect();
+    let older: Vec<Kind> = all.iter().flat_map(gateway::older).collect();
+    all.extend(older);
+    all
 }
 
 /// The built-in kind at an address.
@@ -75,7 +78,7 @@ fn kind(entry: Entry) -> Kind {
 fn entries() -> Vec<Entry> {
     let mut all = core();
     all.extend(apps());
-    all.extend(gateway());
+    all.extend(gateway::entries());
     all.extend(virtual_machines());
     all.extend(functions());
     all
@@ -95,6 +98,8 @@ macro_rules! entry {
         }
     };
 }
+
+mod gateway;
 
 fn core() -> Vec<Entry> {
     vec![
@@ -196,40 +201,6 @@ fn apps() -> Vec<Entry> {
             Scaled,
             "io.k8s.api.apps.v1.ReplicaSet",
             replica_set
-        ),
-    ]
-}
-
-const GATEWAY: &str = "gateway.networking.k8s.io";
-
-fn gateway() -> Vec<Entry> {
-    vec![
-        entry!(
-            (GATEWAY, "v1", "gatewayclasses", "GatewayClass"),
-            &["gc"],
-            &["gateway-api"],
-            Cluster,
-            Full,
-            "io.k8s.networking.gateway.v1.GatewayClass",
-            gateway_class
-        ),
-        entry!(
-            (GATEWAY, "v1", "gateways", "Gateway"),
-            &["gtw"],
-            &["gateway-api"],
-            Namespaced,
-            Full,
-            "io.k8s.networking.gateway.v1.Gateway",
-            gateway
-        ),
-        entry!(
-            (GATEWAY, "v1", "httproutes", "HTTPRoute"),
-            &[],
-            &["gateway-api"],
-            Namespaced,
-            Full,
-            "io.k8s.networking.gateway.v1.HTTPRoute",
-            http_route
         ),
     ]
 }

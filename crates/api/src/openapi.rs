@@ -339,7 +339,7 @@ mod tests {
             let (group, version) = if parts[0] == "api" { ("", parts[1]) } else { (parts[1], parts[2]) };
             documents.push((v3(group, version, &kinds).unwrap(), "/components/schemas"));
         }
-        assert_eq!(documents.len(), 10);
+        assert!(documents.len() >= 13, "{}", documents.len());
         for (document, at) in documents {
             let mut found = Vec::new();
             references(&document, &mut found);

@@ -139,6 +139,31 @@ pub fn http_route() -> Vec<Column> {
     paths(&[("Hostnames", "string", 0, ".spec.hostnames"), ("Age", "date", 0, CREATED)])
 }
 
+pub fn grpc_route() -> Vec<Column> {
+    http_route()
+}
+
+pub fn tls_route() -> Vec<Column> {
+    http_route()
+}
+
+pub fn reference_grant() -> Vec<Column> {
+    paths(&[("Age", "date", 0, CREATED)])
+}
+
+pub fn ingress() -> Vec<Column> {
+    paths(&[
+        ("Class", "string", 0, ".spec.ingressClassName"),
+        ("Hosts", "string", 0, ".spec.rules[*].host"),
+        ("Address", "string", 0, ".status.loadBalancer.ingress[*].ip"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
+pub fn ingress_class() -> Vec<Column> {
+    paths(&[("Controller", "string", 0, ".spec.controller"), ("Age", "date", 0, CREATED)])
+}
+
 /// `text`, or `<none>` where there is none.
 fn or_none(text: &str) -> Value {
     if text.is_empty() { "<none>".into() } else { text.into() }

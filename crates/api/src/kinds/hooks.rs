@@ -7,6 +7,7 @@ mod config;
 mod custom;
 mod field;
 mod gateway;
+mod ingress;
 mod knative;
 mod machine;
 mod metadata;
@@ -109,6 +110,26 @@ pub fn gateway() -> Hooks {
 
 pub fn http_route() -> Hooks {
     Hooks { validate: Some(gateway::validate_route), ..Default::default() }
+}
+
+pub fn grpc_route() -> Hooks {
+    Hooks { validate: Some(ingress::validate_grpc), ..Default::default() }
+}
+
+pub fn tls_route() -> Hooks {
+    Hooks { validate: Some(ingress::validate_tls), ..Default::default() }
+}
+
+pub fn reference_grant() -> Hooks {
+    Hooks::default()
+}
+
+pub fn ingress() -> Hooks {
+    Hooks { default: Some(ingress::default_ingress), validate: Some(ingress::validate_ingress), ..Default::default() }
+}
+
+pub fn ingress_class() -> Hooks {
+    Hooks { validate: Some(ingress::validate_class), ..Default::default() }
 }
 
 pub fn virtual_machine() -> Hooks {

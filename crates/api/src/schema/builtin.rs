@@ -3,7 +3,7 @@
 //! KubeVirt, Knative and Gateway API written down in `*.types` ([`super::notation`]).
 
 use super::{ObjectShape, Schema, Shape, Types, defaults, lists, notation};
-use k8s_openapi::api::{apps, coordination, core, discovery, node};
+use k8s_openapi::api::{apps, coordination, core, discovery, networking, node};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions;
 use schemars::generate::SchemaSettings;
 use serde_json::Value;
@@ -48,6 +48,8 @@ fn build() -> Types {
         discovery::v1::EndpointSlice,
         coordination::v1::Lease,
         node::v1::RuntimeClass,
+        networking::v1::Ingress,
+        networking::v1::IngressClass,
         apps::v1::Deployment,
         apps::v1::ReplicaSet,
         apiextensions::v1::CustomResourceDefinition,

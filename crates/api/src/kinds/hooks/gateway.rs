@@ -67,13 +67,7 @@ pub fn validate_gateway(new: &Object, _: Option<&Object>) -> Vec<Cause> {
 pub fn validate_route(new: &Object, _: Option<&Object>) -> Vec<Cause> {
     let mut p = Problems::default();
     let spec = at(new, "spec");
-    for (index, host) in items(spec, "hostnames").iter().enumerate() {
-        let (path, host) = (format!("spec.hostnames[{index}]"), host.as_str().unwrap_or(""));
-        p.rule(&path, host, names::wildcard_subdomain);
-        if host.parse::<std::net::IpAddr>().is_ok() {
-            p.invalid_text(&path, host, "must be a DNS name, not an IP address");
-        }
-    }
+    hostnames(&mut p, spec);
     for (index, rule) in items(spec, "rules").iter().enumerate() {
         let path = format!("spec.rules[{index}]");
         for (number, one) in items(rule, "matches").iter().enumerate() {
@@ -92,8 +86,20 @@ pub fn validate_route(new: &Object, _: Option<&Object>) -> Vec<Cause> {
             p.invalid_text(&path, "", "RequestRedirect filter must not be used together with backendRefs");
         }
         timeouts(&mut p, &format!("{path}.timeouts"), at(rule, "timeouts"));
+        retry(&mut p, &format!("{path}.retry"), at(rule, "retry"));
+        session(&mut p, &format!("{path}.sessionPersistence"), at(rule, "sessionPersistence"));
     }
     p.into_causes()
+}
+
+pub(super) fn hostnames(p: &mut Problems, spec: &Value) {
+    for (index, host) in items(spec, "hostnames").iter().enumerate() {
+        let (path, host) = (format!("spec.hostnames[{index}]"), host.as_str().unwrap_or(""));
+        p.rule(&path, host, names::wildcard_subdomain);
+        if host.parse::<std::net::IpAddr>().is_ok() {
+            p.invalid_text(&path, host, "must be a DNS name, not an IP address");
+        }
+    }
 }
 
 fn path_match(p: &mut Problems, path: &str, matched: &Value) {
@@ -122,16 +128,40 @@ fn path_match(p: &mut Problems, path: &str, matched: &Value) {
     }
 }
 
-const FILTERS: [(&str, &str); 6] = [
+const FILTERS: [(&str, &str); 7] = [
     ("RequestHeaderModifier", "requestHeaderModifier"),
     ("ResponseHeaderModifier", "responseHeaderModifier"),
     ("RequestMirror", "requestMirror"),
     ("RequestRedirect", "requestRedirect"),
     ("URLRewrite", "urlRewrite"),
     ("ExtensionRef", "extensionRef"),
+    ("CORS", "cors"),
 ];
 
-fn filters(p: &mut Problems, path: &str, filters: &[Value], matches: &[Value]) {
+/// An origin is scheme and host, with `*.` allowed before the host, or `*`.
+fn cors(p: &mut Problems, path: &str, cors: &Value) {
+    for (index, origin) in items(cors, "allowOrigins").iter().enumerate() {
+        let origin = origin.as_str().unwrap_or("");
+        let host = origin.split_once("://").map(|(_, host)| host.strip_prefix("*.").unwrap_or(host));
+        let fine = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*', ' ']));
+        if origin != "*" && !fine {
+            let detail = "must be '*' or <scheme>://<host>[:<port>], whose host may begin with '*.'";
+            p.invalid_text(&format!("{path}.allowOrigins[{index}]"), origin, detail);
+        }
+    }
+    for field in ["allowMethods", "allowHeaders", "exposeHeaders"] {
+        for (index, name) in items(cors, field).iter().enumerate() {
+            let name = name.as_str().unwrap_or("");
+            let token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+            if name.is_empty() || !name.bytes().all(token) {
+                p.invalid_text(&format!("{path}.{field}[{index}]"), name, "must be a token (RFC 9110, section 5.6.2)");
+            }
+        }
+    }
+}
+
+/// Of GRPCRoutes as of HTTPRoutes.
+pub(super) fn filters(p: &mut Problems, path: &str, filters: &[Value], matches: &[Value]) {
     let mut seen = HashSet::new();
     for (index, filter) in filters.iter().enumerate() {
         let path = format!("{path}[{index}]");
@@ -154,10 +184,12 @@ fn filters(p: &mut Problems, path: &str, filters: &[Value], matches: &[Value]) {
             path_change(p, &format!("{path}.{field}.path"), pointer(filter, &format!("/{field}/path")), matches);
         }
         if let Some(code) = pointer(filter, "/requestRedirect/statusCode").as_i64()
-            && !matches!(code, 301 | 302)
+            && !matches!(code, 301 | 302 | 303 | 307 | 308)
         {
-            p.unsupported(&format!("{path}.requestRedirect.statusCode"), &code.to_string(), &["301", "302"]);
+            let known = ["301", "302", "303", "307", "308"];
+            p.unsupported(&format!("{path}.requestRedirect.statusCode"), &code.to_string(), &known);
         }
+        cors(p, &format!("{path}.cors"), at(filter, "cors"));
     }
     if seen.contains("RequestRedirect") && seen.contains("URLRewrite") {
         p.invalid_text(
@@ -219,6 +251,31 @@ fn timeouts(p: &mut Problems, path: &str, timeouts: &Value) {
     {
         let detail = "backendRequest timeout cannot be longer than request timeout";
         p.invalid_text(&format!("{path}.backendRequest"), text(timeouts, "backendRequest"), detail);
+    }
+}
+
+fn retry(p: &mut Problems, path: &str, retry: &Value) {
+    for (index, code) in items(retry, "codes").iter().enumerate() {
+        if !code.as_i64().is_some_and(|code| (400..600).contains(&code)) {
+            p.invalid(&format!("{path}.codes[{index}]"), code, "must be a status code from 400 to 599");
+        }
+    }
+    p.at_least(&format!("{path}.attempts"), int(retry, "attempts"), 0);
+}
+
+pub(super) fn session(p: &mut Problems, path: &str, session: &Value) {
+    let permanent = text(at(session, "cookieConfig"), "lifetimeType") == "Permanent";
+    if permanent && !has(session, "absoluteTimeout") {
+        let detail = "AbsoluteTimeout must be specified when cookie lifetimeType is Permanent";
+        p.required(&format!("{path}.absoluteTimeout"), detail);
+    }
+    if has(session, "cookieConfig") && text(session, "type") == "Header" {
+        p.invalid_text(&format!("{path}.cookieConfig"), "", "cookieConfig can only be set with type Cookie");
+    }
+    let name = text(session, "sessionName");
+    let token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    if !name.bytes().all(token) {
+        p.invalid_text(&format!("{path}.sessionName"), name, "must be a token (RFC 9110, section 5.6.2)");
     }
 }
 

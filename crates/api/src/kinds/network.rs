@@ -1,0 +1,15 @@
+//! Kinds of `networking.k8s.io` that shape the virtual network.
+
+use super::*;
+
+pub(super) fn entries() -> Vec<Entry> {
+    vec![entry!(
+        ("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy"),
+        &["netpol"],
+        &[],
+        Namespaced,
+        Generation,
+        "io.k8s.api.networking.v1.NetworkPolicy",
+        network_policy
+    )]
+}
