@@ -60,6 +60,7 @@ impl Store {
     pub fn gc(&self, options: &GcOptions) -> Result<GcReport> {
         let _one = self.named_lock("gc")?;
         let mut report = GcReport::default();
+        self.sweep_links(options.grace)?;
         let marked = self.mark(options, &mut report)?;
         self.sweep_files("blobs/sha256", &marked.blobs, options.grace, |size| {
             report.blobs += 1;
@@ -267,7 +268,7 @@ fn absent_is_none<T>(result: Result<T>) -> Result<Option<T>> {
     }
 }
 
-fn is_older(path: &Path, age: Duration) -> bool {
+pub(crate) fn is_older(path: &Path, age: Duration) -> bool {
     let modified = fs::symlink_metadata(path).and_then(|m| m.modified());
     modified.is_ok_and(|m| SystemTime::now().duration_since(m).is_ok_and(|d| d >= age))
 }

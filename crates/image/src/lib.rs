@@ -11,6 +11,7 @@
 //! DATA/images/blobs/sha256/H   blobs, immutable, mode 0444
 //! DATA/images/refs/HOST/PATH/_tags/TAG        what a tag points at; HOST is `_local` for names without a registry
 //! DATA/images/refs/HOST/PATH/_manifests/H     manifests that belong to a repository
+//! DATA/images/refs/HOST/PATH/_blobs/H         blobs that were sent there lately
 //! DATA/images/layers/H/fs      unpacked layer, by diff id, ready to be an overlayfs lower directory
 //! DATA/images/disks/H          decompressed disks, by the digest of the compressed blob
 //! DATA/images/pins/NAME        what is in use, by whom: garbage collection leaves it alone
@@ -31,6 +32,7 @@ mod export;
 mod gc;
 mod import;
 mod inspect;
+mod links;
 mod lookup;
 mod manifest;
 mod pull;

@@ -132,7 +132,7 @@ fn walk(dir: &Path, name: &str, host: &Option<String>, found: &mut Vec<Repositor
     Ok(())
 }
 
-fn subdirectories(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
+pub(crate) fn subdirectories(dir: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = match fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),

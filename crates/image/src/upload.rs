@@ -2,6 +2,7 @@
 
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result, io};
+use crate::reference::Repository;
 use crate::store::Store;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::{self, File};
@@ -71,6 +72,12 @@ impl Store {
         }
     }
 
+    /// Uploads that are neither finished, cancelled nor expired.
+    pub fn upload_count(&self) -> Result<usize> {
+        let path = self.root().join("uploads");
+        Ok(fs::read_dir(&path).map_err(io("list", &path))?.count())
+    }
+
     pub fn upload_cancel(&self, id: &str) -> Result<()> {
         let upload = self.upload_open(id)?;
         fs::remove_file(&upload.path).map_err(io("remove", &upload.path))
@@ -115,8 +122,9 @@ impl Upload<'_> {
         Ok(())
     }
 
-    /// Checks the digest and makes it a blob. On a mismatch the upload stays, to be cancelled or expire.
-    pub fn finish(mut self, expected: &Digest) -> Result<u64> {
+    /// Checks the digest and makes it a blob, of a repository if one is named. On a mismatch the upload stays, to be
+    /// cancelled or expire.
+    pub fn finish(mut self, expected: &Digest, repository: Option<&Repository>) -> Result<u64> {
         let actual = match self.hasher.take() {
             Some(hasher) => hasher.finish(),
             None => {
@@ -128,6 +136,9 @@ impl Upload<'_> {
         };
         if actual != *expected {
             return Err(Error::DigestMismatch { what: format!("upload {}", self.id), expected: *expected, actual });
+        }
+        if let Some(repository) = repository {
+            self.store.blob_link(repository, expected)?;
         }
         self.store.blob_adopt(&self.path, &self.file, expected)?;
         Ok(self.length)
@@ -167,8 +178,8 @@ mod tests {
         assert_eq!(upload.length(), 3);
         assert!(matches!(upload.expect_at(2), Err(Error::UploadRange { at: 3, sent: 2, .. })));
         upload.append(b"lo").unwrap();
-        assert!(upload.finish(&Digest::of(b"other")).is_err());
-        store.upload_open(&id).unwrap().finish(&Digest::of(b"hello")).unwrap();
+        assert!(upload.finish(&Digest::of(b"other"), None).is_err());
+        store.upload_open(&id).unwrap().finish(&Digest::of(b"hello"), None).unwrap();
         assert!(matches!(store.upload_open(&id), Err(Error::UploadUnknown(_))));
         assert_eq!(store.blob_read(&Digest::of(b"hello"), 10).unwrap(), b"hello");
         for bad in ["", "../../../etc/passwd", &"x".repeat(32)] {

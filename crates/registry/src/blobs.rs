@@ -183,7 +183,7 @@ async fn receive(
             }
         }
         match digest {
-            Some(digest) if complete => upload.finish(&digest),
+            Some(digest) if complete => upload.finish(&digest, None),
             Some(_) | None => Ok(upload.length()),
         }
     });
