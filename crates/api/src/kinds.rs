@@ -79,6 +79,7 @@ fn entries() -> Vec<Entry> {
     let mut all = core();
     all.extend(apps());
     all.extend(gateway::entries());
+    all.extend(network::entries());
     all.extend(virtual_machines());
     all.extend(functions());
     all
@@ -100,6 +101,7 @@ macro_rules! entry {
 }
 
 mod gateway;
+mod network;
 
 fn core() -> Vec<Entry> {
     vec![

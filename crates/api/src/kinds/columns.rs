@@ -1,6 +1,7 @@
 //! Printed columns of the built-in kinds, as Kubernetes' server (or the kind's own project) prints them.
 
 mod core;
+mod network;
 mod pod;
 mod workloads;
 
@@ -13,6 +14,7 @@ pub use core::{
     config_map, custom_resource_definition, endpoint_slice, event, lease, namespace, node, runtime_class, secret,
     service, service_account,
 };
+pub use network::network_policy;
 pub use pod::pod;
 pub use workloads::{deployment, replica_set};
 

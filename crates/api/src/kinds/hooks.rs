@@ -11,6 +11,7 @@ mod ingress;
 mod knative;
 mod machine;
 mod metadata;
+mod network;
 mod pod;
 mod pod_spec;
 mod probe;
@@ -126,6 +127,10 @@ pub fn reference_grant() -> Hooks {
 
 pub fn ingress() -> Hooks {
     Hooks { default: Some(ingress::default_ingress), validate: Some(ingress::validate_ingress), ..Default::default() }
+}
+
+pub fn network_policy() -> Hooks {
+    Hooks { default: Some(network::default_policy), validate: Some(network::validate_policy), ..Default::default() }
 }
 
 pub fn ingress_class() -> Hooks {

@@ -1,6 +1,6 @@
 //! Kinds of `networking.k8s.io` that shape the virtual network.
 
-use super::*;
+use super::{Entry, Scope, Traits, columns, hooks};
 
 pub(super) fn entries() -> Vec<Entry> {
     vec![entry!(

@@ -50,6 +50,7 @@ fn build() -> Types {
         node::v1::RuntimeClass,
         networking::v1::Ingress,
         networking::v1::IngressClass,
+        networking::v1::NetworkPolicy,
         apps::v1::Deployment,
         apps::v1::ReplicaSet,
         apiextensions::v1::CustomResourceDefinition,

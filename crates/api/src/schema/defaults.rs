@@ -31,6 +31,7 @@ pub const TABLE: &[(&str, &str, &str)] = &[
     ("core.v1.ServiceSpec", "sessionAffinity", "\"None\""),
     ("core.v1.ServicePort", "protocol", "\"TCP\""),
     ("core.v1.Secret", "type", "\"Opaque\""),
+    ("networking.v1.NetworkPolicyPort", "protocol", "\"TCP\""),
     ("apps.v1.DeploymentSpec", "replicas", "1"),
     ("apps.v1.DeploymentSpec", "revisionHistoryLimit", "10"),
     ("apps.v1.DeploymentSpec", "progressDeadlineSeconds", "600"),
