@@ -184,7 +184,7 @@ async fn serve(
     let (until, api) = (stopped(), server.clone());
     tasks.spawn(async move { api.serve(until).await.map_err(explain) });
     let until = stopped();
-    tasks.spawn(async move { registry::serve(listeners.registry, images, until).await.map_err(explain) });
+    tasks.spawn(async move { registry::serve(registry::Config::new(listeners.registry, images), until).await.map_err(explain) });
     let until = stopped();
     tasks.spawn(async move { gateway.run(until).await.map_err(explain) });
     tasks.spawn(done(controllers::run(client, controllers, stopping.clone())));

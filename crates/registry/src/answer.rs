@@ -1,11 +1,11 @@
 //! Answers: bodies, and errors in the spec's form.
 
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
-use http::{Response, StatusCode};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, IF_NONE_MATCH, WARNING};
+use http::{HeaderMap, Response, StatusCode};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
-use image::Error;
+use image::{Digest, Error};
 use std::io;
 
 pub(crate) type Body = UnsyncBoxBody<Bytes, io::Error>;
@@ -17,13 +17,18 @@ pub(crate) struct Refusal {
     pub status: StatusCode,
     /// The spec's error code.
     pub code: &'static str,
-    pub message: String,
+    /// One error each.
+    pub messages: Vec<String>,
     pub headers: Vec<(&'static str, String)>,
 }
 
 impl Refusal {
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Refusal {
-        Refusal { status, code, message: message.into(), headers: Vec::new() }
+        Refusal::each(status, code, vec![message.into()])
+    }
+
+    pub fn each(status: StatusCode, code: &'static str, messages: Vec<String>) -> Refusal {
+        Refusal { status, code, messages, headers: Vec::new() }
     }
 
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Refusal {
@@ -32,10 +37,12 @@ impl Refusal {
     }
 
     pub fn answer(self) -> Answer {
-        let body = serde_json::json!({
-            "errors": [{"code": self.code, "message": self.message, "detail": null}],
-        });
-        let mut answer = json(self.status, &body);
+        let errors: Vec<_> = self
+            .messages
+            .iter()
+            .map(|message| serde_json::json!({"code": self.code, "message": message, "detail": null}))
+            .collect();
+        let mut answer = json(self.status, &serde_json::json!({ "errors": errors }));
         for (name, value) in self.headers {
             set(&mut answer, name, &value);
         }
@@ -58,6 +65,10 @@ impl From<Error> for Refusal {
             Error::MissingReferenced { .. } => (StatusCode::BAD_REQUEST, "MANIFEST_BLOB_UNKNOWN"),
             Error::Invalid { .. } => (StatusCode::BAD_REQUEST, "MANIFEST_INVALID"),
             Error::BlobInUse(_) => (StatusCode::METHOD_NOT_ALLOWED, "UNSUPPORTED"),
+            Error::Io { source, .. } if source.kind() == io::ErrorKind::StorageFull => {
+                let message = "the registry's disk is full; remove images (atoll image rm) or make room";
+                return Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "UNKNOWN", message);
+            }
             other => {
                 tracing::error!(error = %other.chain(), "registry request failed");
                 let message = "the store failed; atoll's log says why";
@@ -71,7 +82,7 @@ impl From<Error> for Refusal {
 pub(crate) fn empty(status: StatusCode) -> Answer {
     let mut answer = Response::new(Full::default().map_err(|never| match never {}).boxed_unsync());
     *answer.status_mut() = status;
-    if status != StatusCode::NO_CONTENT {
+    if status != StatusCode::NO_CONTENT && status != StatusCode::NOT_MODIFIED {
         set(&mut answer, CONTENT_LENGTH.as_str(), "0");
     }
     answer
@@ -89,6 +100,23 @@ pub(crate) fn bytes(status: StatusCode, media_type: &str, content: impl Into<Byt
 
 pub(crate) fn json(status: StatusCode, value: &serde_json::Value) -> Answer {
     bytes(status, "application/json", value.to_string())
+}
+
+/// Whether the client has this already (`If-None-Match`).
+pub(crate) fn not_modified(headers: &HeaderMap, digest: &Digest) -> bool {
+    let known = headers.get(IF_NONE_MATCH).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let mut tags = known.split(',').map(|t| t.trim().trim_start_matches("W/").trim_matches('"'));
+    !known.is_empty() && tags.any(|t| t == "*" || t == digest.to_string())
+}
+
+/// Adds a warning that clients show to their users (spec: at most 4096 bytes in all).
+pub(crate) fn warn(answer: &mut Answer, text: &str) {
+    let text: String = text.chars().filter(|c| c.is_ascii_graphic() || *c == ' ').take(400).collect();
+    let value = format!("299 - \"{}\"", text.replace('\\', "").replace('"', "'"));
+    let all: usize = answer.headers().get_all(WARNING).iter().map(|v| v.len()).sum();
+    if let (true, Ok(value)) = (all + value.len() <= 4096, http::HeaderValue::from_str(&value)) {
+        answer.headers_mut().append(WARNING, value);
+    }
 }
 
 /// Values that a header cannot hold are left out.

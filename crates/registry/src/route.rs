@@ -1,7 +1,9 @@
 //! Which endpoint a request means. Pure: text in, a typed endpoint out.
 
+use crate::access::Verb;
 use http::Method;
 use image::{Digest, Error, Repository, Selector};
+use std::cmp::Ordering;
 use std::collections::HashMap;
 
 #[derive(Debug, PartialEq, Eq)]
@@ -60,6 +62,27 @@ impl Endpoint {
         Err(Miss::Path)
     }
 
+    /// What a method on it means to the rule of access, and for which repository.
+    pub fn wants(&self, method: &Method) -> (Verb, Option<&Repository>) {
+        let (repository, read, write) = match self {
+            Endpoint::Version => return (Verb::Enter, None),
+            Endpoint::Catalog => return (Verb::List, None),
+            Endpoint::Tags(r) | Endpoint::Referrers(r, _) => (r, Verb::Pull, Verb::Pull),
+            Endpoint::Manifest(r, _) | Endpoint::Blob(r, _) => (r, Verb::Pull, Verb::Push),
+            Endpoint::Uploads(r) | Endpoint::Upload(r, _) => (r, Verb::Push, Verb::Push),
+        };
+        let deletes = *method == Method::DELETE && !matches!(self, Endpoint::Upload(..));
+        let reads = matches!(*method, Method::GET | Method::HEAD);
+        let verb = if deletes {
+            Verb::Delete
+        } else if reads {
+            read
+        } else {
+            write
+        };
+        (verb, Some(repository))
+    }
+
     /// What may be done with it, for the `Allow` header.
     pub fn methods(&self) -> &'static [Method] {
         match self {
@@ -86,6 +109,12 @@ pub(crate) fn query(text: Option<&str>) -> HashMap<String, String> {
     all
 }
 
+/// The spec's order of tags: without regard to case; where that is equal, capitals first.
+pub(crate) fn lexical(a: &str, b: &str) -> Ordering {
+    let folded = |s: &str| s.to_ascii_lowercase();
+    folded(a).cmp(&folded(b)).then_with(|| a.cmp(b))
+}
+
 /// One page of a sorted list (spec: `n` and `last`), and whether more follows.
 pub(crate) fn page(all: Vec<String>, query: &HashMap<String, String>) -> Result<(Vec<String>, bool), String> {
     let limit = match query.get("n") {
@@ -93,7 +122,7 @@ pub(crate) fn page(all: Vec<String>, query: &HashMap<String, String>) -> Result<
         Some(text) => text.parse::<usize>().map_err(|_| format!("n={text:?} is not a number"))?,
     };
     let mut rest: Vec<String> = match query.get("last") {
-        Some(last) => all.into_iter().filter(|t| t > last).collect(),
+        Some(last) => all.into_iter().filter(|t| lexical(t, last).is_gt()).collect(),
         None => all,
     };
     let more = rest.len() > limit && limit > 0;
@@ -116,6 +145,40 @@ pub(crate) fn range(header: &str, size: u64) -> Option<Result<(u64, u64), ()>> {
         _ => return None,
     };
     Some(if parsed.0 < size { Ok(parsed) } else { Err(()) })
+}
+
+/// First byte and length of a chunk that is sent: `START-END`, both included.
+pub(crate) fn content_range(text: &str) -> Option<(u64, u64)> {
+    let number = |digits: &str| {
+        let fine = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
+        if fine { digits.parse::<u64>().ok() } else { None }
+    };
+    let bare = text.strip_prefix("bytes ").unwrap_or(text);
+    let (start, end) = bare.split_once('-')?;
+    let (start, end) = (number(start)?, number(end.split('/').next()?)?);
+    Some((start, end.checked_sub(start)?.checked_add(1)?))
+}
+
+/// For `fuzz/`: everything here that reads what a client wrote.
+pub fn fuzz(path: &str, header: &str, size: u64) {
+    for text in [path, header] {
+        if let Ok(endpoint) = Endpoint::parse(text) {
+            for method in endpoint.methods() {
+                let _ = endpoint.wants(method);
+            }
+        }
+    }
+    if let Some(Ok((first, last))) = range(header, size) {
+        assert!(first <= last && last < size);
+    }
+    if let Some((start, length)) = content_range(header) {
+        assert!(length > 0 && start.checked_add(length - 1).is_some());
+    }
+    let parameters = query(Some(header));
+    let names: Vec<String> = path.split('/').map(str::to_owned).collect();
+    if let Ok((shown, _)) = page(names.clone(), &parameters) {
+        assert!(shown.len() <= names.len());
+    }
 }
 
 #[cfg(test)]

@@ -17,17 +17,22 @@ pub struct Registry {
 
 impl Registry {
     pub fn start() -> Registry {
+        Registry::start_with(image::Limits::default(), |config| config)
+    }
+
+    pub fn start_with(limits: image::Limits, configure: impl FnOnce(registry::Config) -> registry::Config) -> Registry {
         let dir = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let store = Store::open(dir.path().join("images")).unwrap().with_local_hosts([address.to_string()]);
+        let store =
+            Store::open(dir.path().join("images")).unwrap().with_local_hosts([address.to_string()]).with_limits(limits);
         let store = Arc::new(store);
         let (stop, stopped) = tokio::sync::oneshot::channel();
-        let served = store.clone();
+        let config = configure(registry::Config::new(listener, store.clone()));
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
             runtime
-                .block_on(registry::serve(listener, served, async {
+                .block_on(registry::serve(config, async {
                     let _ = stopped.await;
                 }))
                 .unwrap();
