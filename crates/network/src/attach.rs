@@ -99,7 +99,7 @@ impl Router {
             }
         }
         let mut transaction = Transaction::new(firewall::TABLE);
-        firewall::admit(&mut transaction, &name, lease.address);
+        firewall::admit(&mut transaction, &link_of(kind, lease.address));
         transaction.commit(&mut guard(&self.firewall).socket)?;
         Ok(attachment)
     }
@@ -116,8 +116,13 @@ impl Router {
         if let Some(lease) = &lease {
             let name = link_name(lease.kind, lease.address);
             let mut transaction = Transaction::new(firewall::TABLE);
-            firewall::expel(&mut transaction, &name, lease.address);
-            transaction.commit(&mut guard(&self.firewall).socket)?;
+            firewall::expel(&mut transaction, &link_of(lease.kind, lease.address));
+            {
+                let mut firewall = guard(&self.firewall);
+                firewall.policies.forget(&mut transaction, lease.address);
+                transaction.commit(&mut firewall.socket)?;
+                firewall.policies.forgotten(lease.address);
+            }
             self.reap(&name)?;
         }
         ns::unpin(&self.pin_of(uid))?;
@@ -246,6 +251,10 @@ pub(crate) fn link_name(kind: Kind, address: Ipv4Addr) -> String {
         Kind::Tap => TAP_PREFIX,
     };
     format!("{prefix}{:08x}", address.to_bits())
+}
+
+pub(crate) fn link_of(kind: Kind, address: Ipv4Addr) -> firewall::Link {
+    firewall::Link { name: link_name(kind, address), mac: mac_of(address), address }
 }
 
 /// `0a:58` (the customary prefix of pod interfaces, locally administered) and the address.

@@ -4,10 +4,11 @@
 //!
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
+//! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
 //!
-//! In this version pods of all namespaces may talk to each other, as in Kubernetes without NetworkPolicies; the router
-//! refuses everything else (spoofed sources, its own ports but DNS, destinations outside).
+//! A workload reaches nobody until a policy, or the default of its namespace, says so; the router refuses everything else
+//! (spoofed sources, its own ports but DNS, destinations outside).
 //!
 //! Synchronous throughout, std threads only; knows nothing of the API. `unsafe` lives in `sys` alone.
 #![deny(unsafe_code)]
@@ -19,6 +20,7 @@ mod error;
 mod firewall;
 mod journal;
 mod ns;
+pub mod policy;
 mod probe;
 mod router;
 mod services;
@@ -33,6 +35,7 @@ pub use config::{Cidr, GATEWAY, MTU, RouterConfig};
 pub use dns::{DnsServer, Records};
 pub use error::{Error, Result};
 pub use ns::in_netns;
+pub use policy::{Isolation, Policies};
 pub use probe::probe;
-pub use router::Router;
+pub use router::{Leased, Router};
 pub use services::{Protocol, ServiceRule};

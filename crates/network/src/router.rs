@@ -1,16 +1,19 @@
 //! The router: one network namespace per Atoll instance through which all workloads' packets pass.
 
-use crate::address::Addresses;
-use crate::attach::{NameLocks, link_name};
+use crate::address::{Addresses, Lease};
+use crate::attach::{NameLocks, link_name, link_of};
 use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
 use crate::firewall;
 use crate::netlink::{Batch, Socket, route};
 use crate::ns;
+use crate::policy::{Changed, Policies, Programmed};
 use crate::services::{ServiceRule, Services};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
+use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -35,6 +38,15 @@ pub struct Router {
 pub(crate) struct Firewall {
     pub socket: Socket,
     services: Services,
+    pub policies: Programmed,
+}
+
+/// A workload's address, and whose it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leased {
+    pub uid: String,
+    pub namespace: String,
+    pub address: Ipv4Addr,
 }
 
 impl Router {
@@ -60,16 +72,15 @@ impl Router {
         })??;
         base_links(&mut route, &config)?;
         remove_strays(&mut route, &pins, &addresses)?;
-        let workloads: Vec<_> =
-            addresses.iter().map(|(_, lease)| (link_name(lease.kind, lease.address), lease.address)).collect();
-        let fresh = firewall::ensure(&mut socket, &config, &workloads)?;
-        let services = if fresh { Services::none() } else { Services::default() };
+        let links: Vec<_> = addresses.iter().map(|(_, lease)| link_of(lease.kind, lease.address)).collect();
+        let fresh = firewall::ensure(&mut socket, &config, &links)?;
+        let (services, policies) = if fresh { (Services::none(), Programmed::none()) } else { Default::default() };
         Ok(Router {
             config,
             netns,
             route: Mutex::new(route),
             reaper: Mutex::new(reaper),
-            firewall: Mutex::new(Firewall { socket, services }),
+            firewall: Mutex::new(Firewall { socket, services, policies }),
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
             _lock: lock,
@@ -109,8 +120,31 @@ impl Router {
             }
         }
         let mut firewall = guard(&self.firewall);
-        let Firewall { socket, services } = &mut *firewall;
+        let Firewall { socket, services, .. } = &mut *firewall;
         services.sync(socket, rules)
+    }
+
+    /// Makes the kernel enforce exactly these policies, in one transaction, then ends connections that are no longer
+    /// allowed. A workload that is not in them reaches nobody; those that are not attached are left out.
+    pub fn sync_policies(&self, policies: Policies) -> Result<Changed> {
+        let mut policies = policies;
+        let mut firewall = guard(&self.firewall);
+        let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
+        policies.workloads.retain(|address, _| live.contains(address));
+        policies.groups.values_mut().for_each(|group| group.retain(|address| live.contains(address)));
+        let Firewall { socket, policies: programmed, .. } = &mut *firewall;
+        programmed.sync(socket, policies)
+    }
+
+    /// Workloads that have an address here, with it.
+    pub fn leases(&self) -> Vec<Leased> {
+        let addresses = guard(&self.addresses);
+        let leased = |(uid, lease): (&String, &Lease)| Leased {
+            uid: uid.clone(),
+            namespace: lease.namespace.clone(),
+            address: lease.address,
+        };
+        addresses.iter().map(leased).collect()
     }
 
     /// Workloads that have an address here, attached since the last reboot or not.
@@ -178,13 +212,15 @@ fn sysctls() -> Result<()> {
     // A workload whose image knows only a wide netmask finds its neighbours through the router.
     ns::sysctl("ipv4/conf/default/proxy_arp", "1")?;
     ns::sysctl("ipv4/neigh/default/proxy_delay", "0")?;
+    // A connection that was ended stays ended: packets in its middle do not open it again.
+    ns::sysctl("netfilter/nf_conntrack_tcp_loose", "0")?;
     // Refusals are errors that clients see at once; one every 10 ms for each destination.
     ns::sysctl("ipv4/icmp_ratelimit", "10")?;
     ns::sysctl("ipv4/ip_forward", "1")
 }
 
-/// Loopback with the router's addresses. Service addresses are routed to loopback only so that they have a route: they
-/// are redirected, or refused, before a packet gets there.
+/// Loopback with the router's addresses. Service addresses, and pod addresses that nobody has, are routed to loopback
+/// only so that they have a route: they are redirected, or refused as any other, before a packet gets there.
 fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     let (lo, router) = (route::LOOPBACK, config.router_address());
     let mut batch = Batch::new();
@@ -193,8 +229,9 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
         batch.add_address(lo, address);
     }
     let (pods, services) = (config.pod_cidr, config.service_cidr);
-    batch.add_link_route(services.base(), services.prefix(), lo, router);
-    batch.add_unreachable(pods.base(), pods.prefix());
+    for network in [services, pods] {
+        batch.add_link_route(network.base(), network.prefix(), lo, router);
+    }
     route.send(batch)
 }
 

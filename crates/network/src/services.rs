@@ -198,10 +198,8 @@ fn difference(t: &mut Transaction, old: &HashMap<Key, Target>, wanted: &HashMap<
 
 fn element(key: &Key) -> Element {
     let (address, protocol, port) = key;
-    Element {
-        key: concat(&[&address.octets(), &[protocol.number()], &port.to_be_bytes()]),
-        value: ElementValue::Verdict(Verdict::Goto(chain_name(key))),
-    }
+    let octets = concat(&[&address.octets(), &[protocol.number()], &port.to_be_bytes()]);
+    Element::new(octets, ElementValue::Verdict(Verdict::Goto(chain_name(key))))
 }
 
 fn add_endpoints(t: &mut Transaction, chain: &str, target: &Target) {
@@ -209,9 +207,9 @@ fn add_endpoints(t: &mut Transaction, chain: &str, target: &Target) {
         .endpoints
         .iter()
         .enumerate()
-        .map(|(index, (address, port))| Element {
-            key: (index as u32).to_ne_bytes().to_vec(),
-            value: ElementValue::Data(concat(&[&address.octets(), &port.to_be_bytes()])),
+        .map(|(index, (address, port))| {
+            let value = ElementValue::Data(concat(&[&address.octets(), &port.to_be_bytes()]));
+            Element::new((index as u32).to_ne_bytes().to_vec(), value)
         })
         .collect();
     let map = t.add_anonymous_map(&[Field::Integer], &[Field::Address, Field::Port], &elements);

@@ -3,7 +3,7 @@
 
 mod common;
 use common::*;
-use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord, codec};
+use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord, Views, codec};
 use network::{DnsServer, Protocol, Records, in_netns};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -38,6 +38,7 @@ fn the_c_library_resolves_names() {
     let pod = lab.pod("a");
     let server = DnsServer::start(lab.router(), DNS, vec![]).unwrap();
     server.set(&records());
+    server.set_views(Views::open());
     let resolv = lab.dir.path().join("resolv.conf");
     std::fs::write(
         &resolv,
@@ -85,6 +86,7 @@ fn others_names_are_forwarded_where_allowed() {
     });
     let server = DnsServer::start(lab.router(), DNS, vec![(upstream.address, 53).into()]).unwrap();
     server.set(&records());
+    server.set_views(Views::open());
     let answer =
         in_netns(&netns(&pod), || ask_udp(&codec::question(77, "www.example.org", codec::TYPE_A, None))).unwrap();
     assert!(answer[..2] == [0, 77] && answer.ends_with(&[192, 0, 2, 99]));
@@ -96,6 +98,7 @@ fn tcp_and_hostile_packets() {
     let pod = lab.pod("a");
     let server = DnsServer::start(lab.router(), DNS, vec![]).unwrap();
     server.set(&records());
+    server.set_views(Views::open());
     in_netns(&netns(&pod), || {
         // Two questions on one connection.
         let mut stream = TcpStream::connect(DNS).unwrap();
@@ -135,6 +138,7 @@ fn a_thousand_questions() {
     let pod = lab.pod("a");
     let server = DnsServer::start(lab.router(), DNS, vec![]).unwrap();
     server.set(&records());
+    server.set_views(Views::open());
     let took = in_netns(&netns(&pod), || {
         let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
         socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();

@@ -123,7 +123,7 @@ fn a_tap_carries_frames_and_answers_arp() {
         }
         other => other.unwrap(),
     };
-    assert_eq!(lab.router().attach(&request).unwrap(), vm);
+    assert_eq!(lab.attach(&request), vm);
     let tap = lab.router().open_tap(vm.tap.as_ref().unwrap()).unwrap();
     assert!(matches!(lab.router().open_tap("lo"), Err(Error::NoLink(_))));
     // "Who has the gateway?"

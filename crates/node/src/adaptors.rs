@@ -2,12 +2,13 @@
 
 use crate::boundary::{Rootfs, SandboxNetwork};
 use crate::ports::{
-    Attach, Credentials, DiskImage, ImageConfig, ImageError, Images, NetworkError, Networks, Records, ResolvedImage,
-    ServiceRule,
+    Attach, Compiled, Credentials, DiskImage, ImageConfig, ImageError, Images, Leased, NetworkError, Networks, Records,
+    ResolvedImage, ServiceRule,
 };
 use async_trait::async_trait;
 use image::{Digest, GcOptions, Kind, PullOptions, Reference, Store};
-use network::{AttachRequest, DnsServer, LinkKind, Router};
+use network::dns::Views;
+use network::{AttachRequest, DnsServer, Isolation, LinkKind, Router};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -234,6 +235,23 @@ impl Networks for RouterNetworks {
             let _ = tokio::task::spawn_blocking(move || dns.set(&records)).await;
         }
         Ok(())
+    }
+
+    async fn leases(&self) -> Vec<Leased> {
+        self.router.leases()
+    }
+
+    async fn sync_policies(&self, compiled: Compiled) -> Result<(), NetworkError> {
+        let workloads = &compiled.policies.workloads;
+        let views = Views {
+            open: compiled.policies.isolation == Isolation::Open,
+            namespaces: workloads.iter().map(|(address, own)| (*address, own.namespace.clone())).collect(),
+            visible: compiled.visible,
+        };
+        if let Some(dns) = self.dns.get() {
+            dns.set_views(views);
+        }
+        self.run("policies", move |router| router.sync_policies(compiled.policies).map(drop)).await
     }
 }
 

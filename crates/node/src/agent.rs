@@ -7,6 +7,7 @@ use crate::down;
 use crate::etc_files::Resolver;
 use crate::events::Recorder;
 use crate::pod::{self, Update};
+use crate::policy::{Enforced, Enforcer};
 use crate::ports::{Images, Networks};
 use crate::proxy;
 use crate::record::{self, IdRanges, Record};
@@ -164,6 +165,16 @@ impl Running {
         let services = follow("", "services", ListOptions::default());
         let slices = follow("discovery.k8s.io", "endpointslices", ListOptions::default());
         let mut helpers = JoinSet::new();
+        let mut networks = agent.networks.clone();
+        if agent.router.is_some() {
+            let policies = follow("networking.k8s.io", "networkpolicies", ListOptions::default());
+            let namespaces = follow("", "namespaces", ListOptions::default());
+            let inner = networks.clone();
+            let enforcer = Enforcer::new(config.isolation, inner.clone(), policies, namespaces, pods.clone());
+            let enforcer = Arc::new(enforcer);
+            helpers.spawn(enforcer.clone().run());
+            networks = Arc::new(Enforced { inner, enforcer });
+        }
         helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));
         let registration = Registration {
             config: config.clone(),
@@ -175,7 +186,7 @@ impl Running {
         let shared = Arc::new(Shared {
             client: client.clone(),
             images: agent.images.clone(),
-            networks: agent.networks.clone(),
+            networks,
             boundaries: agent.boundaries.clone(),
             events: Recorder::spawn(client.clone(), &config.name),
             ids,

@@ -30,6 +30,8 @@ pub struct Config {
     /// The host's network namespace (`/proc/self/fd/<n>` or a pinned path), from which images are pulled; `None`: the
     /// one the agent runs in.
     pub host_netns: Option<PathBuf>,
+    /// What holds where no NetworkPolicy does.
+    pub isolation: network::Isolation,
     pub max_pods: u32,
     /// Bound on processes of one pod; `None` leaves it to the kernel.
     pub pod_pids_limit: Option<u64>,
@@ -56,6 +58,7 @@ impl Config {
             registry_addr: "127.0.0.1:5000".into(),
             node_ip: Ipv4Addr::UNSPECIFIED,
             host_netns: None,
+            isolation: network::Isolation::default(),
             max_pods: 250,
             pod_pids_limit: Some(8192),
             log_max_bytes: 10 << 20,

@@ -7,7 +7,7 @@
 //! - [`agent`](Agent): who is here, one worker for each pod, what an earlier agent left.
 //! - `pod`: the life of one pod, as a state machine; `pod::plan` has the restart rules, `pod::status` the reports.
 //! - `volumes`, `env`, `security`, `etc_files`, `machine`: what a container or machine is given, mostly pure.
-//! - `proxy`: Services and names for the network.
+//! - `proxy`: Services and names for the network; [`policy`]: NetworkPolicies for it.
 //! - `streams`, `logs`: how the API reaches into pods.
 //! - `registration`: the Node and its Lease.
 //! - [`ports`]: what is needed of images and network; `adaptors` over the crates that have them.
@@ -26,6 +26,7 @@ mod logs;
 mod machine;
 mod net_probe;
 mod pod;
+pub mod policy;
 pub mod ports;
 mod proxy;
 mod quantity;

@@ -2,9 +2,10 @@
 //! `image::Store` and `network::Router` are in [`crate::adaptors`]; tests bring fakes.
 
 use crate::boundary::{Rootfs, SandboxNetwork};
+pub use crate::policy::Compiled;
 use async_trait::async_trait;
 pub use network::dns::Records;
-pub use network::{Protocol, ServiceRule};
+pub use network::{Leased, Protocol, ServiceRule};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -110,4 +111,12 @@ pub trait Networks: Send + Sync + 'static {
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError>;
     /// Replaces all DNS records.
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError>;
+    /// Everything that is attached.
+    async fn leases(&self) -> Vec<Leased> {
+        Vec::new()
+    }
+    /// Replaces all policies.
+    async fn sync_policies(&self, _policies: Compiled) -> Result<(), NetworkError> {
+        Ok(())
+    }
 }

@@ -1,7 +1,7 @@
 //! The DNS wire format (RFC 1035, 6891, 2782), as much as a server of one question needs. Questions are foreign bytes:
 //! every length is checked, compression pointers in questions are refused (no client writes them).
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 pub const TYPE_A: u16 = 1;
 pub const TYPE_NS: u16 = 2;
@@ -9,6 +9,7 @@ pub const TYPE_CNAME: u16 = 5;
 pub const TYPE_SOA: u16 = 6;
 pub const TYPE_PTR: u16 = 12;
 pub const TYPE_TXT: u16 = 16;
+pub const TYPE_AAAA: u16 = 28;
 pub const TYPE_SRV: u16 = 33;
 const TYPE_OPT: u16 = 41;
 pub const TYPE_ANY: u16 = 255;
@@ -158,6 +159,29 @@ fn read_edns(packet: &[u8], mut at: usize, records: u32) -> Option<Option<u16>> 
         }
     }
     Some(edns)
+}
+
+/// The addresses (A and AAAA) in an answer's records; `None` is malformed.
+pub fn addresses(packet: &[u8]) -> Option<Vec<IpAddr>> {
+    let counts = [4, 6, 8, 10].map(|at| u16_at(packet, at));
+    let mut at = HEADER;
+    for _ in 0..counts[0]? {
+        at = skip_name(packet, at)? + 4;
+    }
+    let mut found = Vec::new();
+    for _ in 0..u32::from(counts[1]?) + u32::from(counts[2]?) + u32::from(counts[3]?) {
+        at = skip_name(packet, at)?;
+        let kind = u16_at(packet, at)?;
+        let length = usize::from(u16_at(packet, at + 8)?);
+        let data = packet.get(at + 10..at + 10 + length)?;
+        match kind {
+            TYPE_A => found.push(IpAddr::from(<[u8; 4]>::try_from(data).ok()?)),
+            TYPE_AAAA => found.push(IpAddr::from(<[u8; 16]>::try_from(data).ok()?)),
+            _ => {}
+        }
+        at += 10 + length;
+    }
+    Some(found)
 }
 
 fn skip_name(packet: &[u8], mut at: usize) -> Option<usize> {
@@ -361,6 +385,7 @@ mod tests {
             }
             packet.truncate(packet.len() - cut.min(packet.len()));
             let _ = parse(&packet);
+            let _ = addresses(&packet);
         }
     }
 }

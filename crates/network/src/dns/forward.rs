@@ -2,9 +2,10 @@
 //! answered with "server failure" at once.
 
 use super::codec::{self, Code, Query};
+use crate::config::Cidr;
 use crate::error::{Error, Result};
 use std::io::Read;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -29,17 +30,19 @@ pub struct Forwarder(SyncSender<Job>);
 
 impl Forwarder {
     /// `None` without upstreams. The threads are started in the caller's namespace.
-    pub fn start(upstreams: Vec<SocketAddr>) -> Result<Option<Forwarder>> {
+    /// Answers that name an address in `own` networks, or one that only this machine has, are not passed on: a page from
+    /// outside could else make its reader talk to neighbours (DNS rebinding).
+    pub fn start(upstreams: Vec<SocketAddr>, own: Vec<Cidr>) -> Result<Option<Forwarder>> {
         if upstreams.is_empty() {
             return Ok(None);
         }
         let (sender, receiver) = sync_channel::<Job>(QUEUE);
         let receiver = Arc::new(Mutex::new(receiver));
         for _ in 0..THREADS {
-            let (receiver, upstreams) = (receiver.clone(), upstreams.clone());
+            let (receiver, upstreams, own) = (receiver.clone(), upstreams.clone(), own.clone());
             std::thread::Builder::new()
                 .name("atoll-dns-fwd".into())
-                .spawn(move || work(&receiver, &upstreams))
+                .spawn(move || work(&receiver, &upstreams, &own))
                 .map_err(Error::system("start a DNS thread"))?;
         }
         Ok(Some(Forwarder(sender)))
@@ -58,15 +61,36 @@ fn fail(job: Job) {
     (job.answer)(&reply);
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>, upstreams: &[SocketAddr]) {
+fn work(jobs: &Mutex<Receiver<Job>>, upstreams: &[SocketAddr], own: &[Cidr]) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
         match upstreams.iter().find_map(|upstream| ask(&job, *upstream)) {
+            Some(reply) if names_inside(&reply, own) => {
+                let absent = codec::write(&job.query, &codec::Reply::of(Code::NameError), true);
+                (job.answer)(&absent);
+            }
             Some(reply) => (job.answer)(&reply),
             None => fail(job),
         }
     }
+}
+
+/// Whether an answer has an address that nobody outside can have; one that cannot be read counts as having one.
+fn names_inside(reply: &[u8], own: &[Cidr]) -> bool {
+    let v4 = |address: Ipv4Addr| {
+        address.is_loopback()
+            || address.is_link_local()
+            || address.octets()[0] == 0
+            || own.iter().any(|network| network.contains(address))
+    };
+    let inside = |address: IpAddr| match address {
+        IpAddr::V4(address) => v4(address),
+        IpAddr::V6(address) => {
+            address.to_ipv4().is_some_and(v4) || address.is_unicast_link_local() || address.is_unique_local()
+        }
+    };
+    codec::addresses(reply).is_none_or(|all| all.into_iter().any(inside))
 }
 
 /// A fresh socket (a random source port) and a random id for every question, so that answers are hard to forge.
@@ -89,6 +113,36 @@ fn ask(job: &Job, upstream: SocketAddr) -> Option<Vec<u8>> {
         if reply.get(..2) == Some(&id) && echoed == Some(job.query.question.as_slice()) {
             reply.get_mut(..2)?.copy_from_slice(&job.query.id.to_be_bytes());
             return Some(reply.to_vec());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use codec::{Data, Record, Reply, TYPE_A};
+
+    fn answer(addresses: &[Ipv4Addr]) -> Vec<u8> {
+        let query = codec::parse(&codec::question(1, "www.example.org", TYPE_A, None)).unwrap();
+        let mut reply = Reply::of(Code::NoError);
+        let alias = Record { name: None, ttl: 1, data: Data::Cname("x.example.org".into()) };
+        let record = |a: &Ipv4Addr| Record { name: Some("x.example.org".into()), ttl: 1, data: Data::A(*a) };
+        reply.answers = std::iter::once(alias).chain(addresses.iter().map(record)).collect();
+        codec::write(&query, &reply, false)
+    }
+
+    #[test]
+    fn answers_that_point_inside_are_seen() {
+        let own: Vec<Cidr> = vec!["10.42.0.0/16".parse().unwrap(), "10.43.0.0/16".parse().unwrap()];
+        let outside = Ipv4Addr::new(192, 0, 2, 1);
+        assert!(!names_inside(&answer(&[outside]), &own));
+        assert!(!names_inside(&answer(&[]), &own));
+        for bad in ["10.42.0.7", "10.43.0.1", "127.0.0.1", "169.254.169.254", "0.0.0.0"] {
+            assert!(names_inside(&answer(&[outside, bad.parse().unwrap()]), &own), "{bad}");
+        }
+        let whole = answer(&[outside]);
+        for cut in 12..whole.len() {
+            assert!(names_inside(&whole[..cut], &own), "{cut}");
         }
     }
 }

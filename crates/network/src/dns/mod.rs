@@ -2,13 +2,15 @@
 //! threads inside the router's namespace.
 //!
 //! [`codec`] reads questions and writes answers, [`Records`] is what there is, `zone` finds the answer, [`DnsServer`]
-//! holds the sockets. Other names are forwarded if upstreams were configured, and do not exist otherwise.
+//! holds the sockets, [`Views`] is who sees what. Other names are forwarded if upstreams were configured, and do not exist otherwise.
 
 pub mod codec;
 mod forward;
 mod records;
 mod server;
+mod views;
 pub mod zone;
 
 pub use records::{EndpointRecord, PortRecord, Records, ServiceKind, ServiceRecord};
 pub use server::DnsServer;
+pub use views::{View, Views};

@@ -4,6 +4,7 @@
 use super::codec::{self, Code, Malformed, Query, Reply};
 use super::forward::{Forwarder, Job};
 use super::records::{Authority, Records};
+use super::views::{View, Views};
 use super::zone::{Outcome, Zone};
 use crate::config::Cidr;
 use crate::error::{Error, Result};
@@ -11,7 +12,7 @@ use crate::router::Router;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::{AsFd, OwnedFd};
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -34,12 +35,14 @@ pub struct DnsServer {
 
 struct Shared {
     zone: RwLock<Arc<Zone>>,
+    views: RwLock<Arc<Views>>,
     serial: AtomicU32,
     turn: AtomicUsize,
     connections: AtomicUsize,
     forwarder: Option<Forwarder>,
     networks: Vec<Cidr>,
     dns_address: Ipv4Addr,
+    router_address: Ipv4Addr,
 }
 
 impl DnsServer {
@@ -47,8 +50,9 @@ impl DnsServer {
     /// that namespace too; with none they do not exist.
     pub fn start(router: &Router, address: SocketAddr, upstreams: Vec<SocketAddr>) -> Result<DnsServer> {
         let config = router.config();
-        let (networks, dns_address) = (vec![config.pod_cidr, config.service_cidr], config.dns_address);
-        router.run(|| start(networks, dns_address, address, upstreams))?
+        let networks = vec![config.pod_cidr, config.service_cidr];
+        let own = (config.dns_address, config.router_address());
+        router.run(|| start(networks, own, address, upstreams))?
     }
 
     /// Where it listens; of interest if port 0 was asked for.
@@ -62,6 +66,11 @@ impl DnsServer {
         let serial = shared.serial.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
         let zone = Arc::new(Zone::new(authority(&shared.networks, shared.dns_address), serial, records));
         *shared.zone.write().unwrap_or_else(PoisonError::into_inner) = zone;
+    }
+
+    /// Replaces who sees what; nobody sees anything at first.
+    pub fn set_views(&self, views: Views) {
+        *self.shared.views.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(views);
     }
 }
 
@@ -82,7 +91,7 @@ fn authority(networks: &[Cidr], dns_address: Ipv4Addr) -> Authority {
 /// Runs in the router's namespace: sockets and threads made here belong to it.
 fn start(
     networks: Vec<Cidr>,
-    dns_address: Ipv4Addr,
+    (dns_address, router_address): (Ipv4Addr, Ipv4Addr),
     address: SocketAddr,
     upstreams: Vec<SocketAddr>,
 ) -> Result<DnsServer> {
@@ -95,12 +104,14 @@ fn start(
     let zone = Zone::new(authority(&networks, dns_address), 0, &Records::default());
     let shared = Arc::new(Shared {
         zone: RwLock::new(Arc::new(zone)),
+        views: RwLock::default(),
         serial: AtomicU32::new(0),
         turn: AtomicUsize::new(0),
         connections: AtomicUsize::new(0),
-        forwarder: Forwarder::start(upstreams)?,
+        forwarder: Forwarder::start(upstreams, networks.clone())?,
         networks,
         dns_address,
+        router_address,
     });
     let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let stop = Arc::new(stop.map_err(Error::errno("make an event descriptor"))?);
@@ -137,7 +148,7 @@ fn serve_udp(socket: &Arc<UdpSocket>, shared: &Arc<Shared>, stop: &OwnedFd) {
             Ok((length, client)) => {
                 let packet = buffer.get(..length).unwrap_or_default();
                 let back = socket.clone();
-                shared.handle(packet, true, move |reply| {
+                shared.handle(packet, client.ip(), true, move |reply| {
                     let _ = back.send_to(reply, client);
                 });
             }
@@ -154,14 +165,14 @@ fn serve_udp(socket: &Arc<UdpSocket>, shared: &Arc<Shared>, stop: &OwnedFd) {
 
 fn serve_tcp(listener: &TcpListener, shared: &Arc<Shared>, stop: &OwnedFd) {
     while readable(listener, stop) {
-        let Ok((stream, _)) = listener.accept() else { continue };
+        let Ok((stream, client)) = listener.accept() else { continue };
         if shared.connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
             shared.connections.fetch_sub(1, Ordering::AcqRel);
             continue;
         }
         let its = shared.clone();
         let started = spawn("atoll-dns-conn", move || {
-            let _ = serve_connection(stream, &its);
+            let _ = serve_connection(stream, client.ip(), &its);
             its.connections.fetch_sub(1, Ordering::AcqRel);
         });
         if started.is_err() {
@@ -171,7 +182,7 @@ fn serve_tcp(listener: &TcpListener, shared: &Arc<Shared>, stop: &OwnedFd) {
 }
 
 /// RFC 7766: messages with their length before them, several on one connection.
-fn serve_connection(mut stream: TcpStream, shared: &Arc<Shared>) -> std::io::Result<()> {
+fn serve_connection(mut stream: TcpStream, client: IpAddr, shared: &Arc<Shared>) -> std::io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(TCP_IDLE))?;
     stream.set_write_timeout(Some(TCP_IDLE))?;
@@ -182,7 +193,7 @@ fn serve_connection(mut stream: TcpStream, shared: &Arc<Shared>) -> std::io::Res
         let Some(packet) = buffer.get_mut(..usize::from(u16::from_be_bytes(length))) else { return Ok(()) };
         stream.read_exact(packet)?;
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        shared.handle(packet, false, move |reply| {
+        shared.handle(packet, client, false, move |reply| {
             let _ = sender.send(reply.to_vec());
         });
         // Nothing is sent for what deserves no answer.
@@ -194,15 +205,26 @@ fn serve_connection(mut stream: TcpStream, shared: &Arc<Shared>) -> std::io::Res
 }
 
 impl Shared {
+    /// Whether the router itself asks.
+    fn is_own(&self, address: Ipv4Addr) -> bool {
+        address.is_loopback() || address == self.dns_address || address == self.router_address
+    }
+
     /// Answers one packet, now or from a forwarding thread.
-    fn handle(&self, packet: &[u8], udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
+    fn handle(&self, packet: &[u8], client: IpAddr, udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
         let query = match codec::parse(packet) {
             Ok(query) => query,
             Err(Malformed::Silent) => return,
             Err(Malformed::Reply { id, code }) => return answer(&codec::write_error(id, code)),
         };
         let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner).clone();
-        match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed)) {
+        let views = self.views.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let view = match client {
+            IpAddr::V4(address) if self.is_own(address) => View::Everything,
+            IpAddr::V4(address) => views.of(address),
+            IpAddr::V6(_) => View::Nothing,
+        };
+        match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed), view) {
             Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),
             Outcome::Elsewhere => self.elsewhere(packet, query, udp, answer),
         }

@@ -4,6 +4,7 @@ use super::codec::{
     Code, Data, Query, Record, Reply, TYPE_A, TYPE_ANY, TYPE_CNAME, TYPE_NS, TYPE_PTR, TYPE_SOA, TYPE_SRV, TYPE_TXT,
 };
 use super::records::{Authority, EndpointRecord, Records, ServiceKind};
+use super::views::View;
 use crate::services::Protocol;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
@@ -114,16 +115,16 @@ impl Zone {
     }
 
     /// Answers, or says that the name is not ours. `turn` rotates the order of several addresses.
-    pub fn answer(&self, query: &Query, turn: usize) -> Outcome {
+    pub fn answer(&self, query: &Query, turn: usize, view: View<'_>) -> Outcome {
         let Some(name) = &query.name else { return Outcome::Reply(self.absent(Code::NameError)) };
         if self.is_inside(name) {
-            return Outcome::Reply(self.inside(name, query.kind, turn));
+            return Outcome::Reply(self.inside(name, query.kind, turn, view));
         }
         if let Some(reversed) = name.strip_suffix(".in-addr.arpa") {
             let address = reverse_address(reversed);
             return match address {
                 Some(address) if self.authority.networks.iter().any(|network| network.contains(address)) => {
-                    Outcome::Reply(self.pointer(address, query.kind))
+                    Outcome::Reply(self.pointer(address, query.kind, view))
                 }
                 _ => Outcome::Elsewhere,
             };
@@ -135,7 +136,13 @@ impl Zone {
         name.strip_suffix(self.authority.domain.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
     }
 
-    fn inside(&self, name: &str, kind: u16, turn: usize) -> Reply {
+    /// Whether a name is of no namespace, or of one that the asker sees.
+    fn is_seen(&self, name: &str, view: View<'_>) -> bool {
+        let above = name.strip_suffix(self.authority.domain.as_str()).and_then(|rest| rest.strip_suffix(".svc."));
+        above.is_none_or(|above| view.sees(above.rsplit('.').next().unwrap_or(above)))
+    }
+
+    fn inside(&self, name: &str, kind: u16, turn: usize, view: View<'_>) -> Reply {
         let mut reply = Reply { authoritative: true, ..Reply::of(Code::NoError) };
         if let Some(address) = self.pod_address(name) {
             if kind == TYPE_A || kind == TYPE_ANY {
@@ -146,7 +153,7 @@ impl Zone {
         let mut owner: Option<String> = None;
         for _ in 0..MAX_ALIASES {
             let current = owner.as_deref().unwrap_or(name);
-            let Some(node) = self.nodes.get(current) else {
+            let Some(node) = self.nodes.get(current).filter(|_| self.is_seen(current, view)) else {
                 // An alias that leads outside, or nowhere, is all there is to say; a name of ours must exist.
                 return if owner.is_some() { reply } else { self.absent(Code::NameError) };
             };
@@ -196,11 +203,15 @@ impl Zone {
         }
     }
 
-    fn pointer(&self, address: Ipv4Addr, kind: u16) -> Reply {
-        let Some(names) = self.reverse.get(&address) else { return self.absent(Code::NameError) };
+    fn pointer(&self, address: Ipv4Addr, kind: u16, view: View<'_>) -> Reply {
+        let names = self.reverse.get(&address).map(Vec::as_slice).unwrap_or_default();
+        let names: Vec<&String> = names.iter().filter(|name| self.is_seen(name, view)).collect();
+        if names.is_empty() {
+            return self.absent(Code::NameError);
+        }
         let mut reply = Reply { authoritative: true, ..Reply::of(Code::NoError) };
         if kind == TYPE_PTR || kind == TYPE_ANY {
-            reply.answers.extend(names.iter().map(|name| record(None, Data::Ptr(name.clone()))));
+            reply.answers.extend(names.into_iter().map(|name| record(None, Data::Ptr(name.clone()))));
         }
         self.or_no_data(reply)
     }
@@ -275,7 +286,11 @@ mod tests {
     }
 
     fn ask(name: &str, kind: u16) -> Option<Reply> {
-        match zone().answer(&parse(&question(1, name, kind, None)).unwrap(), 0) {
+        ask_as(View::Everything, name, kind)
+    }
+
+    fn ask_as(view: View<'_>, name: &str, kind: u16) -> Option<Reply> {
+        match zone().answer(&parse(&question(1, name, kind, None)).unwrap(), 0, view) {
             Outcome::Reply(reply) => Some(reply),
             Outcome::Elsewhere => None,
         }
@@ -309,6 +324,36 @@ mod tests {
         assert_eq!(data("_pg._tcp.db.shop.svc.cluster.local", TYPE_SRV).1.len(), 2);
         assert_eq!(data("7.0.42.10.in-addr.arpa", TYPE_PTR).1, [Data::Ptr("db-0.db.shop.svc.cluster.local".into())]);
         assert_eq!(data("10-42-3-4.shop.pod.cluster.local", TYPE_A).1, [Data::A(Ipv4Addr::new(10, 42, 3, 4))]);
+    }
+
+    #[test]
+    fn what_is_not_seen_does_not_exist() {
+        let visible = std::collections::BTreeSet::from(["shop".to_owned()]);
+        let own = View::Of { namespace: "shop", visible: None };
+        let guest = View::Of { namespace: "other", visible: Some(&visible) };
+        let stranger = View::Of { namespace: "other", visible: None };
+        let names = [
+            ("web.shop.svc.cluster.local", TYPE_A),
+            ("_http._tcp.web.shop.svc.cluster.local", TYPE_SRV),
+            ("db-0.db.shop.svc.cluster.local", TYPE_A),
+            ("5.0.43.10.in-addr.arpa", TYPE_PTR),
+            ("7.0.42.10.in-addr.arpa", TYPE_PTR),
+            ("out.shop.svc.cluster.local", TYPE_CNAME),
+        ];
+        for (name, kind) in names {
+            for view in [own, guest] {
+                assert_eq!(ask_as(view, name, kind).unwrap().code, Code::NoError, "{name} {view:?}");
+            }
+            for view in [stranger, View::Nothing] {
+                let reply = ask_as(view, name, kind).unwrap();
+                assert_eq!((reply.code, reply.answers.len()), (Code::NameError, 0), "{name} {view:?}");
+            }
+        }
+        // The namespace itself is no more there than one that is not there at all.
+        for name in ["shop.svc.cluster.local", "nothing.svc.cluster.local"] {
+            assert_eq!(ask_as(stranger, name, TYPE_A).unwrap().code, Code::NameError, "{name}");
+        }
+        assert_eq!(ask_as(stranger, "cluster.local", TYPE_SOA).unwrap().code, Code::NoError);
     }
 
     #[test]

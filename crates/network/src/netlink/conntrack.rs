@@ -30,6 +30,8 @@ pub struct Tuple {
 pub struct Entry {
     pub original: Tuple,
     pub reply: Tuple,
+    /// The original direction as the kernel told it: what it finds the entry by, whatever the protocol.
+    key: Vec<u8>,
     id: Option<[u8; 4]>,
 }
 
@@ -50,20 +52,10 @@ pub fn find(socket: &mut Socket, mut keep: impl FnMut(&Entry) -> bool) -> Result
 pub fn delete(socket: &mut Socket, entries: &[Entry]) -> Result<()> {
     for some in entries.chunks(256) {
         let mut batch = Batch::new();
-        for Entry { original, id, .. } in some {
+        for Entry { key, id, .. } in some {
             batch.request("forget the connection", SUBSYSTEM | DELETE, NLM_F_ACK, &[Errno::NOENT], |w| {
                 w.raw(&[AF_INET, 0, 0, 0]);
-                w.nest(ORIGINAL, |w| {
-                    w.nest(1, |w| {
-                        w.attr(1, &original.source.octets());
-                        w.attr(2, &original.destination.octets());
-                    });
-                    w.nest(2, |w| {
-                        w.u8(1, original.protocol);
-                        w.attr(2, &original.source_port.to_be_bytes());
-                        w.attr(3, &original.destination_port.to_be_bytes());
-                    });
-                });
+                w.nest(ORIGINAL, |w| w.raw(key));
                 if let Some(id) = id {
                     w.attr(ID, id);
                 }
@@ -77,8 +69,10 @@ pub fn delete(socket: &mut Socket, entries: &[Entry]) -> Result<()> {
 /// Reads one entry's payload.
 pub fn entry(payload: &[u8]) -> Option<Entry> {
     let attributes = payload.get(4..)?;
+    let key = Attributes::get(attributes, ORIGINAL)?;
     Some(Entry {
-        original: tuple(Attributes::get(attributes, ORIGINAL)?)?,
+        original: tuple(key)?,
+        key: key.to_vec(),
         reply: tuple(Attributes::get(attributes, REPLY)?)?,
         id: Attributes::get(attributes, ID).and_then(|bytes| bytes.try_into().ok()),
     })

@@ -1,7 +1,10 @@
 //! What the tests share: a router of their own, and threads that serve and connect inside workloads' namespaces.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use network::{AttachRequest, Attachment, Cidr, LinkKind, Protocol, Router, RouterConfig, ServiceRule, in_netns};
+use network::{
+    AttachRequest, Attachment, Cidr, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule,
+    in_netns,
+};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -43,7 +46,18 @@ impl Lab {
         self.router = Some(Router::open(config(self.dir.path())).unwrap());
     }
     pub fn pod(&self, uid: &str) -> Attachment {
-        self.router().attach(&request(uid)).unwrap()
+        self.attach(&request(uid))
+    }
+    /// Attaches and lets the workload follow its namespace's default, as all others do.
+    pub fn attach(&self, request: &AttachRequest) -> Attachment {
+        let attachment = self.router().attach(request).unwrap();
+        self.defaults(Isolation::Private);
+        attachment
+    }
+    pub fn defaults(&self, isolation: Isolation) {
+        let leases = self.router().leases();
+        let workloads = leases.iter().map(|l| (l.address, l.namespace.as_str(), l.uid.as_str()));
+        self.router().sync_policies(Policies::without_rules(isolation, workloads)).unwrap();
     }
 }
 

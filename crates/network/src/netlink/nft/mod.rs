@@ -1,9 +1,12 @@
 //! nf_tables: tables, chains, sets, rules and their expressions, as `linux/netfilter/nf_tables.h` numbers them. Registers
 //! are named by 32-bit slots: `R0` to `R15`; a concatenated key occupies consecutive ones.
 
+mod rule;
+
 use super::parse::{Attributes, text};
 use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket, Writer};
 use crate::error::Result;
+pub use rule::Rule;
 use rustix::io::Errno;
 use std::net::Ipv4Addr;
 
@@ -19,10 +22,13 @@ const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
 const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
+const GETSET: u16 = 10;
+const DELSET: u16 = 11;
 const NEWSETELEM: u16 = 12;
 const DELSETELEM: u16 = 14;
 
 const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_ARP: u8 = 3;
 const LIST_ELEM: u16 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
@@ -30,7 +36,11 @@ const TYPE_VERDICT: u32 = 0xffff_ff00;
 
 const SET_ANONYMOUS: u32 = 1;
 const SET_CONSTANT: u32 = 2;
+const SET_INTERVAL: u32 = 4;
 const SET_MAP: u32 = 8;
+const SET_CONCAT: u32 = 0x80;
+/// The element ends an interval of a set of single fields.
+const ELEMENT_INTERVAL_END: u32 = 1;
 
 /// Bytes of elements in one message: an attribute's length has 16 bits.
 const ELEMENTS_PER_MESSAGE: usize = 40 << 10;
@@ -42,6 +52,7 @@ pub const R0: Reg = Reg(0);
 pub const R1: Reg = Reg(1);
 pub const R2: Reg = Reg(2);
 pub const R4: Reg = Reg(4);
+pub const R6: Reg = Reg(6);
 
 impl Reg {
     /// The kernel numbers 32-bit registers from 8.
@@ -57,6 +68,18 @@ pub enum Hook {
     Forward = 2,
     Output = 3,
     Postrouting = 4,
+    /// Packets of the `arp` family that come in.
+    ArpInput,
+}
+
+impl Hook {
+    fn number(self) -> u32 {
+        match self {
+            // NF_ARP_IN
+            Hook::ArpInput => 0,
+            other => other as u32,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,6 +109,7 @@ pub enum Verdict {
 pub enum Field {
     Integer = 4,
     Address = 7,
+    Ether = 9,
     Protocol = 12,
     Port = 13,
     InterfaceName = 41,
@@ -97,6 +121,7 @@ impl Field {
             Field::Integer | Field::Address => 4,
             Field::Protocol => 1,
             Field::Port => 2,
+            Field::Ether => 6,
             Field::InterfaceName => 16,
         }
     }
@@ -120,8 +145,19 @@ pub enum Value<'a> {
 
 /// One element: its key, and for a map its value.
 pub struct Element {
-    pub key: Vec<u8>,
-    pub value: ElementValue,
+    key: Vec<u8>,
+    end: End,
+    value: ElementValue,
+}
+
+/// How an interval is closed.
+enum End {
+    /// No interval.
+    None,
+    /// This element is the first key after one.
+    OfInterval,
+    /// The last key of one.
+    Key(Vec<u8>),
 }
 
 pub enum ElementValue {
@@ -130,10 +166,18 @@ pub enum ElementValue {
     Data(Vec<u8>),
 }
 
-/// A transaction on one table of the `ip` family: all of it takes effect at once, or nothing.
+/// Which of the two tables of one name a change is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Ip = NFPROTO_IPV4 as isize,
+    Arp = NFPROTO_ARP as isize,
+}
+
+/// A transaction on the tables of one name: all of it takes effect at once, or nothing.
 pub struct Transaction {
     batch: Batch,
     table: String,
+    family: Family,
     changes: usize,
     anonymous: u32,
 }
@@ -142,7 +186,11 @@ impl Transaction {
     pub fn new(table: &str) -> Transaction {
         let mut batch = Batch::new();
         batch.request("begin the transaction", BATCH_BEGIN, 0, &[], |w| w.raw(&[0, 0, 0, (SUBSYSTEM >> 8) as u8]));
-        Transaction { batch, table: table.to_owned(), changes: 0, anonymous: 0 }
+        Transaction { batch, table: table.to_owned(), family: Family::Ip, changes: 0, anonymous: 0 }
+    }
+    /// The family that the next changes are for; `ip` at first.
+    pub fn family(&mut self, family: Family) {
+        self.family = family;
     }
     pub fn is_empty(&self) -> bool {
         self.changes == 0
@@ -158,10 +206,10 @@ impl Transaction {
     }
     fn change(&mut self, operation: &'static str, kind: u16, flags: u16, fill: impl FnOnce(&mut Writer)) {
         self.changes += 1;
-        let table = self.table.clone();
+        let (table, family) = (&self.table, self.family as u8);
         self.batch.request(operation, SUBSYSTEM | kind, flags | NLM_F_ACK, &[], |w| {
-            w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
-            w.string(1, &table);
+            w.raw(&[family, 0, 0, 0]);
+            w.string(1, table);
             fill(w);
         });
     }
@@ -179,7 +227,7 @@ impl Transaction {
         self.change("make the base chain", NEWCHAIN, NLM_F_CREATE, |w| {
             w.string(3, chain.name);
             w.nest(4, |w| {
-                w.be32(1, chain.hook as u32);
+                w.be32(1, chain.hook.number());
                 w.be32(2, chain.priority as u32);
             });
             w.be32(5, chain.policy as u32);
@@ -212,11 +260,25 @@ impl Transaction {
                 }
             }
             w.be32(10, id);
+            if flags & SET_CONCAT != 0 {
+                // The lengths of the fields: without them the kernel cannot match ranges in each.
+                w.nest(9, |w| {
+                    w.nest(2, |w| {
+                        for field in key {
+                            w.nest(LIST_ELEM, |w| w.be32(1, field.length()));
+                        }
+                    });
+                });
+            }
             if let [Field::Integer] = key {
                 // For nft's listings: host byte order of the key, network order of the value.
                 w.attr(13, &[0, 4, 1, 0, 0, 0, 1, 4, 2, 0, 0, 0]);
             }
         });
+    }
+    /// Nothing may refer to it any more.
+    pub fn delete_set(&mut self, name: &str) {
+        self.change("remove the set", DELSET, 0, |w| w.string(2, name));
     }
     pub fn add_elements(&mut self, set: &str, elements: &[Element]) {
         self.elements("add to the set", NEWSETELEM, NLM_F_CREATE, set, 0, elements);
@@ -259,6 +321,36 @@ impl Transaction {
         self.elements("fill the map", NEWSETELEM, NLM_F_CREATE, "__map%d", id, elements);
         AnonymousSet(id)
     }
+    /// A constant set of inclusive address ranges, which must be sorted and disjoint.
+    pub fn add_anonymous_ranges(&mut self, ranges: &[(Ipv4Addr, Ipv4Addr)]) -> AnonymousSet {
+        let mut elements = Vec::with_capacity(ranges.len() * 2);
+        for (first, last) in ranges {
+            elements.push(Element::key(first.octets().to_vec()));
+            if let Some(after) = last.to_bits().checked_add(1) {
+                let key = after.to_be_bytes().to_vec();
+                elements.push(Element { key, end: End::OfInterval, value: ElementValue::None });
+            }
+        }
+        self.anonymous_set(&[Field::Address], SET_INTERVAL, &elements)
+    }
+    /// A constant set of (protocol, inclusive port range).
+    pub fn add_anonymous_ports(&mut self, ports: &[(u8, u16, u16)]) -> AnonymousSet {
+        let key = |protocol: u8, port: u16| concat(&[&[protocol], &port.to_be_bytes()]);
+        let element = |(protocol, first, last): &(u8, u16, u16)| Element {
+            key: key(*protocol, *first),
+            end: End::Key(key(*protocol, *last)),
+            value: ElementValue::None,
+        };
+        let elements: Vec<Element> = ports.iter().map(element).collect();
+        self.anonymous_set(&[Field::Protocol, Field::Port], SET_INTERVAL | SET_CONCAT, &elements)
+    }
+    fn anonymous_set(&mut self, key: &[Field], flags: u32, elements: &[Element]) -> AnonymousSet {
+        self.anonymous += 1;
+        let id = self.anonymous;
+        self.set("__set%d", key, &Value::None, SET_ANONYMOUS | SET_CONSTANT | flags, id);
+        self.elements("fill the set", NEWSETELEM, NLM_F_CREATE, "__set%d", id, elements);
+        AnonymousSet(id)
+    }
     pub fn add_rule(&mut self, chain: &str, rule: Rule) {
         self.change("add the rule", NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |w| {
             w.string(2, chain);
@@ -284,10 +376,18 @@ pub struct AnonymousSet(u32);
 
 impl Element {
     pub fn key(key: Vec<u8>) -> Element {
-        Element { key, value: ElementValue::None }
+        Element::new(key, ElementValue::None)
+    }
+    pub fn new(key: Vec<u8>, value: ElementValue) -> Element {
+        Element { key, end: End::None, value }
     }
     fn write(&self, w: &mut Writer) {
         w.nest(1, |w| w.attr(DATA_VALUE, &self.key));
+        match &self.end {
+            End::None => {}
+            End::OfInterval => w.be32(3, ELEMENT_INTERVAL_END),
+            End::Key(last) => w.nest(10, |w| w.attr(DATA_VALUE, last)),
+        }
         match &self.value {
             ElementValue::None => {}
             ElementValue::Verdict(verdict) => w.nest(2, |w| write_verdict(w, verdict)),
@@ -326,199 +426,11 @@ pub fn interface_name(name: &str) -> [u8; 16] {
     field
 }
 
-/// A rule: expressions evaluated in order until one does not match.
-#[derive(Default)]
-pub struct Rule {
-    writer: Writer,
-    comment: String,
-}
-
-impl Rule {
-    pub fn new() -> Rule {
-        Rule::default()
-    }
-    pub fn comment(mut self, comment: &str) -> Rule {
-        comment.clone_into(&mut self.comment);
-        self
-    }
-    fn expression(mut self, name: &str, fill: impl FnOnce(&mut Writer)) -> Rule {
-        self.writer.nest(LIST_ELEM, |w| {
-            w.string(1, name);
-            w.nest(2, fill);
-        });
-        self
-    }
-    fn meta(self, key: u32, to: Reg) -> Rule {
-        self.expression("meta", |w| {
-            w.be32(2, key);
-            w.be32(1, to.number());
-        })
-    }
-    pub fn load_input_name(self, to: Reg) -> Rule {
-        self.meta(6, to)
-    }
-    pub fn load_protocol(self, to: Reg) -> Rule {
-        self.meta(16, to)
-    }
-    fn payload(self, base: u32, offset: u32, length: u32, to: Reg) -> Rule {
-        self.expression("payload", |w| {
-            w.be32(1, to.number());
-            w.be32(2, base);
-            w.be32(3, offset);
-            w.be32(4, length);
-        })
-    }
-    pub fn load_source(self, to: Reg) -> Rule {
-        self.payload(1, 12, 4, to)
-    }
-    pub fn load_destination(self, to: Reg) -> Rule {
-        self.payload(1, 16, 4, to)
-    }
-    pub fn load_destination_port(self, to: Reg) -> Rule {
-        self.payload(2, 2, 2, to)
-    }
-    pub fn equal(self, register: Reg, value: &[u8]) -> Rule {
-        self.compare(register, 0, value)
-    }
-    fn compare(self, register: Reg, operator: u32, value: &[u8]) -> Rule {
-        self.expression("cmp", |w| {
-            w.be32(1, register.number());
-            w.be32(2, operator);
-            w.nest(3, |w| w.attr(DATA_VALUE, value));
-        })
-    }
-    fn mask(self, register: Reg, mask: [u8; 4]) -> Rule {
-        self.expression("bitwise", |w| {
-            w.be32(1, register.number());
-            w.be32(2, register.number());
-            w.be32(3, 4);
-            w.nest(4, |w| w.attr(DATA_VALUE, &mask));
-            w.nest(5, |w| w.attr(DATA_VALUE, &[0; 4]));
-        })
-    }
-    pub fn if_input(self, name: &str) -> Rule {
-        self.load_input_name(R0).equal(R0, &interface_name(name))
-    }
-    pub fn if_protocol(self, protocol: u8) -> Rule {
-        self.load_protocol(R0).equal(R0, &[protocol])
-    }
-    pub fn if_destination(self, address: Ipv4Addr) -> Rule {
-        self.load_destination(R0).equal(R0, &address.octets())
-    }
-    pub fn if_destination_in(self, base: Ipv4Addr, mask: u32) -> Rule {
-        self.load_destination(R0).mask(R0, mask.to_be_bytes()).equal(R0, &base.octets())
-    }
-    pub fn if_destination_port(self, port: u16) -> Rule {
-        self.load_destination_port(R0).equal(R0, &port.to_be_bytes())
-    }
-    pub fn if_icmp_type(self, kind: u8) -> Rule {
-        self.if_protocol(1).payload(2, 0, 1, R0).equal(R0, &[kind])
-    }
-    /// Connection tracking state is one of these bits (1 invalid, 2 established, 4 related, 8 new).
-    pub fn if_state(self, bits: u32) -> Rule {
-        self.expression("ct", |w| {
-            w.be32(1, R0.number());
-            w.be32(2, 0);
-        })
-        .mask(R0, bits.to_ne_bytes())
-        .compare(R0, 1, &[0; 4])
-    }
-    /// Goes on if the key in consecutive registers from `key` is in the set.
-    pub fn if_in_set(self, set: &str, key: Reg) -> Rule {
-        self.expression("lookup", |w| {
-            w.string(1, set);
-            w.be32(2, key.number());
-        })
-    }
-    /// Takes the verdict that the map has for the key.
-    pub fn verdict_map(self, map: &str, key: Reg) -> Rule {
-        self.expression("lookup", |w| {
-            w.string(1, map);
-            w.be32(2, key.number());
-            w.be32(3, 0);
-        })
-    }
-    pub fn lookup(self, map: AnonymousSet, key: Reg, to: Reg) -> Rule {
-        self.expression("lookup", |w| {
-            w.string(1, "__map%d");
-            w.be32(2, key.number());
-            w.be32(3, to.number());
-            w.be32(4, map.0);
-        })
-    }
-    /// A random number below `modulus`, in host byte order.
-    pub fn random(self, modulus: u32, to: Reg) -> Rule {
-        self.expression("numgen", |w| {
-            w.be32(1, to.number());
-            w.be32(2, modulus);
-            w.be32(3, 1);
-        })
-    }
-    /// A hash of 4 bytes at `from` below `modulus`, in host byte order.
-    pub fn hash(self, from: Reg, modulus: u32, to: Reg) -> Rule {
-        self.expression("hash", |w| {
-            w.be32(1, from.number());
-            w.be32(2, to.number());
-            w.be32(3, 4);
-            w.be32(4, modulus);
-            w.be32(5, 0);
-            w.be32(7, 0);
-        })
-    }
-    fn immediate(self, to: Reg, value: &[u8]) -> Rule {
-        self.expression("immediate", |w| {
-            w.be32(1, to.number());
-            w.nest(2, |w| w.attr(DATA_VALUE, value));
-        })
-    }
-    pub fn verdict(self, verdict: &Verdict) -> Rule {
-        self.expression("immediate", |w| {
-            w.be32(1, 0);
-            w.nest(2, |w| write_verdict(w, verdict));
-        })
-    }
-    pub fn accept(self) -> Rule {
-        self.verdict(&Verdict::Accept)
-    }
-    pub fn drop(self) -> Rule {
-        self.verdict(&Verdict::Drop)
-    }
-    pub fn reject_reset(self) -> Rule {
-        self.expression("reject", |w| {
-            w.be32(1, 1);
-            w.u8(2, 0);
-        })
-    }
-    /// ICMP "destination unreachable" with this code (3 port, 13 prohibited).
-    pub fn reject_unreachable(self, code: u8) -> Rule {
-        self.expression("reject", |w| {
-            w.be32(1, 0);
-            w.u8(2, code);
-        })
-    }
-    /// Redirects the connection to the address and port in two consecutive registers.
-    pub fn destination_nat(self, address: Reg) -> Rule {
-        self.expression("nat", |w| {
-            w.be32(1, 1);
-            w.be32(2, u32::from(NFPROTO_IPV4));
-            w.be32(3, address.number());
-            w.be32(5, Reg(address.0 + 1).number());
-        })
-    }
-    pub fn source_nat(self, address: Ipv4Addr) -> Rule {
-        self.immediate(R0, &address.octets()).expression("nat", |w| {
-            w.be32(1, 0);
-            w.be32(2, u32::from(NFPROTO_IPV4));
-            w.be32(3, R0.number());
-        })
-    }
-}
-
 /// The comment a table was made with; `None` if there is no such table.
-pub fn table_comment(socket: &mut Socket, table: &str) -> Result<Option<String>> {
+pub fn table_comment(socket: &mut Socket, table: &str, family: Family) -> Result<Option<String>> {
     let mut batch = Batch::new();
     batch.request("look the table up", SUBSYSTEM | GETTABLE, 0, &[Errno::NOENT], |w| {
-        w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
+        w.raw(&[family as u8, 0, 0, 0]);
         w.string(1, table);
     });
     let mut found = None;
@@ -531,15 +443,30 @@ pub fn table_comment(socket: &mut Socket, table: &str) -> Result<Option<String>>
     Ok(found)
 }
 
-/// Names of a table's chains.
+/// Names of a table's chains in family `ip`.
 pub fn chains(socket: &mut Socket, table: &str) -> Result<Vec<String>> {
+    names(socket, table, "list the chains", (GETCHAIN, NEWCHAIN), 3)
+}
+
+/// Names of a table's named sets and maps in family `ip`.
+pub fn sets(socket: &mut Socket, table: &str) -> Result<Vec<String>> {
+    names(socket, table, "list the sets", (GETSET, NEWSET), 2)
+}
+
+fn names(
+    socket: &mut Socket,
+    table: &str,
+    operation: &'static str,
+    (get, new): (u16, u16),
+    attribute: u16,
+) -> Result<Vec<String>> {
     let mut batch = Batch::new();
-    batch.request("list the chains", SUBSYSTEM | GETCHAIN, NLM_F_DUMP, &[], |w| w.raw(&[NFPROTO_IPV4, 0, 0, 0]));
+    batch.request(operation, SUBSYSTEM | get, NLM_F_DUMP, &[], |w| w.raw(&[NFPROTO_IPV4, 0, 0, 0]));
     let mut all = Vec::new();
     socket.query(batch, |kind, payload| {
         let Some(attributes) = payload.get(4..) else { return };
-        if kind == SUBSYSTEM | NEWCHAIN && Attributes::get(attributes, 1).map(text) == Some(table) {
-            all.extend(Attributes::get(attributes, 3).map(|name| text(name).to_owned()));
+        if kind == SUBSYSTEM | new && Attributes::get(attributes, 1).map(text) == Some(table) {
+            all.extend(Attributes::get(attributes, attribute).map(|name| text(name).to_owned()));
         }
     })?;
     Ok(all)

@@ -1,0 +1,376 @@
+//! Policies as the kernel holds them. A chain for each profile, a set for each group, and for each workload its elements
+//! in the maps of `firewall.rs`. Only what differs is written, all of it in one transaction: no packet ever meets half of a
+//! change, and a process killed in the middle leaves either the old state or the new one.
+
+use super::{Allow, Direction, Flow, Isolation, Policies, Profile, Workload};
+use crate::error::Result;
+use crate::firewall::{
+    self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
+};
+use crate::netlink::nft::{self, Element, ElementValue, Field, R0, R1, Rule, Transaction, Verdict, concat};
+use crate::netlink::{Socket, conntrack};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+const CHAIN_PREFIX: &str = "policy/";
+const SET_PREFIX: &str = "peers/";
+
+/// The policies that the kernel holds now.
+#[derive(Default)]
+pub(crate) struct Programmed {
+    /// `None`: unknown (the table was found, not made), so the next sync writes everything.
+    current: Option<Policies>,
+    numbers: Numbers,
+}
+
+/// Names of kernel objects, by what they stand for.
+#[derive(Clone, Default)]
+struct Numbers {
+    next: u32,
+    groups: HashMap<Arc<str>, u32>,
+    profiles: HashMap<Arc<str>, u32>,
+    namespaces: HashMap<Arc<str>, u32>,
+}
+
+impl Numbers {
+    fn of(next: &mut u32, map: &mut HashMap<Arc<str>, u32>, key: &Arc<str>) -> u32 {
+        *map.entry(key.clone()).or_insert_with(|| {
+            *next += 1;
+            *next
+        })
+    }
+    fn group(&mut self, key: &Arc<str>) -> String {
+        format!("{SET_PREFIX}{}", Numbers::of(&mut self.next, &mut self.groups, key))
+    }
+    fn profile(&mut self, key: &Arc<str>) -> String {
+        format!("{CHAIN_PREFIX}{}", Numbers::of(&mut self.next, &mut self.profiles, key))
+    }
+    fn namespace(&mut self, key: &Arc<str>) -> u32 {
+        Numbers::of(&mut self.next, &mut self.namespaces, key)
+    }
+}
+
+/// What one sync did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Kernel objects written or removed.
+    pub objects: usize,
+    /// Connections ended because they are no longer allowed.
+    pub ended: usize,
+}
+
+impl Programmed {
+    /// Of a table just made.
+    pub fn none() -> Programmed {
+        Programmed { current: Some(Policies::default()), numbers: Numbers::default() }
+    }
+
+    /// Makes the kernel enforce these.
+    pub fn sync(&mut self, socket: &mut Socket, wanted: Policies) -> Result<Changed> {
+        if self.current.as_ref() == Some(&wanted) {
+            return Ok(Changed::default());
+        }
+        let mut work = Work { t: Transaction::new(TABLE), numbers: self.numbers.clone(), objects: 0, tighter: false };
+        let empty = Policies::default();
+        let old = match &self.current {
+            Some(old) => old,
+            None => {
+                work.forget_everything(socket)?;
+                &empty
+            }
+        };
+        work.difference(old, &wanted);
+        let Work { t, numbers, objects, tighter } = work;
+        // A failed transaction leaves the kernel as it was, and us knowing it.
+        t.commit(socket)?;
+        let first = self.current.is_none();
+        self.numbers = numbers;
+        self.numbers.prune(&wanted);
+        let ended = if tighter || first { end_connections(socket, &wanted)? } else { 0 };
+        self.current = Some(wanted);
+        Ok(Changed { objects, ended })
+    }
+
+    /// Adds what makes the kernel forget a workload that is being detached; [`Programmed::forgotten`] when that has been
+    /// committed.
+    pub fn forget(&self, t: &mut Transaction, address: Ipv4Addr) {
+        let Some(current) = &self.current else { return };
+        let key = || Element::key(address.octets().to_vec());
+        for (group, members) in &current.groups {
+            if let Some(number) = self.numbers.groups.get(group)
+                && members.contains(&address)
+            {
+                t.delete_elements(&format!("{SET_PREFIX}{number}"), &[key()]);
+            }
+        }
+        let Some(workload) = current.workloads.get(&address) else { return };
+        for map in [EGRESS, INGRESS, NAMESPACES] {
+            t.delete_elements(map, &[key()]);
+        }
+        if let Some(number) = self.numbers.namespaces.get(&workload.namespace) {
+            t.delete_elements(MEMBERS, &[Element::key(member(*number, address))]);
+        }
+    }
+
+    pub fn forgotten(&mut self, address: Ipv4Addr) {
+        if let Some(current) = &mut self.current {
+            current.workloads.remove(&address);
+            current.groups.values_mut().for_each(|members| {
+                members.remove(&address);
+            });
+        }
+    }
+}
+
+impl Numbers {
+    /// Numbers of what is gone are forgotten; they are not used again.
+    fn prune(&mut self, wanted: &Policies) {
+        self.groups.retain(|key, _| wanted.groups.contains_key(key));
+        self.profiles.retain(|key, _| wanted.profiles.contains_key(key));
+        let live: BTreeSet<&Arc<str>> = wanted.workloads.values().map(|workload| &workload.namespace).collect();
+        self.namespaces.retain(|key, _| live.contains(key));
+    }
+}
+
+fn member(namespace: u32, address: Ipv4Addr) -> Vec<u8> {
+    concat(&[&namespace.to_ne_bytes(), &address.octets()])
+}
+
+/// One transaction in the making.
+struct Work {
+    t: Transaction,
+    numbers: Numbers,
+    objects: usize,
+    /// Something may be refused that was allowed before.
+    tighter: bool,
+}
+
+impl Work {
+    /// Empties what an earlier process left.
+    fn forget_everything(&mut self, socket: &mut Socket) -> Result<()> {
+        for set in [EGRESS, INGRESS, NAMESPACES, MEMBERS] {
+            self.t.flush_set(set);
+        }
+        let chains = nft::chains(socket, TABLE)?;
+        let ours: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
+        for chain in &ours {
+            self.t.flush_chain(chain);
+        }
+        for chain in ours {
+            self.t.delete_chain(chain);
+        }
+        for set in nft::sets(socket, TABLE)?.iter().filter(|name| name.starts_with(SET_PREFIX)) {
+            self.t.delete_set(set);
+        }
+        firewall::defaults(&mut self.t, true);
+        Ok(())
+    }
+
+    fn difference(&mut self, old: &Policies, wanted: &Policies) {
+        if old.isolation != wanted.isolation {
+            firewall::defaults(&mut self.t, wanted.isolation == Isolation::Private);
+            self.tighter |= wanted.isolation == Isolation::Private;
+            self.objects += 1;
+        }
+        for (key, members) in &wanted.groups {
+            self.group(key, old.groups.get(key), members);
+        }
+        for (key, profile) in &wanted.profiles {
+            self.profile(key, old.profiles.get(key), profile);
+        }
+        self.workloads(old, wanted);
+        for key in old.profiles.keys().filter(|key| !wanted.profiles.contains_key(*key)) {
+            let chain = self.numbers.profile(key);
+            self.t.flush_chain(&chain);
+            self.t.delete_chain(&chain);
+            self.objects += 1;
+        }
+        for key in old.groups.keys().filter(|key| !wanted.groups.contains_key(*key)) {
+            let set = self.numbers.group(key);
+            self.t.delete_set(&set);
+            self.objects += 1;
+        }
+    }
+
+    fn group(&mut self, key: &Arc<str>, old: Option<&BTreeSet<Ipv4Addr>>, wanted: &BTreeSet<Ipv4Addr>) {
+        if old == Some(wanted) {
+            return;
+        }
+        let name = self.numbers.group(key);
+        let none = BTreeSet::new();
+        let before = old.unwrap_or(&none);
+        if old.is_none() {
+            self.t.add_set(&name, &[Field::Address], &nft::Value::None);
+        }
+        let keys = |some: Vec<&Ipv4Addr>| -> Vec<Element> {
+            some.into_iter().map(|address| Element::key(address.octets().to_vec())).collect()
+        };
+        let gone: Vec<&Ipv4Addr> = before.difference(wanted).collect();
+        self.tighter |= !gone.is_empty();
+        self.t.delete_elements(&name, &keys(gone));
+        self.t.add_elements(&name, &keys(wanted.difference(before).collect()));
+        self.objects += 1;
+    }
+
+    fn profile(&mut self, key: &Arc<str>, old: Option<&Profile>, wanted: &Profile) {
+        if old == Some(wanted) {
+            return;
+        }
+        let chain = self.numbers.profile(key);
+        if old.is_none() {
+            self.t.add_chain(&chain);
+        } else {
+            self.t.flush_chain(&chain);
+        }
+        for allow in &wanted.allows {
+            self.allow(&chain, wanted.direction, allow);
+        }
+        let refused = Rule::new().goto(REFUSED).comment(&wanted.origin);
+        self.t.add_rule(&chain, refused);
+        self.tighter = true;
+        self.objects += 1;
+    }
+
+    fn allow(&mut self, chain: &str, direction: Direction, allow: &Allow) {
+        let peer = |rule: Rule| match direction {
+            Direction::Egress => rule.load_destination(R0),
+            Direction::Ingress => rule.load_source(R0),
+        };
+        if allow.anyone {
+            return self.rule(chain, direction, allow, Rule::new());
+        }
+        if let Some(key) = &allow.group {
+            let set = self.numbers.group(key);
+            self.rule(chain, direction, allow, peer(Rule::new()).if_in_set(&set, R0));
+        }
+        if !allow.blocks.is_empty() {
+            let set = self.t.add_anonymous_ranges(&allow.blocks);
+            self.rule(chain, direction, allow, peer(Rule::new()).if_in(set, R0));
+        }
+    }
+
+    /// The rule that goes on from matched peers: ports, then the verdict.
+    fn rule(&mut self, chain: &str, direction: Direction, allow: &Allow, matched: Rule) {
+        let matched = match allow.ports.as_slice() {
+            [] => matched,
+            [one] if one.first == one.last => matched.if_protocol(one.protocol.number()).if_destination_port(one.first),
+            many => {
+                let ports = merged(many);
+                let set = self.t.add_anonymous_ports(&ports);
+                matched.load_protocol(R0).load_destination_port(R1).if_in(set, R0)
+            }
+        };
+        let rule = match direction {
+            Direction::Egress => matched.goto(TO_INGRESS),
+            Direction::Ingress => matched.accept(),
+        };
+        self.t.add_rule(chain, rule.comment(&allow.origin));
+    }
+
+    fn workloads(&mut self, old: &Policies, wanted: &Policies) {
+        let mut gone: BTreeMap<&str, Vec<Element>> = BTreeMap::new();
+        let mut new: BTreeMap<&str, Vec<Element>> = BTreeMap::new();
+        for (address, workload) in &old.workloads {
+            let next = wanted.workloads.get(address);
+            if next == Some(workload) {
+                continue;
+            }
+            let next = next.map(|next| self.elements(*address, next));
+            for (set, element, value) in self.elements(*address, workload) {
+                if !next.as_ref().is_some_and(|next| next.iter().any(|(s, e, v)| (s, e, v) == (&set, &element, &value)))
+                {
+                    gone.entry(set).or_default().push(Element::key(element));
+                }
+            }
+            self.tighter = true;
+        }
+        for (address, workload) in &wanted.workloads {
+            let before = old.workloads.get(address);
+            if before == Some(workload) {
+                continue;
+            }
+            let before = before.map(|before| self.elements(*address, before));
+            for (set, element, value) in self.elements(*address, workload) {
+                if !before.as_ref().is_some_and(|b| b.iter().any(|(s, e, v)| (s, e, v) == (&set, &element, &value))) {
+                    new.entry(set).or_default().push(Element::new(element, value.into_element()));
+                }
+            }
+        }
+        self.objects += gone.values().chain(new.values()).map(Vec::len).sum::<usize>();
+        for (set, elements) in gone {
+            self.t.delete_elements(set, &elements);
+        }
+        for (set, elements) in new {
+            self.t.add_elements(set, &elements);
+        }
+    }
+
+    /// All elements of a workload: set, key, value.
+    fn elements(&mut self, address: Ipv4Addr, workload: &Workload) -> [(&'static str, Vec<u8>, Held); 4] {
+        let octets = address.octets().to_vec();
+        let number = self.numbers.namespace(&workload.namespace);
+        let mut chain = |key: &Option<Arc<str>>, default: &str| {
+            Held::Chain(key.as_ref().map_or_else(|| default.to_owned(), |key| self.numbers.profile(key)))
+        };
+        let (egress, ingress) = (chain(&workload.egress, EGRESS_DEFAULT), chain(&workload.ingress, INGRESS_DEFAULT));
+        [
+            (EGRESS, octets.clone(), egress),
+            (INGRESS, octets.clone(), ingress),
+            (NAMESPACES, octets, Held::Number(number)),
+            (MEMBERS, member(number, address), Held::Nothing),
+        ]
+    }
+}
+
+#[derive(PartialEq, Eq)]
+enum Held {
+    Nothing,
+    Number(u32),
+    Chain(String),
+}
+
+impl Held {
+    fn into_element(self) -> ElementValue {
+        match self {
+            Held::Nothing => ElementValue::None,
+            Held::Number(number) => ElementValue::Data(number.to_ne_bytes().to_vec()),
+            Held::Chain(chain) => ElementValue::Verdict(Verdict::Goto(chain)),
+        }
+    }
+}
+
+/// Ranges of one protocol that touch or overlap become one: the kernel refuses overlapping elements.
+fn merged(ports: &[super::Ports]) -> Vec<(u8, u16, u16)> {
+    let mut all: Vec<(u8, u16, u16)> = ports.iter().map(|p| (p.protocol.number(), p.first, p.last)).collect();
+    all.retain(|(_, first, last)| first <= last);
+    all.sort_unstable();
+    let mut out: Vec<(u8, u16, u16)> = Vec::with_capacity(all.len());
+    for (protocol, first, last) in all {
+        match out.last_mut() {
+            Some(before) if before.0 == protocol && first <= before.2.saturating_add(1) => {
+                before.2 = before.2.max(last)
+            }
+            _ => out.push((protocol, first, last)),
+        }
+    }
+    out
+}
+
+/// Ends connections between workloads that are no longer allowed: their next packet is judged anew, and refused.
+fn end_connections(socket: &mut Socket, policies: &Policies) -> Result<usize> {
+    let stale = conntrack::find(socket, |entry| {
+        let flow = Flow {
+            source: entry.original.source,
+            // Where the connection really goes: past a Service's address.
+            destination: entry.reply.source,
+            protocol: entry.original.protocol,
+            port: entry.reply.source_port,
+        };
+        policies.workloads.contains_key(&flow.source)
+            && policies.workloads.contains_key(&flow.destination)
+            && !policies.decide(&flow).allowed()
+    })?;
+    conntrack::delete(socket, &stale)?;
+    Ok(stale.len())
+}

@@ -1,0 +1,171 @@
+//! NetworkPolicies read from the API, once for each version of an object.
+
+use api::object::{Meta, Object};
+use api::selector::Selector;
+use network::Protocol;
+use network::policy::{Block, Direction, Network, Ports};
+use serde_json::Value;
+
+/// One NetworkPolicy.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    pub namespace: String,
+    pub name: String,
+    /// Which pods of its namespace it isolates.
+    pub selector: Selector,
+    /// `None`: it is not about this direction.
+    egress: Option<Vec<Rule>>,
+    ingress: Option<Vec<Rule>>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Rule {
+    /// Empty: anyone.
+    pub peers: Vec<Peer>,
+    /// Empty: everything.
+    pub ports: Vec<Port>,
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Peer {
+    /// `namespaces` is absent for the policy's own.
+    Pods {
+        namespaces: Option<Selector>,
+        pods: Selector,
+    },
+    Block(Block),
+}
+
+#[derive(Clone, Debug)]
+pub(super) enum Port {
+    Numbers(Ports),
+    Name(PortName),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct PortName {
+    pub protocol: String,
+    pub name: String,
+}
+
+impl Peer {
+    pub fn block(&self) -> Option<Block> {
+        match self {
+            Peer::Block(block) => Some(block.clone()),
+            Peer::Pods { .. } => None,
+        }
+    }
+}
+
+impl Port {
+    pub fn name(&self) -> Option<&PortName> {
+        match self {
+            Port::Name(name) => Some(name),
+            Port::Numbers(_) => None,
+        }
+    }
+}
+
+impl Rule {
+    /// What its peers mean, as text: rules with the same share one set in the kernel.
+    pub fn peers_key(&self, policy: &Policy) -> String {
+        let text = |peer: &Peer| match peer {
+            Peer::Pods { namespaces: None, pods } => format!("{}:{pods}", policy.namespace),
+            Peer::Pods { namespaces: Some(namespaces), pods } => format!("({namespaces}):{pods}"),
+            Peer::Block(block) => format!("{block:?}"),
+        };
+        if self.peers.is_empty() {
+            return "anyone".to_owned();
+        }
+        self.peers.iter().map(text).collect::<Vec<_>>().join("|")
+    }
+}
+
+impl Policy {
+    /// Reads a validated object; what cannot be read selects or allows nothing.
+    pub fn read(object: &Object) -> Policy {
+        let spec = object.get("spec").unwrap_or(&Value::Null);
+        let types = list(spec, "policyTypes");
+        let about = |name: &str| types.iter().any(|one| one.as_str() == Some(name));
+        let (egress, ingress) = match types {
+            [] => (!list(spec, "egress").is_empty(), true),
+            _ => (about("Egress"), about("Ingress")),
+        };
+        let rules = |field, peers| list(spec, field).iter().map(|one| rule(one, peers)).collect();
+        Policy {
+            namespace: object.namespace().to_owned(),
+            name: object.name().to_owned(),
+            selector: selector(spec.get("podSelector").unwrap_or(&Value::Object(serde_json::Map::new()))),
+            egress: egress.then(|| rules("egress", "to")),
+            ingress: ingress.then(|| rules("ingress", "from")),
+        }
+    }
+
+    pub(super) fn rules(&self, direction: Direction) -> Option<&[Rule]> {
+        match direction {
+            Direction::Egress => self.egress.as_deref(),
+            Direction::Ingress => self.ingress.as_deref(),
+        }
+    }
+
+    /// For people.
+    pub(super) fn origin(&self) -> String {
+        format!("NetworkPolicy {}/{}", self.namespace, self.name)
+    }
+}
+
+fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
+    value.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
+}
+
+fn selector(value: &Value) -> Selector {
+    Selector::from_object(value).unwrap_or_else(|_| Selector::nothing())
+}
+
+fn rule(value: &Value, peers: &str) -> Rule {
+    Rule {
+        peers: list(value, peers).iter().map(peer).collect(),
+        ports: list(value, "ports").iter().filter_map(port).collect(),
+    }
+}
+
+fn peer(value: &Value) -> Peer {
+    if let Some(block) = value.get("ipBlock").filter(|block| !block.is_null()) {
+        let text = |value: &Value| value.as_str().and_then(|text| text.parse::<Network>().ok());
+        let except = list(block, "except").iter().filter_map(text).collect();
+        // Not an IPv4 network: matches no address that there is.
+        return match block.get("cidr").and_then(text) {
+            Some(network) => Peer::Block(Block { network, except }),
+            None => Peer::Pods { namespaces: None, pods: Selector::nothing() },
+        };
+    }
+    let field = |name: &str| value.get(name).filter(|value| !value.is_null());
+    Peer::Pods {
+        namespaces: field("namespaceSelector").map(selector),
+        pods: field("podSelector").map_or_else(Selector::everything, selector),
+    }
+}
+
+fn port(value: &Value) -> Option<Port> {
+    let protocol_name = value.get("protocol").and_then(Value::as_str).unwrap_or("TCP");
+    let number = |field: &str| value.get(field).and_then(Value::as_u64).and_then(|n| u16::try_from(n).ok());
+    let protocol = protocol(protocol_name);
+    match value.get("port") {
+        None | Some(Value::Null) => Some(Port::Numbers(Ports { protocol, first: 0, last: u16::MAX })),
+        Some(Value::String(name)) => {
+            Some(Port::Name(PortName { protocol: protocol_name.to_owned(), name: name.clone() }))
+        }
+        Some(_) => {
+            let first = number("port")?;
+            Some(Port::Numbers(Ports { protocol, first, last: number("endPort").unwrap_or(first) }))
+        }
+    }
+}
+
+pub(super) fn protocol(name: &str) -> Protocol {
+    match name {
+        "UDP" => Protocol::Udp,
+        "SCTP" => Protocol::Sctp,
+        _ => Protocol::Tcp,
+    }
+}
