@@ -79,6 +79,24 @@ pub struct Up {
     /// This machine's name as a Node; the host name if left out
     #[arg(long, value_name = "NAME")]
     pub node_name: Option<String>,
+    /// What holds where no NetworkPolicy does: a namespace is private, or everyone reaches everyone as in Kubernetes
+    #[arg(long, default_value = "private", value_name = "DEFAULT")]
+    pub network_default: NetworkDefault,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum NetworkDefault {
+    Private,
+    Open,
+}
+
+impl From<NetworkDefault> for network::Isolation {
+    fn from(default: NetworkDefault) -> Self {
+        match default {
+            NetworkDefault::Private => network::Isolation::Private,
+            NetworkDefault::Open => network::Isolation::Open,
+        }
+    }
 }
 
 #[derive(Subcommand)]

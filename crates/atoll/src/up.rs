@@ -168,6 +168,7 @@ async fn serve(
     let dns = Arc::new(DnsServer::start(&router, (DNS, 53).into(), Vec::new()).map_err(explain)?);
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
+    config.isolation = options.network_default.into();
     use std::os::fd::AsRawFd;
     config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
     let boundaries = boundaries(instance, config.host_netns.clone())?;
