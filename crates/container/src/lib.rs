@@ -14,6 +14,7 @@ pub mod cgroup;
 pub mod client;
 mod console;
 mod error;
+pub mod hooks;
 pub mod namespaces;
 pub mod process;
 pub mod rootfs;

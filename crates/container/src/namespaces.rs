@@ -138,7 +138,11 @@ fn furnish(wanted: &Wanted<'_>) -> Result<()> {
 /// Root of the user namespace that this process is in.
 pub fn become_root() -> Result<()> {
     use rustix::thread::{Gid, Uid, set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-    set_thread_groups(&[]).during(|| "setgroups in the user namespace".into())?;
+    match set_thread_groups(&[]) {
+        // A namespace that a plain user made has no say over groups; the user's own stay.
+        Err(rustix::io::Errno::PERM) => {}
+        other => other.during(|| "setgroups in the user namespace".into())?,
+    }
     set_thread_res_gid(Gid::ROOT, Gid::ROOT, Gid::ROOT).during(|| "setgid 0 in the user namespace".into())?;
     set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).during(|| "setuid 0 in the user namespace".into())
 }
@@ -149,7 +153,37 @@ fn write_map(pid: u32, file: &str, mappings: &[IdMapping]) -> Result<()> {
         let _ = writeln!(text, "{} {} {}", m.container_id, m.host_id, m.size);
     }
     // One write: the kernel takes a map once.
-    std::fs::write(format!("/proc/{pid}/{file}"), &text).during(|| format!("writing {file} ({})", text.trim_end()))
+    let what = || format!("writing {file} ({})", text.trim_end());
+    match std::fs::write(format!("/proc/{pid}/{file}"), &text) {
+        Err(e) if e.kind() == io::ErrorKind::PermissionDenied => {}
+        other => return other.during(what),
+    }
+    // A plain user: ids of /etc/subuid through the system's helper, or the user's own id alone.
+    if let [_, _, ..] = mappings {
+        return with_helper(pid, file, mappings);
+    }
+    if file == "gid_map" {
+        std::fs::write(format!("/proc/{pid}/setgroups"), "deny").during(|| "denying setgroups".into())?;
+        return std::fs::write(format!("/proc/{pid}/{file}"), &text).during(what);
+    }
+    with_helper(pid, file, mappings)
+}
+
+/// newuidmap(1) and newgidmap(1).
+fn with_helper(pid: u32, file: &str, mappings: &[IdMapping]) -> Result<()> {
+    let helper = if file == "uid_map" { "newuidmap" } else { "newgidmap" };
+    let mut command = std::process::Command::new(helper);
+    command.arg(pid.to_string());
+    for m in mappings {
+        command.args([m.container_id.to_string(), m.host_id.to_string(), m.size.to_string()]);
+    }
+    let output = command.output().map_err(|e| {
+        Error::step(format!("{helper} (package uidmap): needed to map more than this user's own id"), e)
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    Err(Error::Refused(format!("{helper}: {}", String::from_utf8_lossy(&output.stderr).trim())))
 }
 
 /// With the host's rights in the pod's network namespace, which the host owns.
@@ -211,7 +245,7 @@ fn furnish_network(network: &OwnedFd, own: bool, sysctl: &BTreeMap<String, Strin
     Ok(warnings)
 }
 
-fn set_sysctl(name: &str, value: &str) -> Result<()> {
+pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
     let path: PathBuf = ["/proc/sys", &name.replace('.', "/")].iter().collect();
     std::fs::write(path, value).during(|| format!("sysctl {name}={value}"))
 }

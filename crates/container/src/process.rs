@@ -2,8 +2,9 @@
 //! and the search for the program. Shared by a container's first process and by those executed in it later.
 
 use crate::error::{During, Error, Result};
-use crate::spec::{Capabilities, Process};
-use crate::{seccomp, sys};
+use crate::seccomp::{self, Filter};
+use crate::spec::{Capabilities, Personality, Process, Seccomp};
+use crate::sys;
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
@@ -14,8 +15,13 @@ use serde::{Deserialize, Serialize};
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+mod attributes;
+
+pub use attributes::Labels;
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// `/etc/passwd` is the image's: look at so much of it at most.
@@ -30,33 +36,61 @@ pub struct Confinement {
     pub scope_abstract_sockets: bool,
 }
 
+/// What a process is put under besides what its [`Process`] says.
+#[derive(Clone, Copy, Default)]
+pub struct Constraints<'a> {
+    pub confinement: Confinement,
+    /// In place of the default profile.
+    pub seccomp: Option<&'a Seccomp>,
+    pub personality: Option<&'a Personality>,
+    /// Descriptors from 3 on that the program inherits.
+    pub preserved: u32,
+    /// Where security labels are written: `/proc/self/attr/...` of the host, opened before the root is changed.
+    pub labels: Option<&'a Labels>,
+}
+
 /// Everything the last steps need, looked up beforehand.
 pub struct Ready {
     program: CString,
     args: Vec<CString>,
     env: Vec<CString>,
-    filter: Option<Vec<sys::Instruction>>,
+    filter: Option<Filter>,
+    preserved: u32,
+    /// Who decides about system calls that the filter hands on.
+    pub listener: Option<OwnedFd>,
 }
 
 /// Takes on the limits, the user and the capabilities of `process`, and finds its program. `warn` hears of limits that
 /// could not be set.
-pub fn assume(process: &Process, confinement: Confinement, warn: &mut dyn FnMut(String)) -> Result<Ready> {
+pub fn assume(process: &Process, under: Constraints<'_>, warn: &mut dyn FnMut(String)) -> Result<Ready> {
+    let Constraints { confinement, .. } = under;
     for limit in &process.rlimits {
         if let Err(why) = set_rlimit(&limit.kind, limit.soft, limit.hard) {
             warn(why);
         }
     }
+    attributes::assume(process, under.personality, warn)?;
     let none = Capabilities::default();
     let capabilities = process.capabilities.as_ref().unwrap_or(&none);
-    let mut filter = (!confinement.seccomp_unconfined).then(|| seccomp::default_filter(&capabilities.bounding));
+    let mut filter = match under.seccomp {
+        Some(profile) => Some(seccomp::compile(profile)?),
+        None if confinement.seccomp_unconfined => None,
+        None => Some(Filter::of(seccomp::default_filter(&capabilities.bounding))),
+    };
     if confinement.scope_abstract_sockets && sys::forbid_foreign_abstract_sockets().is_err() {
         warn("Landlock cannot keep the host's abstract sockets away here (Linux 6.12 can)".into());
+    }
+    // A listener has to be handed over while there is still somebody to take it.
+    let listens = filter.as_ref().is_some_and(|f| f.notifies);
+    let mut listener = None;
+    if let Some(labels) = under.labels {
+        labels.write()?;
     }
     if !process.no_new_privileges
         && let Some(filter) = filter.take()
     {
         // Without no_new_privs a filter may be loaded only as long as there is CAP_SYS_ADMIN.
-        sys::load_filter(&filter).during(|| "loading the seccomp filter".into())?;
+        listener = filter.load()?;
     }
     become_user(process, capabilities)?;
     if let Some(mask) = process.user.umask {
@@ -73,6 +107,9 @@ pub fn assume(process: &Process, confinement: Confinement, warn: &mut dyn FnMut(
     if process.no_new_privileges {
         set_no_new_privs(true).during(|| "setting no_new_privs".into())?;
     }
+    if listens && let Some(filter) = filter.take() {
+        listener = filter.load()?;
+    }
     let env = environment(process);
     let path = env.iter().find_map(|e| e.strip_prefix("PATH=")).unwrap_or(DEFAULT_PATH);
     let name = process.args.first().ok_or_else(|| Error::Refused("process.args is empty: nothing to run".into()))?;
@@ -83,20 +120,28 @@ pub fn assume(process: &Process, confinement: Confinement, warn: &mut dyn FnMut(
         args: process.args.iter().map(|s| text(s)).collect::<Result<_>>()?,
         env: env.iter().map(|s| text(s)).collect::<Result<_>>()?,
         filter,
+        preserved: under.preserved,
+        listener,
     })
 }
 
 impl Ready {
     /// The last steps. Returns only with the reason why it failed.
-    pub fn execute(self) -> Error {
-        if let Err(e) = sys::close_on_exec_from(3) {
+    pub fn execute(mut self) -> Error {
+        drop(self.listener.take());
+        if let Err(e) = sys::close_on_exec_from(3 + self.preserved) {
             return Error::step("closing descriptors", e);
         }
+        for fd in 3..3 + self.preserved {
+            if let Err(e) = sys::inherit_fd(fd as i32) {
+                return Error::step(format!("preserving descriptor {fd}"), e);
+            }
+        }
         sys::reset_signals();
-        if let Some(filter) = &self.filter
-            && let Err(e) = sys::load_filter(filter)
+        if let Some(filter) = self.filter.take()
+            && let Err(e) = filter.load()
         {
-            return Error::step("loading the seccomp filter", e);
+            return e;
         }
         explain(&self.program, sys::execve(&self.program, &self.args, &self.env))
     }
@@ -190,7 +235,11 @@ fn become_user(process: &Process, capabilities: &Capabilities) -> Result<()> {
     let user = &process.user;
     set_keep_capabilities(true).during(|| "keeping capabilities".into())?;
     let groups: Vec<Gid> = user.additional_gids.iter().map(|g| Gid::from_raw(*g)).collect();
-    set_thread_groups(&groups).during(|| format!("setgroups {:?}", user.additional_gids))?;
+    match set_thread_groups(&groups) {
+        // Not to be had in a user namespace that a plain user made (user_namespaces(7)).
+        Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
+        other => other.during(|| format!("setgroups {:?}", user.additional_gids))?,
+    }
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     set_thread_res_gid(gid, gid, gid).during(|| format!("setgid {}", user.gid))?;
     set_thread_res_uid(uid, uid, uid).during(|| format!("setuid {}", user.uid))?;

@@ -2,12 +2,15 @@
 //! version 1 controller on a mount of its own and a version 2 tree, often without controllers). A group here is one
 //! path below every one of those mounts. A controller that is missing is skipped; setting a limit for it says so.
 
+mod devices;
 mod limits;
 mod stats;
 
+pub use devices::{always_allowed, default_rules};
 pub use stats::Stats;
 
 use crate::error::{During, Error, Result};
+use crate::spec::Resources;
 use rustix::process::{Pid, Signal};
 use std::fs;
 use std::io;
@@ -18,6 +21,8 @@ use std::time::{Duration, Instant};
 /// What is used of version 1; the other controllers keep their tasks where they are.
 const V1_CONTROLLERS: &[&str] = &["cpu", "cpuacct", "memory", "pids", "devices", "freezer"];
 const V2_CONTROLLERS: &[&str] = &["cpu", "memory", "pids"];
+/// What a bundle's configuration may ask for besides; the names are those of version 1.
+const MORE_CONTROLLERS: &[&str] = &["cpuset", "blkio", "hugetlb", "net_cls", "net_prio", "rdma"];
 
 /// The mounted trees of this host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,19 +45,42 @@ pub struct V2 {
 
 impl Hierarchies {
     pub fn discover() -> Result<Self> {
+        Self::discover_with(&[])
+    }
+
+    /// What a bundle's configuration needs.
+    pub fn discover_for(resources: &Resources) -> Result<Self> {
+        let cpu = resources.cpu.as_ref();
+        let asked = |controller: &str| match controller {
+            "cpuset" => {
+                cpu.is_some_and(|c| [&c.cpus, &c.mems].iter().any(|l| l.as_ref().is_some_and(|l| !l.is_empty())))
+            }
+            "blkio" => resources.block_io.is_some(),
+            "hugetlb" => !resources.hugepage_limits.is_empty(),
+            "net_cls" => resources.network.as_ref().is_some_and(|n| n.class_id.is_some()),
+            "net_prio" => resources.network.as_ref().is_some_and(|n| !n.priorities.is_empty()),
+            _ => !resources.rdma.is_empty(),
+        };
+        let more: Vec<&str> = MORE_CONTROLLERS.iter().copied().filter(|c| asked(c)).collect();
+        Self::discover_with(&more)
+    }
+
+    fn discover_with(more: &[&str]) -> Result<Self> {
         let text = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
         // Mounts may be covered by others: what counts is what is found at the path.
-        let mut found = Self::parse(&text, &|mount, file| mount.join(file).exists());
+        let mut found = Self::parse(&text, more, &|mount, file| mount.join(file).exists());
         if let Some(v2) = &mut found.v2 {
             let text = fs::read_to_string(v2.mount.join("cgroup.controllers")).unwrap_or_default();
-            v2.controllers = words(&text).filter(|c| V2_CONTROLLERS.contains(c)).map(str::to_owned).collect();
+            let known =
+                |c: &&str| V2_CONTROLLERS.contains(c) || more.contains(c) || (*c == "io" && more.contains(&"blkio"));
+            v2.controllers = words(&text).filter(known).map(str::to_owned).collect();
         }
         Ok(found)
     }
 
     /// proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source,
     /// super options.
-    fn parse(mountinfo: &str, is_there: &dyn Fn(&Path, &str) -> bool) -> Self {
+    fn parse(mountinfo: &str, more: &[&str], is_there: &dyn Fn(&Path, &str) -> bool) -> Self {
         let mut found = Self::default();
         for line in mountinfo.lines() {
             let Some((left, right)) = line.split_once(" - ") else { continue };
@@ -67,8 +95,11 @@ impl Hierarchies {
                     found.v2 = Some(V2 { controllers: Vec::new(), mount: point.into() });
                 }
                 "cgroup" if is_there(Path::new(point), "cgroup.procs") => {
-                    let controllers: Vec<String> =
-                        options.split(',').filter(|o| V1_CONTROLLERS.contains(o)).map(str::to_owned).collect();
+                    let controllers: Vec<String> = options
+                        .split(',')
+                        .filter(|o| V1_CONTROLLERS.contains(o) || more.contains(o))
+                        .map(str::to_owned)
+                        .collect();
                     let known = |c: &String| found.v1.iter().any(|h| h.controllers.contains(c));
                     if !controllers.is_empty() && !controllers.iter().any(known) {
                         found.v1.push(V1 { controllers, mount: point.into() });
@@ -85,6 +116,7 @@ impl Hierarchies {
     }
 
     fn v2(&self, controller: &str) -> Option<&Path> {
+        let controller = if controller == "blkio" { "io" } else { controller };
         self.v2.as_ref().filter(|v| v.controllers.iter().any(|c| c == controller)).map(|v| v.mount.as_path())
     }
 
@@ -137,6 +169,9 @@ impl Cgroup {
     pub fn create(&self) -> Result<()> {
         for hierarchy in &self.hierarchies.v1 {
             make(&hierarchy.mount.join(&self.path))?;
+            if hierarchy.controllers.iter().any(|c| c == "cpuset") {
+                self.inherit_cpuset(&hierarchy.mount);
+            }
         }
         let Some(v2) = &self.hierarchies.v2 else { return Ok(()) };
         let wanted: Vec<String> = v2.controllers.iter().map(|c| format!("+{c}")).collect();
@@ -150,6 +185,23 @@ impl Cgroup {
             make(&directory)?;
         }
         Ok(())
+    }
+
+    /// A new version 1 cpuset is empty, and takes no process before it is not.
+    fn inherit_cpuset(&self, mount: &Path) {
+        for file in ["cpuset.cpus", "cpuset.mems"] {
+            let mut directory = mount.to_owned();
+            let mut above = fs::read_to_string(directory.join(file)).unwrap_or_default();
+            for part in &self.path {
+                directory.push(part);
+                let own = fs::read_to_string(directory.join(file)).unwrap_or_default();
+                if own.trim().is_empty() {
+                    let _ = fs::write(directory.join(file), above.trim());
+                } else {
+                    above = own;
+                }
+            }
+        }
     }
 
     /// Moves the calling process here, in every version 1 hierarchy; in version 2 too if `with_v2`.
@@ -176,6 +228,13 @@ impl Cgroup {
         use rustix::fs::{Mode, OFlags, open};
         let directory = self.hierarchies.v2.as_ref()?.mount.join(&self.path);
         open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
+    }
+
+    /// The same, for what needs it opened to be read.
+    fn v2_directory_to_use(&self) -> Option<OwnedFd> {
+        use rustix::fs::{Mode, OFlags, open};
+        let directory = self.hierarchies.v2.as_ref()?.mount.join(&self.path);
+        open(directory, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()
     }
 
     /// Pids in this group and those below it.
@@ -325,14 +384,15 @@ mod tests {
 30 26 0:27 /sub /mnt/pids rw,relatime - cgroup cgroup rw,pids
 31 26 0:28 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
 ";
-        let found = Hierarchies::parse(hybrid, &|_, _| true);
+        let found = Hierarchies::parse(hybrid, &[], &|_, _| true);
         assert_eq!(found.v1.len(), 2);
         assert_eq!(found.v1("cpuacct"), Some(Path::new("/sys/fs/cgroup/cpu,cpuacct")));
         assert_eq!(found.v1("pids"), None);
         assert_eq!(found.v2.as_ref().map(|v| v.mount.as_path()), Some(Path::new("/sys/fs/cgroup/unified")));
-        let covered = Hierarchies::parse(hybrid, &|mount, _| mount == Path::new("/sys/fs/cgroup/unified"));
+        let covered = Hierarchies::parse(hybrid, &[], &|mount, _| mount == Path::new("/sys/fs/cgroup/unified"));
         assert!(covered.v1.is_empty() && covered.v2.is_some());
-        let pure = Hierarchies::parse("35 25 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n", &|_, _| true);
+        let pure =
+            Hierarchies::parse("35 25 0:30 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw,nsdelegate\n", &[], &|_, _| true);
         assert!(pure.v1.is_empty() && pure.v2.is_some());
     }
 

@@ -5,10 +5,11 @@
 use super::prepare::{Prepared, PreparedMount};
 use crate::cgroup::Hierarchies;
 use crate::error::{During, Error, Result};
+use crate::runtime::Bundle;
 use crate::spec::Spec;
 use crate::sys::{MountAttr, mount_setattr};
 use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_NOEXEC, MOUNT_ATTR_NOSUID, MOUNT_ATTR_RDONLY};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2, symlinkat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, fstat, mkdirat, openat, openat2};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, fsconfig_create,
@@ -22,11 +23,13 @@ const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 const SYSFS_MAGIC: u64 = 0x6265_6572;
 
 /// Builds the tree and makes it the root. `console` is the terminal's slave side opener, called when `/dev/pts` is
-/// there. Returns what it returned.
+/// there; `before_pivot` is called when all is in place and the host's tree still there. Returns what `console` did.
 pub fn attach<T>(
     spec: &Spec,
+    bundle: Option<&Bundle>,
     prepared: Prepared,
     console: impl FnOnce(BorrowedFd<'_>) -> Result<Option<(OwnedFd, T)>>,
+    before_pivot: impl FnOnce() -> Result<()>,
 ) -> Result<Option<(OwnedFd, T)>> {
     let Prepared { root, mounts, devices, hierarchies } = prepared;
     // Lets nothing that happens here reach the host, and nothing of the host reach in.
@@ -35,15 +38,23 @@ pub fn attach<T>(
         rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
     )
     .during(|| "making / private".into())?;
-    move_mount(&root, "", CWD, "root", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+    let place_of_root = if bundle.is_some() { "." } else { "root" };
+    move_mount(&root, "", CWD, place_of_root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .during(|| "attaching the root".into())?;
+    if bundle.is_some() {
+        set_propagation(root.as_fd(), spec.linux.rootfs_propagation.as_deref())?;
+    }
     let mut own_dev = true;
     for mount in &mounts {
         own_dev &= !(mount.kind == "bind" && mount.destination == Path::new("/dev"));
-        attach_one(root.as_fd(), mount, &hierarchies).map_err(|e| in_mount(&mount.destination, e))?;
+        attach_one(root.as_fd(), spec, bundle, mount, &hierarchies).map_err(|e| in_mount(&mount.destination, e))?;
     }
     if own_dev {
-        device_nodes(root.as_fd(), &devices)?;
+        match bundle {
+            Some(_) => super::devices::make(root.as_fd(), &spec.linux.devices)?,
+            None => super::devices::place(root.as_fd(), &devices)?,
+        }
+        super::devices::links(root.as_fd())?;
     }
     let terminal = console(root.as_fd())?;
     if let Some((slave, _)) = &terminal {
@@ -57,6 +68,7 @@ pub fn attach<T>(
         // As the field's runtimes do: a working directory that the image lacks is made.
         let _ = target(root.as_fd(), cwd, true);
     }
+    before_pivot()?;
     mask(root.as_fd(), &spec.linux.masked_paths)?;
     for path in &spec.linux.readonly_paths {
         read_only(root.as_fd(), path)?;
@@ -65,12 +77,41 @@ pub fn attach<T>(
         mount_setattr(root.as_fd(), false, &MountAttr { set: MOUNT_ATTR_RDONLY, ..Default::default() })
             .during(|| "making the root read-only".into())?;
     }
-    fchdir(&root).during(|| "entering the root".into())?;
-    pivot_root(".", ".").during(|| "pivot_root".into())?;
-    // The old root is now on top of the new one; this uncovers it.
-    unmount(".", UnmountFlags::DETACH).during(|| "leaving the old root".into())?;
-    rustix::process::chdir("/").during(|| "entering /".into())?;
+    change_root(&root, bundle.is_some_and(|b| b.no_pivot))?;
     Ok(terminal)
+}
+
+fn change_root(root: &OwnedFd, no_pivot: bool) -> Result<()> {
+    fchdir(root).during(|| "entering the root".into())?;
+    if no_pivot {
+        let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(root, "", CWD, "/", flags).during(|| "moving the root over /".into())?;
+        rustix::process::chroot(".").during(|| "chroot".into())?;
+    } else {
+        pivot_root(".", ".").during(|| "pivot_root (a host that runs from a ramdisk needs --no-pivot)".into())?;
+        // The old root is now on top of the new one; this uncovers it.
+        unmount(".", UnmountFlags::DETACH).during(|| "leaving the old root".into())?;
+    }
+    rustix::process::chdir("/").during(|| "entering /".into())
+}
+
+/// `linux.rootfsPropagation`; private where nothing is said.
+fn set_propagation(root: BorrowedFd<'_>, wanted: Option<&str>) -> Result<()> {
+    let (propagation, below) = match wanted {
+        None | Some("") | Some("rprivate") => (libc::MS_PRIVATE, true),
+        Some("private") => (libc::MS_PRIVATE, false),
+        Some("slave") => (libc::MS_SLAVE, false),
+        Some("rslave") => (libc::MS_SLAVE, true),
+        Some("shared") => (libc::MS_SHARED, false),
+        Some("rshared") => (libc::MS_SHARED, true),
+        Some("unbindable") => (libc::MS_UNBINDABLE, false),
+        Some("runbindable") => (libc::MS_UNBINDABLE, true),
+        Some(other) => {
+            return Err(Error::Refused(format!("linux.rootfsPropagation: {other:?}: no such propagation")));
+        }
+    };
+    mount_setattr(root, below, &MountAttr { propagation, ..Default::default() })
+        .during(|| "linux.rootfsPropagation".into())
 }
 
 fn in_mount(destination: &Path, error: Error) -> Error {
@@ -81,38 +122,81 @@ fn in_mount(destination: &Path, error: Error) -> Error {
     }
 }
 
-fn attach_one(root: BorrowedFd<'_>, mount: &PreparedMount, hierarchies: &Hierarchies) -> Result<()> {
+fn attach_one(
+    root: BorrowedFd<'_>,
+    spec: &Spec,
+    bundle: Option<&Bundle>,
+    mount: &PreparedMount,
+    hierarchies: &Hierarchies,
+) -> Result<()> {
     let directory = mount.source.as_ref().is_none_or(|s| s.directory);
     let system = matches!(mount.kind.as_str(), "proc" | "sysfs" | "devpts" | "mqueue" | "cgroup");
     let target =
         if system { plain_target(root, &mount.destination)? } else { target(root, &mount.destination, directory)? };
     if !system {
         let magic = rustix::fs::fstatfs(&target).during(|| "target".into())?.f_type as u64;
-        if magic == PROC_SUPER_MAGIC || (magic == SYSFS_MAGIC && mount.kind != "bind") {
+        let fake = bundle.is_some()
+            && mount.kind == "bind"
+            && MAY_BE_COVERED.iter().any(|p| mount.destination == Path::new(p));
+        if (magic == PROC_SUPER_MAGIC && !fake) || (magic == SYSFS_MAGIC && mount.kind != "bind" && bundle.is_none()) {
             return Err(Error::Refused("the target lies in /proc or /sys".into()));
         }
     }
     match (&mount.source, mount.kind.as_str()) {
         (Some(source), _) => place(&source.mount, &target).during(|| "attaching".into()),
-        (None, "cgroup") => cgroups(root, mount, hierarchies),
+        (None, "cgroup") => super::cgroups::mount(root, mount, hierarchies, own_cgroup_view(spec, bundle)),
         (None, kind) => {
-            let tree = make(kind, mount)?;
+            let tree = make(kind, mount, bundle.is_some())?;
+            if mount.options.copy_up && kind == "tmpfs" {
+                super::copy_up::copy(&target, &tree).during(|| "tmpcopyup".into())?;
+            }
+            if mount.options.set_at_top() & MOUNT_ATTR_RDONLY != 0 {
+                mount_setattr(tree.as_fd(), false, &MountAttr { set: MOUNT_ATTR_RDONLY, ..Default::default() })
+                    .during(|| "making it read-only".into())?;
+            }
+            if mount.options.propagation != 0 {
+                let propagation = mount.options.propagation;
+                mount_setattr(tree.as_fd(), false, &MountAttr { propagation, ..Default::default() })
+                    .during(|| "setting its propagation".into())?;
+            }
             place(&tree, &target).during(|| "attaching".into())
         }
     }
 }
 
-fn place(tree: &OwnedFd, target: &OwnedFd) -> rustix::io::Result<()> {
+/// Files of `/proc` that others put a container's own view over.
+const MAY_BE_COVERED: &[&str] = &[
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/sys/kernel/ns_last_pid",
+    "/proc/uptime",
+];
+
+/// The group to show where the container has no cgroup namespace of its own.
+fn own_cgroup_view<'a>(spec: &Spec, bundle: Option<&'a Bundle>) -> Option<&'a Path> {
+    let path = bundle?.cgroup.as_deref()?;
+    spec.namespace(crate::spec::NamespaceKind::Cgroup).is_none().then_some(path)
+}
+
+pub fn place(tree: &OwnedFd, target: &OwnedFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(tree, "", target, "", flags)
 }
 
-/// A new file system of a kind that a user namespace may mount.
-fn make(kind: &str, mount: &PreparedMount) -> Result<OwnedFd> {
-    if !matches!(kind, "proc" | "tmpfs" | "devpts" | "mqueue") {
+/// A new file system: of a kind that a user namespace may mount for a pod, of any kind for a bundle.
+pub fn make(kind: &str, mount: &PreparedMount, any: bool) -> Result<OwnedFd> {
+    if !any && !matches!(kind, "proc" | "tmpfs" | "devpts" | "mqueue") {
         return Err(Error::Refused(format!("type {kind:?} is not supported")));
     }
     let fs = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).during(|| format!("opening {kind}"))?;
+    if any && !mount.from.as_os_str().is_empty() {
+        fsconfig_set_string(&fs, "source", &mount.from).during(|| format!("{kind}: source"))?;
+    }
     for (key, value) in &mount.options.data {
         let what = || format!("{kind}: option {key}");
         match value {
@@ -123,72 +207,9 @@ fn make(kind: &str, mount: &PreparedMount) -> Result<OwnedFd> {
         }
     }
     fsconfig_create(&fs).during(|| format!("creating {kind}"))?;
-    let attrs = MountAttrFlags::from_bits_retain(mount.options.set as u32);
+    // Read-only comes last: the tree may have to be filled first.
+    let attrs = MountAttrFlags::from_bits_retain((mount.options.set_at_top() & !MOUNT_ATTR_RDONLY) as u32);
     fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs).during(|| format!("mounting {kind}"))
-}
-
-/// The container's own view of its control groups: version 2 alone, or a directory for each version 1 controller.
-/// Programs size themselves by it. Where it cannot be had, the directory stays empty.
-fn cgroups(root: BorrowedFd<'_>, mount: &PreparedMount, found: &Hierarchies) -> Result<()> {
-    let attrs = MountAttrFlags::from_bits_retain(mount.options.set as u32);
-    let new = |kind: &str, flag: &[&str]| -> rustix::io::Result<OwnedFd> {
-        let fs = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
-        for flag in flag {
-            fsconfig_set_flag(&fs, *flag)?;
-        }
-        fsconfig_create(&fs)?;
-        fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs)
-    };
-    if found.v1.is_empty() {
-        if let Ok(tree) = new("cgroup2", &[]) {
-            place(&tree, &plain_target(root, &mount.destination)?).during(|| "attaching".into())?;
-        }
-        return Ok(());
-    }
-    let mut holder = PreparedMount {
-        destination: mount.destination.clone(),
-        kind: "tmpfs".into(),
-        options: mount.options.clone(),
-        source: None,
-    };
-    holder.options.set &= !MOUNT_ATTR_RDONLY;
-    holder.options.data = vec![("mode".into(), Some("755".into())), ("size".into(), Some("64k".into()))];
-    let tree = make("tmpfs", &holder)?;
-    place(&tree, &plain_target(root, &mount.destination)?).during(|| "attaching".into())?;
-    for hierarchy in &found.v1 {
-        let controllers: Vec<&str> = hierarchy.controllers.iter().map(String::as_str).collect();
-        let Ok(view) = new("cgroup", &controllers) else { continue };
-        let name = controllers.join(",");
-        place(&view, &target(root, &mount.destination.join(&name), true)?).during(|| format!("attaching {name}"))?;
-        for alias in controllers.iter().filter(|_| controllers.len() > 1) {
-            let _ = symlinkat(&name, &tree, *alias);
-        }
-    }
-    mount_setattr(tree.as_fd(), false, &MountAttr { set: MOUNT_ATTR_RDONLY, ..Default::default() })
-        .during(|| "making it read-only".into())
-}
-
-fn device_nodes(root: BorrowedFd<'_>, devices: &[(&str, OwnedFd)]) -> Result<()> {
-    let dev = plain_target(root, Path::new("/dev"))?;
-    for (name, node) in devices {
-        let what = || format!("/dev/{name}");
-        let file = target(dev.as_fd(), Path::new(name), false)?;
-        place(node, &file).during(what)?;
-    }
-    let links = [
-        ("/proc/self/fd", "fd"),
-        ("/proc/self/fd/0", "stdin"),
-        ("/proc/self/fd/1", "stdout"),
-        ("/proc/self/fd/2", "stderr"),
-        ("pts/ptmx", "ptmx"),
-    ];
-    for (to, name) in links {
-        match symlinkat(to, &dev, name) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(e) => return Err(Error::step(format!("/dev/{name}"), e)),
-        }
-    }
-    Ok(())
 }
 
 /// Hides files behind `/dev/null` and directories behind an empty file system.
@@ -233,7 +254,7 @@ fn read_only(root: BorrowedFd<'_>, path: &Path) -> Result<()> {
     place(&clone, &target).during(what)
 }
 
-fn existing(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+pub fn existing(root: BorrowedFd<'_>, path: &Path) -> rustix::io::Result<Option<OwnedFd>> {
     match openat2(root, inside(path), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve()) {
         Ok(fd) => Ok(Some(fd)),
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => Ok(None),
@@ -252,7 +273,7 @@ fn inside(path: &Path) -> &Path {
 
 /// A directory of the system's own (`/proc`, `/sys`, `/dev` and below): no link on the way, so that an image cannot put
 /// them elsewhere and see writes meant for them.
-fn plain_target(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
+pub fn plain_target(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd> {
     let no_links = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
     let open =
         || openat2(root, inside(path), OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY, Mode::empty(), no_links);

@@ -4,6 +4,9 @@
 //! makes the tree the root. No mount ever appears in the host's mount namespace, so none can be left behind.
 
 pub mod attach;
+mod cgroups;
+mod copy_up;
+mod devices;
 pub mod options;
 pub mod prepare;
 mod shift;

@@ -4,15 +4,17 @@
 use super::options::Options;
 use crate::cgroup::Hierarchies;
 use crate::error::{During, Error, Result};
+use crate::namespaces::{Network, Wanted};
 use crate::runtime::Rootfs;
 use crate::spec::Mount;
-use crate::sys::{MountAttr, mount_setattr};
+use crate::sys::{MountAttr, SingleThreaded, mount_setattr};
 use libc::{MOUNT_ATTR_NODEV, MOUNT_ATTR_RDONLY};
 use rustix::fs::{CWD, FileType, Gid, Mode, Uid, fstat, mkdirat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
     fsconfig_create, fsmount, fsopen, mount, mount_change, move_mount, open_tree,
 };
+use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fmt::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -34,6 +36,8 @@ pub struct PreparedMount {
     pub destination: PathBuf,
     pub kind: String,
     pub options: Options,
+    /// `source` of the configuration.
+    pub from: PathBuf,
     /// Bind mounts and `/sys`, which need the host's rights; the container makes the others itself.
     pub source: Option<Source>,
 }
@@ -54,19 +58,102 @@ pub struct IdMap<'a> {
 
 /// First step, still in the host's mount namespace: shared bind sources have to stay peers of what they are on the
 /// host.
-pub fn sources(mounts: &[Mount], id_map: Option<IdMap<'_>>) -> Result<Vec<PreparedMount>> {
-    mounts.iter().map(|m| source(m, id_map)).collect()
+pub fn sources(
+    mounts: &[Mount],
+    id_map: Option<IdMap<'_>>,
+    bundle: Option<SingleThreaded>,
+) -> Result<Vec<PreparedMount>> {
+    mounts
+        .iter()
+        .map(|m| match bundle {
+            Some(alone) => bundle_source(alone, m, id_map),
+            None => source(m, id_map),
+        })
+        .collect()
 }
 
-fn source(spec: &Mount, id_map: Option<IdMap<'_>>) -> Result<PreparedMount> {
-    let mut options = Options::parse(&spec.options)?;
-    let kind = spec.kind.clone().unwrap_or_default();
+fn parsed(spec: &Mount) -> Result<PreparedMount> {
+    let mut options = Options::parse(&spec.options)
+        .map_err(|e| Error::Refused(format!("mounts: {}: {e}", spec.destination.display())))?;
+    let mut kind = spec.kind.clone().unwrap_or_default();
     options.bind |= kind == "bind";
-    let mut prepared = PreparedMount { destination: spec.destination.clone(), kind, options, source: None };
+    if options.bind {
+        kind = "bind".into();
+    }
+    let from = spec.source.clone().unwrap_or_default();
+    Ok(PreparedMount { destination: spec.destination.clone(), kind, options, from, source: None })
+}
+
+/// As the configuration says: options are of the mount itself, those with an `r` in front of all below too.
+fn bundle_source(alone: SingleThreaded, spec: &Mount, id_map: Option<IdMap<'_>>) -> Result<PreparedMount> {
+    let mut prepared = parsed(spec)?;
     if !prepared.options.bind {
         return Ok(prepared);
     }
-    prepared.kind = "bind".into();
+    let path = spec.source.as_deref().filter(|p| !p.as_os_str().is_empty()).ok_or_else(|| {
+        Error::Refused(format!("mounts: {}: a bind mount needs a source", spec.destination.display()))
+    })?;
+    let what = || format!("mount source {}", path.display());
+    let options = &prepared.options;
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    if options.recursive {
+        flags |= OpenTreeFlags::AT_RECURSIVE;
+    }
+    let tree = open_tree(CWD, path, flags).during(what)?;
+    let propagation = if options.propagation == 0 { libc::MS_PRIVATE } else { options.propagation };
+    let below = options.propagation_below || options.propagation == 0;
+    let mut steps = vec![
+        (false, MountAttr { set: options.set, clear: options.clear, ..Default::default() }),
+        (below, MountAttr { propagation, ..Default::default() }),
+    ];
+    if options.set_below | options.clear_below != 0 {
+        let attr = MountAttr { set: options.set_below, clear: options.clear_below, ..Default::default() };
+        steps.insert(1, (true, attr));
+    }
+    let own = mapping(alone, spec)?;
+    if let Some(namespace) = own.as_ref().map(AsFd::as_fd).or(id_map.filter(|_| options.id_map).map(|m| m.namespace)) {
+        steps.insert(0, (options.id_map_below, MountAttr { id_map: Some(namespace), ..Default::default() }));
+    } else if options.id_map {
+        let why = format!("mounts: {}: idmap without a user namespace or mappings", spec.destination.display());
+        return Err(Error::Refused(why));
+    }
+    for (recursive, attr) in &steps {
+        mount_setattr(tree.as_fd(), *recursive, attr)
+            .during(|| format!("{}: setting mount attributes", path.display()))?;
+    }
+    let stat = fstat(&tree).during(what)?;
+    let directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    prepared.source = Some(Source { mount: tree, directory });
+    Ok(prepared)
+}
+
+/// A user namespace that has the mount's own mappings.
+fn mapping(alone: SingleThreaded, spec: &Mount) -> Result<Option<OwnedFd>> {
+    if spec.uid_mappings.is_empty() && spec.gid_mappings.is_empty() {
+        return Ok(None);
+    }
+    let wanted = Wanted {
+        uid_mappings: &spec.uid_mappings,
+        gid_mappings: &spec.gid_mappings,
+        network: Network::Host,
+        host_network: true,
+        ipc_and_uts: false,
+        hostname: "",
+        sysctl: &BTreeMap::new(),
+    };
+    let pinned = crate::namespaces::pin(alone, &wanted, &mut |_| {})
+        .map_err(|e| Error::Refused(format!("mounts: {}: id mappings: {e}", spec.destination.display())))?;
+    Ok(pinned.user)
+}
+
+fn source(spec: &Mount, id_map: Option<IdMap<'_>>) -> Result<PreparedMount> {
+    let mut prepared = parsed(spec)?;
+    if !prepared.options.bind {
+        return Ok(prepared);
+    }
+    // A pod's mounts are held to their options all the way down.
+    prepared.options.set |= prepared.options.set_below;
+    prepared.options.clear |= prepared.options.clear_below;
     let path = spec.source.as_deref().ok_or_else(|| {
         Error::Refused(format!("mounts: {}: a bind mount needs a source", spec.destination.display()))
     })?;
@@ -141,6 +228,10 @@ pub fn enter_scratch(scratch: &Path) -> Result<()> {
 /// `mknod` from the host's disks.
 pub fn root(rootfs: &Rootfs, id_map: Option<IdMap<'_>>) -> Result<OwnedFd> {
     let tree = match rootfs {
+        Rootfs::Bundle { path } => {
+            let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_RECURSIVE;
+            return open_tree(CWD, path, flags).during(|| format!("root file system {}", path.display()));
+        }
         Rootfs::Directory { path } => detach(path, id_map)?,
         Rootfs::Layers { lower, state } => overlay(lower, state, id_map)?,
     };
@@ -199,12 +290,12 @@ fn place(tree: &OwnedFd, name: &str) -> Result<()> {
 
 /// `/sys` of the network namespace that this process is in. The container cannot mount it itself: its network
 /// namespace belongs to the host, so that even its root cannot change links, addresses or rules.
-pub fn sysfs(options: &Options) -> Result<Source> {
+pub fn sysfs(options: &Options, read_only: bool) -> Result<Source> {
     let what = || "mounting sysfs".to_owned();
     let fs = fsopen("sysfs", FsOpenFlags::FSOPEN_CLOEXEC).during(what)?;
     fsconfig_create(&fs).during(what)?;
     let mut attrs = MountAttrFlags::from_bits_retain(options.set as u32);
-    if options.clear & MOUNT_ATTR_RDONLY == 0 {
+    if read_only && options.clear & MOUNT_ATTR_RDONLY == 0 {
         attrs |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
     let mount = fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attrs).during(what)?;

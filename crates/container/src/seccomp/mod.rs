@@ -3,6 +3,9 @@
 
 mod bpf;
 mod numbers;
+mod profile;
+
+pub use profile::{ACTIONS, ARCHITECTURES, FLAGS, Filter, OPERATORS, compile};
 
 use crate::sys::Instruction;
 use bpf::{Action, Test};

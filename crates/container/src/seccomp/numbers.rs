@@ -99,6 +99,21 @@ pub fn number(name: &str) -> Option<u32> {
         .map(|(_, number)| *number)
 }
 
+/// The number of a system call on 32-bit x86.
+pub fn i386(name: &str) -> Option<u32> {
+    // From 424 on both share their numbers.
+    if let Some(number) = number(name).filter(|n| *n >= 424) {
+        return Some(number);
+    }
+    I386.lines().filter(|l| !l.starts_with('#')).find_map(|line| {
+        let (first, names) = line.split_once(' ')?;
+        let at = names.split(' ').position(|n| n == name)?;
+        Some(first.parse::<u32>().ok()? + at as u32)
+    })
+}
+
+const I386: &str = include_str!("i386.table");
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,5 +122,14 @@ mod tests {
     fn lists_are_sorted() {
         assert!(COMMON.is_sorted_by_key(|(name, _)| *name));
         assert!(LEGACY.is_sorted_by_key(|(name, _)| *name));
+    }
+
+    #[test]
+    fn numbers_of_32_bit_programs() {
+        for (name, number) in [("exit", 1), ("read", 3), ("socketcall", 102), ("openat", 295), ("clone3", 435)] {
+            assert_eq!(i386(name), Some(number), "{name}");
+        }
+        assert_eq!(i386("arch_prctl"), Some(384));
+        assert_eq!(i386("no_such_call"), None);
     }
 }

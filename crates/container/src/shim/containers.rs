@@ -261,6 +261,7 @@ impl Server {
             rootfs: Rootfs::Layers { lower: start.layers, state: directory.to_owned() },
             scratch: self.sandbox.run_dir.clone(),
             confinement: start.confinement,
+            bundle: None,
         };
         let launch = stage.create(plan, stdio.as_ref())?;
         let id = self.id();
@@ -330,7 +331,11 @@ impl Server {
                     container.pid = Some(pid);
                     container.pidfd = Pid::from_raw(pid as i32).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
                     // Limits come before anything of the tenant's runs, and after the set-up has made its processes.
-                    let set = container.cgroup.as_ref().map(|c| c.set(&container.resources)).unwrap_or(Ok(Vec::new()));
+                    let set = container
+                        .cgroup
+                        .as_ref()
+                        .map(|c| c.set_for_pod(&container.resources))
+                        .unwrap_or(Ok(Vec::new()));
                     let warnings = match set {
                         Ok(warnings) => warnings,
                         Err(e) => return self.start_failed(id, e),
@@ -340,6 +345,8 @@ impl Server {
                         self.warn(&warning);
                     }
                 }
+                // Only containers of a bundle stop here.
+                Progress::Mounted | Progress::Ready => {}
                 Progress::Executed => return self.started(id),
                 Progress::Failed(error) => return self.start_failed(id, error),
             }

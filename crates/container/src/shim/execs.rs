@@ -75,7 +75,8 @@ impl Server {
             streams = wanted;
         }
         let stage = Stage::prepare(alone, Some(&cgroup), &[])?;
-        let launch = stage.join(Join { process, confinement, user_namespace }, target.as_fd(), stdio.as_ref())?;
+        let join = Join { process, confinement, user_namespace, namespaces: None, seccomp: None, preserved: 0 };
+        let launch = stage.join(join, target.as_fd(), stdio.as_ref())?;
         let id = self.id();
         self.watch_fd(launch.socket(), Token::ExecLaunch(id))?;
         let deadline = Instant::now() + START_LIMIT;
@@ -92,6 +93,7 @@ impl Server {
                 Progress::Created(pid) => {
                     exec.pidfd = Pid::from_raw(pid as i32).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
                 }
+                Progress::Mounted | Progress::Ready => {}
                 Progress::Executed => return self.exec_started(id),
                 Progress::Failed(error) => return self.exec_failed(id, &error),
             }

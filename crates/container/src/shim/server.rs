@@ -169,7 +169,7 @@ impl Server {
 
     fn make_sandbox(&mut self) -> Result<()> {
         let mappings: Vec<_> = self.sandbox.id_map.into_iter().collect();
-        let mut warnings = self.cgroup.set(&self.sandbox.resources)?;
+        let mut warnings = self.cgroup.set_for_pod(&self.sandbox.resources)?;
         let wanted = namespaces::Wanted {
             uid_mappings: &mappings,
             gid_mappings: &mappings,

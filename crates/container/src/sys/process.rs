@@ -145,6 +145,27 @@ pub fn dup_onto(fd: BorrowedFd<'_>, onto: RawFd) -> io::Result<()> {
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
+/// Lets `fd` live on when the next program is executed.
+pub fn inherit_fd(fd: RawFd) -> io::Result<()> {
+    // SAFETY: integers only; a descriptor that is not open is an error.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Blocks `signals` and has them come on a descriptor instead.
+pub fn signals_as_descriptor(signals: &[i32]) -> io::Result<OwnedFd> {
+    // SAFETY: the set is initialised by sigemptyset before it is read; the kernel returns a new descriptor or an error.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut());
+        let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+        if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(OwnedFd::from_raw_fd(fd)) }
+    }
+}
+
 /// Closes every descriptor from 3 on that is not in `keep`. The caller forgets all others: they are the parent's.
 pub fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     let mut keep = keep.to_vec();

@@ -299,8 +299,8 @@ fn shared_pid_namespace() {
         let (_, text) = pod.exec_output("b", &["ps", "-o", "pid,args"]);
         ["sleep 1001", "sleep 1002", "sleep 1003"].iter().all(|s| text.contains(s)).then_some(text)
     });
-    assert!(seen.lines().any(|l| l.trim().starts_with("1 ")), "{seen}");
-    // The first process is the sandbox's and shows nothing of the host.
+    // The first process is the sandbox's: it does not show, and shows nothing of the host.
+    assert!(!seen.lines().any(|l| l.trim().starts_with("1 ")), "{seen}");
     assert_ne!(pod.exec_output("b", &["ls", "/proc/1/root/"]).0, 0);
     // One container's end leaves the other, and nothing of itself.
     pod.client().signal("a", 9).expect("signalled");
@@ -312,7 +312,7 @@ fn shared_pid_namespace() {
 fn memory_limit() {
     let pod = Pod::new();
     let mut start = pod.script("a", "dd if=/dev/zero of=/dev/null bs=64M count=1; echo survived");
-    start.spec.linux.resources.memory = Some(Memory { limit: Some(16 << 20) });
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(16 << 20), ..Default::default() });
     let log = start.log_path.clone();
     let (state, _) = pod.run(start);
     let text = fs::read_to_string(log).expect("log");
@@ -323,7 +323,7 @@ fn memory_limit() {
     // The shell lives on: its child was killed. The count says so, the exit code does not.
     assert!(matches!(state.phase, Phase::Exited { code: 0, oom_killed: false, .. }), "{state:?} {text}");
     let mut start = pod.command("b", &["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]);
-    start.spec.linux.resources.memory = Some(Memory { limit: Some(16 << 20) });
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(16 << 20), ..Default::default() });
     let (state, _) = pod.run(start);
     assert!(matches!(state.phase, Phase::Exited { code: 137, signal: Some(9), oom_killed: true, .. }), "{state:?}");
 }
@@ -351,7 +351,7 @@ fn cgroup_view() {
         "cat /sys/fs/cgroup/memory/memory.limit_in_bytes /sys/fs/cgroup/memory.max 2>/dev/null; cat /proc/self/cgroup; \
         touch /sys/fs/cgroup/x 2>/dev/null || echo ro",
     );
-    start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 20) });
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 20), ..Default::default() });
     let (_, text) = pod.run(start);
     assert!(text.starts_with("67108864\n"), "{text}");
     assert!(!text.contains("atoll-test"), "the host's path shows: {text}");
@@ -423,7 +423,7 @@ fn host_network() {
 fn tiny_memory() {
     let pod = Pod::new();
     let mut start = pod.script("a", "echo runs");
-    start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 10) });
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(64 << 10), ..Default::default() });
     match pod.client().start(start) {
         Err(e) => println!("  refused: {e}"),
         Ok(_) => {
@@ -432,7 +432,7 @@ fn tiny_memory() {
         }
     }
     let mut start = pod.script("b", "echo runs");
-    start.spec.linux.resources.memory = Some(Memory { limit: Some(6 << 20) });
+    start.spec.linux.resources.memory = Some(Memory { limit: Some(6 << 20), ..Default::default() });
     assert_eq!(pod.run(start).1, "runs\n");
 }
 

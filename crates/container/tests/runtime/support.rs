@@ -176,6 +176,7 @@ impl Pod {
             process: process(args, capabilities),
             mounts: spec::default_mounts(),
             linux: spec::Linux {
+                resources: Resources { devices: container::cgroup::default_rules(), ..Default::default() },
                 masked_paths: spec::MASKED_PATHS.iter().map(PathBuf::from).collect(),
                 readonly_paths: spec::READONLY_PATHS.iter().map(PathBuf::from).collect(),
                 ..Default::default()

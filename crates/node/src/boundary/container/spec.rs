@@ -51,7 +51,10 @@ pub fn start(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<protoco
         process: process(container),
         mounts: mounts(sandbox, container),
         linux: Linux {
-            resources: resources(&container.resources),
+            resources: oci::Resources {
+                devices: if security.privileged { Vec::new() } else { ::container::cgroup::default_rules() },
+                ..resources(&container.resources)
+            },
             masked_paths: paths(if security.privileged { &[] } else { oci::MASKED_PATHS }),
             readonly_paths: paths(if security.privileged { &[] } else { oci::READONLY_PATHS }),
             ..Default::default()
@@ -98,21 +101,24 @@ fn process(container: &ContainerSpec) -> Process {
         rlimits: Vec::new(),
         no_new_privileges: security.no_new_privileges,
         oom_score_adj: None,
+        ..Default::default()
     }
 }
 
-fn resources(wanted: &Resources) -> oci::Resources {
+pub(in crate::boundary) fn resources(wanted: &Resources) -> oci::Resources {
     let shares = (wanted.cpu_request_milli * 1024 / 1000).clamp(2, 262_144);
     // The kernel's least quota is a millisecond.
     let quota = wanted.cpu_limit_milli.map(|milli| (milli * CPU_PERIOD / 1000).max(1000));
     oci::Resources {
-        memory: wanted.memory_limit.map(|limit| oci::Memory { limit: Some(limit) }),
+        memory: wanted.memory_limit.map(|limit| oci::Memory { limit: i64::try_from(limit).ok(), ..Default::default() }),
         cpu: Some(oci::Cpu {
             shares: Some(shares),
             quota: quota.and_then(|q| i64::try_from(q).ok()),
             period: quota.map(|_| CPU_PERIOD),
+            ..Default::default()
         }),
-        pids: wanted.pids_limit.map(|limit| oci::Pids { limit: Some(limit) }),
+        pids: wanted.pids_limit.map(|limit| oci::Pids { limit: i64::try_from(limit).ok() }),
+        ..Default::default()
     }
 }
 
@@ -156,7 +162,13 @@ fn mount(mount: &Mount, privileged: bool) -> oci::Mount {
         _ => "rprivate",
     };
     options.push(propagation.into());
-    oci::Mount { destination: mount.target.clone(), kind: Some(kind.into()), source: Some(source), options }
+    oci::Mount {
+        destination: mount.target.clone(),
+        kind: Some(kind.into()),
+        source: Some(source),
+        options,
+        ..Default::default()
+    }
 }
 
 /// All device nodes of the host's `/dev`, two levels deep.
@@ -176,7 +188,13 @@ fn host_devices() -> Vec<oci::Mount> {
             {
                 let options = vec!["bind".into(), "dev".into()];
                 let kind = Some("bind".into());
-                found.push(oci::Mount { destination: path.clone(), kind, source: Some(path), options });
+                found.push(oci::Mount {
+                    destination: path.clone(),
+                    kind,
+                    source: Some(path),
+                    options,
+                    ..Default::default()
+                });
             }
         }
     }

@@ -14,17 +14,17 @@
 //! The set-up process may be made long before the order comes: joining version 1 control groups can take 20 ms, which
 //! then nobody waits for. The container's first process is the caller's own child.
 
+mod create;
+mod join;
+mod spaces;
+
 use crate::cgroup::{Cgroup, Hierarchies};
 use crate::error::{During, Error, Result};
-use crate::process::{self, Confinement};
-use crate::rootfs::{attach, prepare};
-use crate::spec::{NamespaceKind, Process, Spec};
+use crate::process::Confinement;
+use crate::spec::{Process, Seccomp, Spec};
 use crate::sys::{self, Cloned, SingleThreaded};
 use crate::wire::{self, Filled, Reader};
-use crate::{console, namespaces};
-use rustix::fs::{Mode, OFlags, open};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
-use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType, move_into_link_name_space, move_into_thread_name_spaces};
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -35,6 +35,8 @@ use std::path::PathBuf;
 pub enum Rootfs {
     /// A tree that is ready, ids as in the image.
     Directory { path: PathBuf },
+    /// The same with all that is mounted in it, as a bundle has it.
+    Bundle { path: PathBuf },
     /// Layers to be stacked, lowest first. `state` is a directory of the container's own for what it writes.
     Layers { lower: Vec<PathBuf>, state: PathBuf },
 }
@@ -48,6 +50,25 @@ pub struct Plan {
     /// else sees.
     pub scratch: PathBuf,
     pub confinement: Confinement,
+    #[serde(skip)]
+    pub bundle: Option<Bundle>,
+}
+
+/// What a container of a bundle has besides: its configuration is taken as it is, with nothing of a pod's.
+#[derive(Clone, Debug, Default)]
+pub struct Bundle {
+    pub id: String,
+    pub path: PathBuf,
+    pub new_keyring: bool,
+    pub no_pivot: bool,
+    /// Descriptors from 3 on that the program inherits.
+    pub preserved: u32,
+    /// Relative to the hierarchies' mounts.
+    pub cgroup: Option<PathBuf>,
+    /// The process waits for a byte in this FIFO instead of for [`Launch::go`].
+    pub start_fifo: Option<PathBuf>,
+    /// A plain user's: everything is made inside the container's own user namespace.
+    pub rootless: bool,
 }
 
 /// Another process for a container that runs.
@@ -57,6 +78,13 @@ pub struct Join {
     pub confinement: Confinement,
     /// The container has a user namespace of its own.
     pub user_namespace: bool,
+    /// `CLONE_NEW*` of what differs from the caller's; none: all that a pod's container has.
+    #[serde(skip)]
+    pub namespaces: Option<u32>,
+    #[serde(skip)]
+    pub seccomp: Option<Seccomp>,
+    #[serde(skip)]
+    pub preserved: u32,
 }
 
 /// The process's standard streams; with a terminal there are none to give.
@@ -70,6 +98,10 @@ pub struct Stdio {
 enum Order {
     Create(Box<Plan>),
     Join(Box<Join>),
+    /// Hooks of the runtime have run; `pid` is the container's as the caller sees it.
+    Pivot {
+        pid: u32,
+    },
     Go,
 }
 
@@ -78,8 +110,14 @@ enum Event {
     Created {
         pid: u32,
     },
+    /// The tree is there, the root is still the host's.
+    Mounted,
+    /// All is done; the process waits for its FIFO.
+    Ready,
     /// The terminal's master comes along.
     Terminal,
+    /// The seccomp listener comes along.
+    Listener,
     Warning {
         text: String,
     },
@@ -103,6 +141,7 @@ pub struct Launch {
     stage: OwnedFd,
     pub pid: Option<u32>,
     pub terminal: Option<OwnedFd>,
+    pub listener: Option<OwnedFd>,
     pub warnings: Vec<String>,
     reaped: bool,
 }
@@ -113,6 +152,10 @@ pub enum Progress {
     Pending,
     /// The process is there and waits for [`Launch::go`].
     Created(u32),
+    /// Hooks of the runtime are due, then [`Launch::pivot`]. Only where the configuration has hooks.
+    Mounted,
+    /// Waits for its FIFO.
+    Ready,
     Executed,
     Failed(Error),
 }
@@ -122,15 +165,9 @@ impl Stage {
     /// closed in it.
     pub fn prepare(alone: SingleThreaded, cgroup: Option<&Cgroup>, keep: &[RawFd]) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
-        let born_in = cgroup.and_then(Cgroup::v2_directory);
-        let (child, joined_v2) = match alone.clone(0, born_in.as_ref().map(AsFd::as_fd)) {
-            // A kernel or a delegation that refuses births there still lets processes move there.
-            Err(_) if born_in.is_some() => (alone.clone(0, None), false),
-            other => (other, born_in.is_some()),
-        };
-        match child.during(|| "making the set-up process".into())? {
-            Cloned::Parent { pidfd, .. } => Ok(Self { socket: ours, pidfd }),
-            Cloned::Child => {
+        match clone_into(alone, cgroup).during(|| "making the set-up process".into())? {
+            (Cloned::Parent { pidfd, .. }, _) => Ok(Self { socket: ours, pidfd }),
+            (Cloned::Child, joined_v2) => {
                 drop(ours);
                 let outcome = run_stage(alone, cgroup, joined_v2, keep, &theirs);
                 if let Err(e) = outcome {
@@ -156,15 +193,7 @@ impl Stage {
             fds.extend([stdio.stdin.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd()]);
         }
         let sent = wire::send(&self.socket, order, &fds);
-        let mut launch = Launch {
-            socket: self.socket,
-            reader: Reader::default(),
-            stage: self.pidfd,
-            pid: None,
-            terminal: None,
-            warnings: Vec::new(),
-            reaped: false,
-        };
+        let mut launch = Launch::of(self.socket, self.pidfd);
         // A set-up process that failed before has said why and is gone: that is read in due course.
         if let Err(e) = sent
             && e.kind() != std::io::ErrorKind::BrokenPipe
@@ -186,6 +215,71 @@ impl Stage {
 }
 
 impl Launch {
+    fn of(socket: UnixStream, stage: OwnedFd) -> Self {
+        Self {
+            socket,
+            reader: Reader::default(),
+            stage,
+            pid: None,
+            terminal: None,
+            listener: None,
+            warnings: Vec::new(),
+            reaped: false,
+        }
+    }
+
+    /// Makes the set-up process with its order in memory: nothing is sent. `keep` as in [`Stage::prepare`].
+    fn fork(
+        alone: SingleThreaded,
+        cgroup: Option<&Cgroup>,
+        keep: &[RawFd],
+        work: impl FnOnce(&UnixStream) -> Result<()>,
+    ) -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
+        match clone_into(alone, cgroup).during(|| "making the set-up process".into())? {
+            (Cloned::Parent { pidfd, .. }, _) => Ok(Self::of(ours, pidfd)),
+            (Cloned::Child, joined_v2) => {
+                drop(ours);
+                let mut keep = keep.to_vec();
+                keep.push(theirs.as_raw_fd());
+                let outcome = sys::close_all_but(&keep)
+                    .during(|| "closing descriptors".into())
+                    .and_then(|()| cgroup.map_or(Ok(()), |c| c.join(!joined_v2)))
+                    .and_then(|()| work(&theirs));
+                if let Err(e) = outcome {
+                    report(&theirs, &e);
+                }
+                sys::exit_now(0)
+            }
+        }
+    }
+
+    /// A container of a bundle. Its streams are the caller's own, or a terminal.
+    pub fn create(
+        alone: SingleThreaded,
+        cgroup: Option<&Cgroup>,
+        hierarchies: Hierarchies,
+        plan: Plan,
+        preserved: u32,
+    ) -> Result<Self> {
+        let keep: Vec<RawFd> = (3..3 + preserved as RawFd).collect();
+        Self::fork(alone, cgroup, &keep, |socket| create::create(alone, plan, hierarchies, socket, Reader::default()))
+    }
+
+    /// Another process for a container of a bundle; streams as in [`Self::create`].
+    pub fn join(alone: SingleThreaded, cgroup: Option<&Cgroup>, join: Join, target: BorrowedFd<'_>) -> Result<Self> {
+        let mut keep: Vec<RawFd> = (3..3 + join.preserved as RawFd).collect();
+        keep.push(target.as_raw_fd());
+        let target = target.try_clone_to_owned().during(|| "sharing a pidfd".into())?;
+        keep.push(target.as_raw_fd());
+        Self::fork(alone, cgroup, &keep, |socket| join::join(alone, join, target, None, socket))
+    }
+
+    /// Hooks of the runtime have run.
+    pub fn pivot(&self, pid: u32) {
+        let _ = wire::send(&self.socket, &Order::Pivot { pid }, &[]);
+    }
+
     /// Readable when [`Self::progress`] has something to say.
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
@@ -198,7 +292,10 @@ impl Launch {
                     self.pid = Some(pid);
                     return Progress::Created(pid);
                 }
+                Ok(Some(Event::Mounted)) => return Progress::Mounted,
+                Ok(Some(Event::Ready)) => return Progress::Ready,
                 Ok(Some(Event::Terminal)) => self.terminal = self.reader.take_fd(),
+                Ok(Some(Event::Listener)) => self.listener = self.reader.take_fd(),
                 Ok(Some(Event::Warning { text })) => self.warnings.push(text),
                 Ok(Some(Event::Failed { code, message })) => {
                     self.reap();
@@ -274,13 +371,27 @@ fn run_stage(
                 Some(cgroup) => cgroup.hierarchies().clone(),
                 None => Hierarchies::discover()?,
             };
-            create(alone, *plan, hierarchies, socket, reader)
+            create::create(alone, *plan, hierarchies, socket, reader)
         }
-        Ok(Order::Join(order)) => join(alone, *order, socket, reader),
-        Ok(Order::Go) => Ok(()),
+        Ok(Order::Join(order)) => {
+            let target = reader.take_fd().ok_or_else(|| Error::Refused("the container's process is missing".into()))?;
+            let stdio = take_stdio(&mut reader, order.process.terminal)?;
+            join::join(alone, *order, target, stdio, socket)
+        }
+        Ok(Order::Go | Order::Pivot { .. }) => Ok(()),
         // The caller does not need this process any more.
         Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => Ok(()),
         Err(e) => Err(Error::step("receiving orders", e)),
+    }
+}
+
+/// A child, and whether it was born in the version 2 group.
+fn clone_into(alone: SingleThreaded, cgroup: Option<&Cgroup>) -> std::io::Result<(Cloned, bool)> {
+    let born_in = cgroup.and_then(Cgroup::v2_directory);
+    match alone.clone(0, born_in.as_ref().map(AsFd::as_fd)) {
+        // A kernel or a delegation that refuses births there still lets processes move there.
+        Err(_) if born_in.is_some() => Ok((alone.clone(0, None)?, false)),
+        other => Ok((other?, born_in.is_some())),
     }
 }
 
@@ -292,118 +403,7 @@ fn take_stdio(reader: &mut Reader, terminal: bool) -> Result<Option<Stdio>> {
     Ok(Some(Stdio { stdin: next()?, stdout: next()?, stderr: next()? }))
 }
 
-/// In the set-up process, with the host's rights.
-fn create(
-    alone: SingleThreaded,
-    plan: Plan,
-    hierarchies: Hierarchies,
-    socket: &UnixStream,
-    mut reader: Reader,
-) -> Result<()> {
-    let stdio = take_stdio(&mut reader, plan.spec.process.terminal)?;
-    let spaces = Spaces::open(alone, &plan.spec)?;
-    let id_map = spaces.id_map(&plan.spec);
-    let mut mounts = prepare::sources(&plan.spec.mounts, id_map)?;
-    let devices = prepare::devices()?;
-    prepare::enter_scratch(&plan.scratch)?;
-    let root = prepare::root(&plan.rootfs, id_map)?;
-    if let Some(score) = plan.spec.process.oom_score_adj
-        && std::fs::write("/proc/self/oom_score_adj", score.to_string()).is_err()
-    {
-        warn(socket, format!("oom_score_adj: this host does not let it be set to {score}"));
-    }
-    spaces.enter_shared()?;
-    for mount in mounts.iter_mut().filter(|m| m.kind == "sysfs") {
-        mount.source = Some(prepare::sysfs(&mount.options)?);
-    }
-    spaces.enter_user()?;
-    let has_user = spaces.user.is_some();
-    let flags = spaces.new_flags() | libc::CLONE_PARENT as u64;
-    match alone.clone(flags, None).during(|| "making the container's process".into())? {
-        Cloned::Parent { pid, .. } => wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into()),
-        Cloned::Child => {
-            drop(spaces);
-            let prepared = prepare::Prepared { root, mounts, devices, hierarchies };
-            report(socket, &first(&plan, prepared, stdio, has_user, socket, &mut reader));
-            sys::exit_now(127)
-        }
-    }
-}
-
-/// In the container's first process. Returns only with what went wrong.
-fn first(
-    plan: &Plan,
-    prepared: prepare::Prepared,
-    stdio: Option<Stdio>,
-    has_user: bool,
-    socket: &UnixStream,
-    reader: &mut Reader,
-) -> Error {
-    let spec = &plan.spec;
-    let outcome = (|| {
-        rustix::process::setsid().during(|| "setsid".into())?;
-        if has_user {
-            namespaces::become_root()?;
-        }
-        let terminal = attach::attach(spec, prepared, |root| {
-            if spec.process.terminal { console::open(root, &spec.process).map(Some) } else { Ok(None) }
-        })?;
-        if spec.namespace(NamespaceKind::Uts).is_some_and(|n| n.path.is_none())
-            && let Some(name) = &spec.hostname
-        {
-            sys::set_host_name(name).during(|| format!("hostname {name:?}"))?;
-        }
-        take_streams(stdio, terminal, socket)?;
-        let ready = process::assume(&spec.process, plan.confinement, &mut |text| warn(socket, text))?;
-        match wire::receive::<Order>(socket, reader) {
-            Ok(Order::Go) => Ok(ready),
-            _ => Err(Error::Refused("called off".into())),
-        }
-    })();
-    match outcome {
-        Ok(ready) => ready.execute(),
-        Err(e) => e,
-    }
-}
-
-/// In the set-up process of an exec.
-fn join(alone: SingleThreaded, order: Join, socket: &UnixStream, mut reader: Reader) -> Result<()> {
-    let target = reader.take_fd().ok_or_else(|| Error::Refused("the container's process is missing".into()))?;
-    let stdio = take_stdio(&mut reader, order.process.terminal)?;
-    let mut kinds = ThreadNameSpaceType::MOUNT
-        | ThreadNameSpaceType::CONTROL_GROUP
-        | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
-        | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
-        | ThreadNameSpaceType::PROCESS_ID
-        | ThreadNameSpaceType::NETWORK;
-    if order.user_namespace {
-        kinds |= ThreadNameSpaceType::USER;
-    }
-    move_into_thread_name_spaces(target.as_fd(), kinds).during(|| "entering the container".into())?;
-    drop(target);
-    match alone.clone(libc::CLONE_PARENT as u64, None).during(|| "making a process in the container".into())? {
-        Cloned::Parent { pid, .. } => wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into()),
-        Cloned::Child => {
-            let error = (|| {
-                rustix::process::setsid().during(|| "setsid".into())?;
-                if order.user_namespace {
-                    namespaces::become_root()?;
-                }
-                let terminal = if order.process.terminal {
-                    let root = open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).during(|| "/".into())?;
-                    Some(console::open(root.as_fd(), &order.process)?)
-                } else {
-                    None
-                };
-                take_streams(stdio, terminal, socket)?;
-                process::assume(&order.process, order.confinement, &mut |text| warn(socket, text))
-            })();
-            report(socket, &error.map_or_else(|e| e, process::Ready::execute));
-            sys::exit_now(127)
-        }
-    }
-}
-
+/// Without `stdio` and terminal the streams stay the caller's.
 fn take_streams(stdio: Option<Stdio>, terminal: Option<(OwnedFd, OwnedFd)>, socket: &UnixStream) -> Result<()> {
     if let Some((slave, master)) = &terminal {
         wire::send(socket, &Event::Terminal, &[master.as_fd()]).during(|| "handing the terminal over".into())?;
@@ -412,91 +412,10 @@ fn take_streams(stdio: Option<Stdio>, terminal: Option<(OwnedFd, OwnedFd)>, sock
     let streams = match (&stdio, &terminal) {
         (Some(s), _) => [s.stdin.as_fd(), s.stdout.as_fd(), s.stderr.as_fd()],
         (None, Some((slave, _))) => [slave.as_fd(), slave.as_fd(), slave.as_fd()],
-        (None, None) => return Err(Error::Refused("neither standard streams nor a terminal".into())),
+        (None, None) => return Ok(()),
     };
     for (n, stream) in streams.into_iter().enumerate() {
         sys::dup_onto(stream, n as RawFd).during(|| "setting the standard streams".into())?;
     }
     Ok(())
-}
-
-/// The namespaces that a container joins, by descriptor; those it gets of its own are flags.
-struct Spaces {
-    user: Option<OwnedFd>,
-    /// In the order in which they are entered.
-    shared: Vec<(OwnedFd, LinkNameSpaceType)>,
-    new: i32,
-}
-
-impl Spaces {
-    fn open(alone: SingleThreaded, spec: &Spec) -> Result<Self> {
-        let mut found = Self { user: None, shared: Vec::new(), new: libc::CLONE_NEWNS };
-        for namespace in &spec.linux.namespaces {
-            let (flag, link) = match namespace.kind {
-                NamespaceKind::Pid => (libc::CLONE_NEWPID, LinkNameSpaceType::ProcessID),
-                NamespaceKind::Network => (libc::CLONE_NEWNET, LinkNameSpaceType::Network),
-                NamespaceKind::Mount => (libc::CLONE_NEWNS, LinkNameSpaceType::Mount),
-                NamespaceKind::Ipc => (libc::CLONE_NEWIPC, LinkNameSpaceType::InterProcessCommunication),
-                NamespaceKind::Uts => (libc::CLONE_NEWUTS, LinkNameSpaceType::HostNameAndNISDomainName),
-                NamespaceKind::User => (libc::CLONE_NEWUSER, LinkNameSpaceType::User),
-                NamespaceKind::Cgroup => (libc::CLONE_NEWCGROUP, LinkNameSpaceType::ControlGroup),
-                NamespaceKind::Time => return Err(Error::Refused("time namespaces are not supported".into())),
-            };
-            let fd = match &namespace.path {
-                Some(path) => Some(
-                    open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                        .during(|| format!("namespace {}", path.display()))?,
-                ),
-                None => None,
-            };
-            match (namespace.kind, fd) {
-                (NamespaceKind::User, Some(fd)) => found.user = Some(fd),
-                (NamespaceKind::User, None) => found.user = Some(new_user(alone, spec)?),
-                (NamespaceKind::Mount, Some(_)) => {
-                    return Err(Error::Refused("joining a mount namespace is not supported".into()));
-                }
-                (_, Some(fd)) => found.shared.push((fd, link)),
-                (_, None) => found.new |= flag,
-            }
-        }
-        Ok(found)
-    }
-
-    fn id_map(&self, spec: &Spec) -> Option<prepare::IdMap<'_>> {
-        let first = |list: &[crate::spec::IdMapping]| list.iter().find(|m| m.container_id == 0).copied();
-        let (uid, gid) = (first(&spec.linux.uid_mappings)?, first(&spec.linux.gid_mappings)?);
-        let namespace = self.user.as_ref()?.as_fd();
-        Some(prepare::IdMap { namespace, uid_base: uid.host_id, gid_base: gid.host_id, size: uid.size })
-    }
-
-    fn enter_shared(&self) -> Result<()> {
-        for (fd, kind) in &self.shared {
-            move_into_link_name_space(fd.as_fd(), Some(*kind)).during(|| format!("entering a namespace ({kind:?})"))?;
-        }
-        Ok(())
-    }
-
-    fn enter_user(&self) -> Result<()> {
-        let Some(user) = &self.user else { return Ok(()) };
-        move_into_link_name_space(user.as_fd(), Some(LinkNameSpaceType::User))
-            .during(|| "entering the user namespace".into())
-    }
-
-    fn new_flags(&self) -> u64 {
-        self.new as u64
-    }
-}
-
-fn new_user(alone: SingleThreaded, spec: &Spec) -> Result<OwnedFd> {
-    let wanted = namespaces::Wanted {
-        uid_mappings: &spec.linux.uid_mappings,
-        gid_mappings: &spec.linux.gid_mappings,
-        network: namespaces::Network::Host,
-        host_network: true,
-        ipc_and_uts: false,
-        hostname: "",
-        sysctl: &std::collections::BTreeMap::new(),
-    };
-    let pinned = namespaces::pin(alone, &wanted, &mut |_| {})?;
-    pinned.user.ok_or_else(|| Error::Refused("linux.uidMappings is empty: a user namespace needs one".into()))
 }

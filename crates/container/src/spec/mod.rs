@@ -1,19 +1,36 @@
-//! The OCI runtime specification's `config.json`, the part that Atoll uses, in its own names and shapes
+//! The OCI runtime specification's `config.json` for Linux in its own names and shapes
 //! (<https://github.com/opencontainers/runtime-spec>, version 1.2). Unknown fields are ignored, as the specification
 //! asks. What a bundle's configuration cannot say (layers that are not mounted yet) is in [`crate::runtime::Rootfs`].
+
+mod linux;
+mod process;
+mod resources;
+
+pub use linux::*;
+pub use process::*;
+pub use resources::*;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+
+/// For `skip_serializing_if`: what is not set is not written.
+fn unset<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Spec {
     pub oci_version: String,
     pub hostname: Option<String>,
+    #[serde(skip_serializing_if = "unset")]
+    pub domainname: Option<String>,
     pub root: Option<Root>,
     pub process: Process,
     pub mounts: Vec<Mount>,
+    #[serde(skip_serializing_if = "unset")]
+    pub hooks: Option<Hooks>,
     pub annotations: BTreeMap<String, String>,
     pub linux: Linux,
 }
@@ -27,141 +44,41 @@ pub struct Root {
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Process {
-    pub terminal: bool,
-    pub console_size: Option<ConsoleSize>,
-    pub user: User,
-    pub args: Vec<String>,
-    /// `NAME=value`.
-    pub env: Vec<String>,
-    pub cwd: String,
-    pub capabilities: Option<Capabilities>,
-    pub rlimits: Vec<Rlimit>,
-    pub no_new_privileges: bool,
-    pub oom_score_adj: Option<i32>,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ConsoleSize {
-    pub height: u16,
-    pub width: u16,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct User {
-    pub uid: u32,
-    pub gid: u32,
-    pub umask: Option<u32>,
-    pub additional_gids: Vec<u32>,
-}
-
-/// `CAP_*` names.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Capabilities {
-    pub bounding: Vec<String>,
-    pub effective: Vec<String>,
-    pub inheritable: Vec<String>,
-    pub permitted: Vec<String>,
-    pub ambient: Vec<String>,
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Rlimit {
-    /// `RLIMIT_*`.
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub soft: u64,
-    pub hard: u64,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
 pub struct Mount {
     pub destination: PathBuf,
     #[serde(rename = "type")]
     pub kind: Option<String>,
     pub source: Option<PathBuf>,
     pub options: Vec<String>,
-}
-
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Linux {
+    /// For an id-mapped mount; empty with `idmap`: those of the container's user namespace.
+    #[serde(skip_serializing_if = "unset")]
     pub uid_mappings: Vec<IdMapping>,
+    #[serde(skip_serializing_if = "unset")]
     pub gid_mappings: Vec<IdMapping>,
-    pub sysctl: BTreeMap<String, String>,
-    pub resources: Resources,
-    /// Relative to each hierarchy's mount point.
-    pub cgroups_path: Option<PathBuf>,
-    pub namespaces: Vec<Namespace>,
-    pub masked_paths: Vec<PathBuf>,
-    pub readonly_paths: Vec<PathBuf>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct IdMapping {
-    #[serde(rename = "containerID")]
-    pub container_id: u32,
-    #[serde(rename = "hostID")]
-    pub host_id: u32,
-    pub size: u32,
-}
-
-/// Without a path: a new one. A kind that is not listed is the runtime's own.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Namespace {
-    #[serde(rename = "type")]
-    pub kind: NamespaceKind,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NamespaceKind {
-    Pid,
-    Network,
-    Mount,
-    Ipc,
-    Uts,
-    User,
-    Cgroup,
-    Time,
+/// Each list in the order in which it is run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hooks {
+    pub prestart: Vec<Hook>,
+    pub create_runtime: Vec<Hook>,
+    pub create_container: Vec<Hook>,
+    pub start_container: Vec<Hook>,
+    pub poststart: Vec<Hook>,
+    pub poststop: Vec<Hook>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub struct Resources {
-    pub memory: Option<Memory>,
-    pub cpu: Option<Cpu>,
-    pub pids: Option<Pids>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Memory {
-    /// Bytes.
-    pub limit: Option<u64>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Cpu {
-    /// cgroup v1's `cpu.shares`: 2 to 262,144, 1,024 for one core's worth.
-    pub shares: Option<u64>,
-    /// Microseconds of CPU time in each period.
-    pub quota: Option<i64>,
-    /// Microseconds.
-    pub period: Option<u64>,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", default)]
-pub struct Pids {
-    pub limit: Option<u64>,
+pub struct Hook {
+    /// Absolute.
+    pub path: PathBuf,
+    /// The first is the name; empty: the path alone.
+    pub args: Vec<String>,
+    pub env: Vec<String>,
+    /// Seconds, above zero.
+    pub timeout: Option<i64>,
 }
 
 impl Spec {
@@ -177,14 +94,16 @@ impl Mount {
             kind: Some(kind.into()),
             source: Some(source.into()),
             options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..Self::default()
         }
     }
 }
 
-/// What a container sees of `/proc`, `/sys` and `/dev`, as the field's runtimes give it.
+/// What a container sees of `/proc`, `/sys` and `/dev`, as the field's runtimes give it; but each user sees only its own
+/// processes.
 pub fn default_mounts() -> Vec<Mount> {
     vec![
-        Mount::new("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
+        Mount::new("/proc", "proc", "proc", &["nosuid", "noexec", "nodev", "hidepid=invisible"]),
         Mount::new("/dev", "tmpfs", "tmpfs", &["nosuid", "mode=755", "size=65536k"]),
         Mount::new("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "ptmxmode=0666", "mode=0620", "gid=5"]),
         Mount::new("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]),
