@@ -40,32 +40,20 @@ impl Registry {
         Registry { dir, store, address, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// Everything that comes back for what is sent.
     pub fn exchange(&self, sent: &[u8]) -> Vec<u8> {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        stream.write_all(sent).unwrap();
-        let mut answer = Vec::new();
-        stream.read_to_end(&mut answer).unwrap();
-        answer
+        self.client().exchange(sent)
+    }
+
+    pub fn client(&self) -> Client {
+        Client { address: self.address }
     }
 
     pub fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Reply {
-        let mut stream = TcpStream::connect(self.address).unwrap();
-        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", self.address);
-        for (name, value) in headers {
-            head.push_str(&format!("{name}: {value}\r\n"));
-        }
-        head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
-        stream.write_all(head.as_bytes()).unwrap();
-        // The server may refuse a body it has not read.
-        let _ = stream.write_all(body);
-        let mut answer = Vec::new();
-        let _ = stream.read_to_end(&mut answer);
-        Reply::parse(&answer)
+        self.client().call(method, path, headers, body)
     }
 
     pub fn get(&self, path: &str) -> Reply {
-        self.call("GET", path, &[], b"")
+        self.client().get(path)
     }
 
     /// Pushes a blob in one piece and gives its digest.
@@ -105,6 +93,46 @@ impl Drop for Registry {
     }
 }
 
+/// A plain HTTP client, a connection for each request.
+pub struct Client {
+    pub address: SocketAddr,
+}
+
+impl Client {
+    /// Everything that comes back for what is sent.
+    pub fn exchange(&self, sent: &[u8]) -> Vec<u8> {
+        let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.write_all(sent).unwrap();
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).unwrap();
+        answer
+    }
+
+    pub fn call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Reply {
+        self.try_call(method, path, headers, body).expect("an answer")
+    }
+
+    /// `None` if no whole answer came.
+    pub fn try_call(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Option<Reply> {
+        let mut stream = TcpStream::connect(self.address).ok()?;
+        let mut head = format!("{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n", self.address);
+        for (name, value) in headers {
+            head.push_str(&format!("{name}: {value}\r\n"));
+        }
+        head.push_str(&format!("content-length: {}\r\n\r\n", body.len()));
+        stream.write_all(head.as_bytes()).ok()?;
+        // The server may refuse a body it has not read.
+        let _ = stream.write_all(body);
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        Reply::parse(&answer)
+    }
+
+    pub fn get(&self, path: &str) -> Reply {
+        self.call("GET", path, &[], b"")
+    }
+}
+
 #[derive(Debug)]
 pub struct Reply {
     pub status: u16,
@@ -113,13 +141,13 @@ pub struct Reply {
 }
 
 impl Reply {
-    fn parse(bytes: &[u8]) -> Reply {
-        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").expect("an answer");
+    fn parse(bytes: &[u8]) -> Option<Reply> {
+        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n")?;
         let head = String::from_utf8_lossy(&bytes[..end]);
         let mut lines = head.lines();
         let status = lines.next().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
         let headers = lines.filter_map(|l| l.split_once(": ")).map(|(n, v)| (n.to_lowercase(), v.to_owned())).collect();
-        Reply { status, headers, body: bytes[end + 4..].to_vec() }
+        Some(Reply { status, headers, body: bytes[end + 4..].to_vec() })
     }
 
     pub fn header(&self, name: &str) -> &str {
