@@ -41,6 +41,9 @@ pub enum Error {
     WrongKind { reference: String, found: &'static str, wanted: &'static str },
     #[error("image {reference:?} has no file {path:?}")]
     NoFile { reference: String, path: String },
+    /// A Containerfile's line.
+    #[error("{file}:{line}: {why}")]
+    Build { file: String, line: usize, why: String },
     #[error("{path}: {why}", path = path.display())]
     Unrecognised { path: PathBuf, why: String },
     #[error("blob {0} is not here")]

@@ -204,6 +204,7 @@ impl Store {
             created: Some(rfc3339(now())),
             config,
             rootfs: RootFs { kind: "layers".into(), diff_ids: vec![diff_id] },
+            ..ImageConfig::default()
         };
         let config = to_json(&image)?;
         let names = self.names_for(options, path, Vec::new())?;

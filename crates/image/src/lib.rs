@@ -17,6 +17,8 @@
 //! DATA/images/pins/NAME        what is in use, by whom: garbage collection leaves it alone
 //! DATA/images/uploads/ID       unfinished uploads of the registry
 //! DATA/images/partial/H        unfinished downloads
+//! DATA/images/build/H         which layer a build step made, by a digest of what it depends on
+//! DATA/images/caches/H        directories of `RUN --mount=type=cache`
 //! DATA/images/tmp/             what is being written; flocked while its writer lives
 //! ```
 //!
@@ -25,6 +27,7 @@
 #![forbid(unsafe_code)]
 
 mod blob;
+mod build;
 mod digest;
 mod disk;
 mod error;
@@ -46,6 +49,7 @@ mod unpack;
 mod upload;
 
 pub use blob::{Blob, BlobWriter};
+pub use build::{BuildOptions, Built, Executor, MountSource, RunEnd, RunMount, RunSpec, Secret};
 pub use digest::{Digest, Hasher};
 pub use disk::DiskImage;
 pub use error::{Error, Result};

@@ -223,10 +223,29 @@ pub struct ImageConfig {
     pub variant: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub created: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
     #[serde(default, deserialize_with = "nullable")]
     pub config: RunConfig,
     #[serde(default, deserialize_with = "nullable")]
     pub rootfs: RootFs,
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<History>,
+}
+
+/// How a layer, or a setting, came to be.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct History {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created_by: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comment: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub empty_layer: bool,
 }
 
 impl ImageConfig {
@@ -257,6 +276,13 @@ pub struct RunConfig {
     pub labels: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "nullable", skip_serializing_if = "String::is_empty")]
     pub stop_signal: String,
+    /// Docker's own: kept for the images built on this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub healthcheck: Option<serde_json::Value>,
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
+    pub on_build: Vec<String>,
+    #[serde(default, deserialize_with = "nullable", skip_serializing_if = "Vec::is_empty")]
+    pub shell: Vec<String>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// First line of the marker file.
 const FORMAT: &str = "atoll images 1";
 /// Kinds of directories the store is made of.
-const DIRECTORIES: [&str; 9] =
-    ["blobs/sha256", "refs", "layers", "disks", "pins", "uploads", "partial", "tmp", "locks"];
+const DIRECTORIES: [&str; 11] =
+    ["blobs/sha256", "refs", "layers", "disks", "pins", "uploads", "partial", "tmp", "locks", "build", "caches"];
 
 /// What one foreign image may cost.
 #[derive(Clone, Debug)]

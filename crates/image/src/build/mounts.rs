@@ -1,0 +1,212 @@
+//! `RUN --mount`.
+
+use super::Secret;
+use std::collections::BTreeMap;
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Mount {
+    pub kind: Kind,
+    /// Empty: below the working directory or where the kind has its usual place.
+    pub target: String,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Kind {
+    Bind { from: Option<String>, source: String },
+    Cache { id: String, sharing: Sharing, read_only: bool, mode: u32, uid: u32, gid: u32 },
+    Tmpfs { size: Option<u64> },
+    Secret { id: String, variable: Option<String>, file: bool, required: bool, mode: u32, uid: u32, gid: u32 },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Sharing {
+    Shared,
+    Locked,
+    Private,
+}
+
+/// Parses the value of a `--mount`.
+pub(crate) fn parse(text: &str) -> Result<Mount, String> {
+    let told = |why: &str| format!("--mount={text}: {why}");
+    let mut fields: BTreeMap<String, String> = BTreeMap::new();
+    for part in text.split(',').filter(|p| !p.is_empty()) {
+        let (name, value) = part.split_once('=').unwrap_or((part, "true"));
+        let name = match name {
+            "dst" | "destination" => "target",
+            "src" => "source",
+            "ro" => "readonly",
+            "readwrite" => "rw",
+            other => other,
+        };
+        if fields.insert(name.to_owned(), value.to_owned()).is_some() {
+            return Err(told(&format!("{name} is given twice")));
+        }
+    }
+    let mut take = |name: &str| fields.remove(name);
+    let kind = take("type").unwrap_or_else(|| "bind".into());
+    let target = take("target");
+    let flag = |value: Option<String>| match value.as_deref() {
+        None | Some("false" | "0") => Ok(false),
+        Some("true" | "1") => Ok(true),
+        Some(other) => Err(told(&format!("{other:?} is neither true nor false"))),
+    };
+    let id = |value: Option<String>| match value {
+        None => Ok(0),
+        Some(text) => text.parse::<u32>().map_err(|_| told("uid and gid are numbers")),
+    };
+    let mode = |value: Option<String>, usual: u32| match value {
+        None => Ok(usual),
+        Some(text) => {
+            u32::from_str_radix(&text, 8).ok().filter(|m| *m <= 0o7777).ok_or_else(|| told("mode is an octal number"))
+        }
+    };
+    let needed = |target: &Option<String>| target.clone().filter(|t| !t.is_empty()).ok_or(told("it needs target="));
+    let mount = match kind.as_str() {
+        "bind" => {
+            if flag(take("rw"))? {
+                return Err(told("bind mounts are read-only; COPY what is to be changed"));
+            }
+            flag(take("readonly"))?;
+            let source = take("source").unwrap_or_else(|| "/".into());
+            Mount { target: needed(&target)?, kind: Kind::Bind { from: take("from"), source } }
+        }
+        "cache" => {
+            let target = needed(&target)?;
+            let sharing = match take("sharing").as_deref() {
+                None | Some("shared") => Sharing::Shared,
+                Some("locked") => Sharing::Locked,
+                Some("private") => Sharing::Private,
+                Some(other) => return Err(told(&format!("sharing={other}: it is shared, locked or private"))),
+            };
+            let cache = Kind::Cache {
+                id: take("id").unwrap_or_else(|| target.clone()),
+                sharing,
+                read_only: flag(take("readonly"))?,
+                mode: mode(take("mode"), 0o755)?,
+                uid: id(take("uid"))?,
+                gid: id(take("gid"))?,
+            };
+            Mount { target, kind: cache }
+        }
+        "tmpfs" => {
+            let size = match take("size") {
+                None => None,
+                Some(text) => Some(bytes(&text).ok_or_else(|| told("size is a number of bytes, such as 64m"))?),
+            };
+            Mount { target: needed(&target)?, kind: Kind::Tmpfs { size } }
+        }
+        "secret" => {
+            let name = take("id")
+                .or_else(|| target.as_ref().and_then(|t| t.rsplit('/').next().map(str::to_owned)))
+                .filter(|n| !n.is_empty())
+                .ok_or_else(|| told("it needs id="))?;
+            let variable = take("env");
+            let secret = Kind::Secret {
+                file: variable.is_none() || target.is_some(),
+                variable,
+                required: flag(take("required"))?,
+                mode: mode(take("mode"), 0o400)?,
+                uid: id(take("uid"))?,
+                gid: id(take("gid"))?,
+                id: name.clone(),
+            };
+            Mount { target: target.unwrap_or_else(|| format!("/run/secrets/{name}")), kind: secret }
+        }
+        other => return Err(told(&format!("type {other:?}: it is bind, cache, tmpfs or secret"))),
+    };
+    match fields.keys().next() {
+        Some(unknown) => Err(told(&format!("a {kind} mount has no {unknown}"))),
+        None => Ok(mount),
+    }
+}
+
+fn bytes(text: &str) -> Option<u64> {
+    let text = text.trim_end_matches(['b', 'B']);
+    let (digits, scale) = match text.strip_suffix(['k', 'K', 'm', 'M', 'g', 'G']) {
+        Some(digits) => (
+            digits,
+            match text.bytes().last()?.to_ascii_lowercase() {
+                b'k' => 1 << 10,
+                b'm' => 1 << 20,
+                _ => 1 << 30,
+            },
+        ),
+        None => (text, 1u64),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(scale)
+}
+
+impl Secret {
+    /// `id=NAME[,src=PATH|,env=VARIABLE]`; with neither, the variable or file of that name.
+    pub fn parse(text: &str) -> Result<Secret, String> {
+        let told =
+            |why: &str| format!("--secret {text:?}: {why}; write it as id=NAME,src=PATH or id=NAME,env=VARIABLE");
+        let (mut id, mut file, mut variable) = (None, None, None);
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("id", value)) if !value.is_empty() => id = Some(value.to_owned()),
+                Some(("src" | "source", value)) => file = Some(value.into()),
+                Some(("env", value)) => variable = Some(value.to_owned()),
+                Some(("type", "file" | "env")) => {}
+                _ => return Err(told(&format!("{part:?} is not known"))),
+            }
+        }
+        let id = id.ok_or_else(|| told("it has no id"))?;
+        Ok(match (file, variable) {
+            (Some(path), None) => Secret::File { id, path },
+            (None, Some(variable)) => Secret::Variable { id, variable },
+            (None, None) if std::env::var_os(&id).is_some() => Secret::Variable { variable: id.clone(), id },
+            (None, None) => Secret::File { path: id.clone().into(), id },
+            (Some(_), Some(_)) => return Err(told("it has both src and env")),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn kinds() {
+        assert_eq!(
+            parse("target=/x,from=a,src=b").unwrap(),
+            Mount { target: "/x".into(), kind: Kind::Bind { from: Some("a".into()), source: "b".into() } }
+        );
+        let cache = parse("type=cache,dst=/c,sharing=locked,uid=5").unwrap();
+        assert!(
+            matches!(cache.kind, Kind::Cache { id, sharing: Sharing::Locked, uid: 5, mode: 0o755, .. } if id == "/c")
+        );
+        assert_eq!(parse("type=tmpfs,target=/t,size=2m").unwrap().kind, Kind::Tmpfs { size: Some(2 << 20) });
+        let secret = parse("type=secret,id=k,required").unwrap();
+        assert_eq!(secret.target, "/run/secrets/k");
+        assert!(matches!(secret.kind, Kind::Secret { required: true, file: true, mode: 0o400, .. }));
+        for bad in [
+            "type=ssh",
+            "type=cache",
+            "type=bind,target=/x,rw",
+            "target=/x,target=/y",
+            "type=tmpfs,target=/t,size=x",
+            "type=cache,target=/c,mode=9",
+            "type=secret",
+            "target=/x,colour=red",
+        ] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn secrets() {
+        assert!(matches!(Secret::parse("id=a,src=/x").unwrap(), Secret::File { .. }));
+        assert!(matches!(Secret::parse("id=a,env=B").unwrap(), Secret::Variable { .. }));
+        assert!(Secret::parse("src=/x").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in "(type|bind|cache|secret|tmpfs|target|size|id|=|,|/x|[ -~]){0,12}") {
+            let _ = parse(&text);
+            let _ = Secret::parse(&text);
+        }
+    }
+}
