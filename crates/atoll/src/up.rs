@@ -22,6 +22,7 @@ const CLUSTER_DOMAIN: &str = "cluster.local";
 struct Listeners {
     api: TcpListener,
     gateway: TcpListener,
+    gateway_tls: TcpListener,
     registry: TcpListener,
 }
 
@@ -38,6 +39,7 @@ pub fn run(options: &Up) -> Outcome {
     let listeners = Listeners {
         api: listen("--api-addr", options.api_addr)?,
         gateway: listen("--gateway-addr", options.gateway_addr)?,
+        gateway_tls: listen("--gateway-tls-addr", options.gateway_tls_addr)?,
         registry: listen("--registry-addr", options.registry_addr)?,
     };
     let router = Arc::new(Router::open(router_config(&instance)?).map_err(explain)?);
@@ -150,7 +152,8 @@ async fn serve(
     let store = Arc::new(store::redb::Engine::open(&instance.data_dir.join("store")).map_err(explain)?);
     let local = [options.registry_addr.to_string(), format!("localhost:{}", options.registry_addr.port())];
     let images = image::Store::open(instance.data_dir.join("images")).map_err(explain)?.with_local_hosts(local);
-    let images = Arc::new(images);
+    let images = Arc::new(images.with_limits(image_limits(options)?));
+    let registry = registry_config(options, listeners.registry, images.clone())?;
 
     let server = server::Server::new(server::Config {
         listener: listeners.api,
@@ -174,7 +177,12 @@ async fn serve(
     let boundaries = boundaries(instance, config.host_netns.clone())?;
     let agent = node::Agent::new(config, client.clone(), images.clone(), router, boundaries).with_dns(dns);
     server.set_streams(agent.streams());
-    let gateway = gateway::Gateway::new(gateway::Config::new(listeners.gateway), client.clone());
+    let gateway = gateway::Config {
+        tls_listener: Some(listeners.gateway_tls),
+        proxy_protocol: options.gateway_proxy_protocol,
+        ..gateway::Config::new(listeners.gateway)
+    };
+    let gateway = gateway::Gateway::new(gateway, client.clone());
     let controllers = controllers::Config {
         gateway_port: options.gateway_addr.port(),
         gateway_address: Some(options.gateway_addr.ip().to_string()),
@@ -185,7 +193,7 @@ async fn serve(
     let (until, api) = (stopped(), server.clone());
     tasks.spawn(async move { api.serve(until).await.map_err(explain) });
     let until = stopped();
-    tasks.spawn(async move { registry::serve(registry::Config::new(listeners.registry, images), until).await.map_err(explain) });
+    tasks.spawn(async move { registry::serve(registry, until).await.map_err(explain) });
     let until = stopped();
     tasks.spawn(async move { gateway.run(until).await.map_err(explain) });
     tasks.spawn(done(controllers::run(client, controllers, stopping.clone())));
@@ -211,6 +219,24 @@ async fn serve(
     }
     drop(server);
     outcome
+}
+
+fn image_limits(options: &Up) -> Result<image::Limits, Failure> {
+    let bytes = api::quantity::Quantity::parse(&options.registry_max_blob)
+        .map_err(|e| explain(format!("--registry-max-blob {:?}: {e}; such as 20Gi", options.registry_max_blob)))?;
+    let blob_bytes = u64::try_from(bytes.value()).unwrap_or(0);
+    Ok(image::Limits { blob_bytes, ..image::Limits::default() })
+}
+
+fn registry_config(
+    options: &Up,
+    listener: TcpListener,
+    images: Arc<image::Store>,
+) -> Result<registry::Config, Failure> {
+    let mut config = registry::Config::new(listener, images);
+    config.rules = registry::TagRules::immutable(&options.registry_immutable).map_err(explain)?;
+    config.limits.uploads = usize::from(options.registry_max_uploads.max(1));
+    Ok(config)
 }
 
 async fn done(work: impl Future<Output = ()>) -> Outcome {

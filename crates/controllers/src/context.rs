@@ -3,6 +3,7 @@
 use crate::events::Recorder;
 use crate::objects::condition;
 use api::client::{Client, ListOptions};
+use api::demand::Demand;
 use api::informer::Informer;
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject, object_of};
@@ -26,12 +27,16 @@ pub struct Config {
     pub gateway_port: u16,
     /// An address of the gateway, for `Gateway.status.addresses`.
     pub gateway_address: Option<String>,
+    /// The gateway has a socket for TLS.
+    pub gateway_tls: bool,
     /// Every object is looked at again this often, whatever the watches said.
     pub resync: Duration,
     /// A node whose lease is older than this is no longer trusted, seconds.
     pub node_grace_seconds: i64,
     /// Ended pods that nobody owns are kept up to this number.
     pub ended_pods: usize,
+    /// What requests want of Services; the gateway's, too.
+    pub demand: Arc<Demand>,
     pub clock: Clock,
 }
 
@@ -42,9 +47,11 @@ impl Default for Config {
             cluster_domain: "cluster.local".into(),
             gateway_port: 8080,
             gateway_address: None,
+            gateway_tls: true,
             resync: Duration::from_secs(600),
             node_grace_seconds: 40,
             ended_pods: 500,
+            demand: Arc::default(),
             clock: Arc::new(api::time::now),
         }
     }

@@ -42,6 +42,7 @@ pub async fn run(client: Arc<dyn Client>, config: Config, shutdown: watch::Recei
     tasks.spawn(runner::until(shutdown.clone(), scheduler::run(Arc::clone(&context))));
     tasks.spawn(runner::until(shutdown.clone(), gc::run(Arc::clone(&context))));
     tasks.spawn(runner::until(shutdown.clone(), gateways::make_defaults(Arc::clone(&context))));
+    tasks.spawn(runner::until(shutdown.clone(), knative::autoscale(Arc::clone(&context))));
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended
             && error.is_panic()
@@ -64,6 +65,9 @@ const RECONCILERS: &[(usize, Make)] = &[
     (1, gateways::classes),
     (1, gateways::new),
     (2, gateways::routes),
+    (1, gateways::grpc_routes),
+    (1, gateways::tls_routes),
+    (1, gateways::ingresses),
     (2, knative::services),
     (2, knative::configurations),
     (2, knative::revisions),

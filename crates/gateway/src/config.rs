@@ -8,6 +8,10 @@ use std::time::Duration;
 pub struct Config {
     /// Bound by the caller (in the host's network namespace); one address serves all Gateways' HTTP listeners.
     pub listener: TcpListener,
+    /// The same for HTTPS and TLS listeners.
+    pub tls_listener: Option<TcpListener>,
+    /// Every client connection begins with a PROXY protocol header: a load balancer is in front.
+    pub proxy_protocol: bool,
     /// Gateways whose `gatewayClassName` is this are served.
     pub class: String,
     /// Bytes of a request's head.
@@ -20,6 +24,10 @@ pub struct Config {
     pub max_streams: u32,
     /// How long a client may take to send a request's head, and may keep a connection idle.
     pub head_timeout: Duration,
+    /// How long a client may take to finish the TLS handshake and say who it is.
+    pub handshake_timeout: Duration,
+    /// How long a client may send nothing of a body, or take nothing of an answer.
+    pub body_timeout: Duration,
     pub connect_timeout: Duration,
     /// How long an unused connection to an endpoint is kept.
     pub upstream_idle: Duration,
@@ -31,12 +39,16 @@ impl Config {
     pub fn new(listener: TcpListener) -> Config {
         Config {
             listener,
+            tls_listener: None,
+            proxy_protocol: false,
             class: "atoll".to_owned(),
             max_head: 64 << 10,
             max_headers: 100,
             max_connections: 16 << 10,
             max_streams: 128,
             head_timeout: Duration::from_secs(60),
+            handshake_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(60),
             connect_timeout: Duration::from_secs(3),
             upstream_idle: Duration::from_secs(60),
             drain: Duration::from_secs(30),

@@ -43,6 +43,15 @@ counters! {
     ejections_total,
     upgrades_total,
     mirrored_total,
+    /// Gauge.
+    mirrors_active,
+    /// Copies that were not sent: too many at a time, too large a body, no answer in time.
+    mirrors_left_out_total,
+    tls_handshakes_total,
+    tls_handshake_failures_total,
+    tls_passed_through_total,
+    /// TLS connections for a name that no listener has.
+    tls_unknown_name_total,
     /// Times that the routing table was made anew.
     tables_total,
 }

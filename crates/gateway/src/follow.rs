@@ -2,6 +2,7 @@
 
 use crate::gateway::Shared;
 use crate::routing::{Objects, build};
+use crate::tls::{self, Cache};
 use crate::upstream::{Upstream, Upstreams, addresses};
 use api::client::{Client, ListOptions};
 use api::informer::{Change, Informer, Subscription};
@@ -12,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const GROUP: &str = "gateway.networking.k8s.io";
+const INGRESS: &str = "networking.k8s.io";
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Changes that come within this time make one table.
 const GATHER: Duration = Duration::from_millis(2);
@@ -21,11 +23,16 @@ struct Informers {
     classes: Informer,
     gateways: Informer,
     routes: Informer,
+    grpc_routes: Informer,
+    tls_routes: Informer,
+    ingresses: Informer,
+    ingress_classes: Informer,
     services: Informer,
     namespaces: Informer,
     slices: Informer,
-    /// Only where the API serves ReferenceGrants.
-    grants: Option<Informer>,
+    grants: Informer,
+    secrets: Informer,
+    config_maps: Informer,
 }
 
 /// What changed since the last look.
@@ -41,7 +48,8 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
     let mut subscriptions = informers.subscribe();
     let mut slices = informers.slices.subscribe();
     informers.synced().await;
-    rebuild(&shared, &informers, &class, &mut upstreams);
+    let mut cache = Cache::default();
+    rebuild(&shared, &informers, &class, &mut upstreams, &mut cache);
     let mut tidy = tokio::time::interval(TIDY);
     loop {
         let mut dirty = Dirty::default();
@@ -64,7 +72,7 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
             }
         }
         if dirty.table {
-            rebuild(&shared, &informers, &class, &mut upstreams);
+            rebuild(&shared, &informers, &class, &mut upstreams, &mut cache);
         } else {
             for upstream in upstreams.iter() {
                 if dirty.services.contains(&(upstream.namespace.clone(), upstream.service.clone())) {
@@ -100,23 +108,30 @@ impl Dirty {
     }
 }
 
-fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut Upstreams) {
+fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut Upstreams, cache: &mut Cache) {
     let objects = Objects {
         classes: informers.classes.list(),
         gateways: informers.gateways.list(),
         routes: informers.routes.list(),
         services: informers.services.list(),
         namespaces: informers.namespaces.list(),
-        grants: informers.grants.as_ref().map(Informer::list).unwrap_or_default(),
+        grants: informers.grants.list(),
+        grpc_routes: informers.grpc_routes.list(),
+        tls_routes: informers.tls_routes.list(),
+        ingresses: informers.ingresses.list(),
+        ingress_classes: informers.ingress_classes.list(),
+        secrets: informers.secrets.list(),
+        config_maps: informers.config_maps.list(),
     };
     upstreams.begin();
     let table = build(&objects, class, upstreams);
+    let sites = tls::build(&objects, class, upstreams, cache);
     upstreams.retire();
     for upstream in upstreams.iter() {
         refresh(informers, upstream);
     }
     tracing::debug!(entries = table.len(), "made a new routing table");
-    shared.set_table(table);
+    shared.set_table(table, sites);
 }
 
 fn refresh(informers: &Informers, upstream: &Upstream) {
@@ -134,31 +149,49 @@ impl Informers {
         let follow = |group: &str, version: &str, plural: &str| {
             Informer::spawn(client.clone(), Resource::new(group, version, plural), "", ListOptions::default())
         };
-        let mut resources = client.resources().into_iter().map(|(resource, _, _)| resource);
-        let grants = resources.rfind(|r| &*r.group == GROUP && &*r.plural == "referencegrants");
         Informers {
             classes: follow(GROUP, "v1", "gatewayclasses"),
             gateways: follow(GROUP, "v1", "gateways"),
             routes: follow(GROUP, "v1", "httproutes"),
+            grpc_routes: follow(GROUP, "v1", "grpcroutes"),
+            tls_routes: follow(GROUP, "v1", "tlsroutes"),
+            ingresses: follow(INGRESS, "v1", "ingresses"),
+            ingress_classes: follow(INGRESS, "v1", "ingressclasses"),
             services: follow("", "v1", "services"),
             namespaces: follow("", "v1", "namespaces"),
             slices: follow("discovery.k8s.io", "v1", "endpointslices"),
-            grants: grants.map(|resource| Informer::spawn(client.clone(), resource, "", ListOptions::default())),
+            grants: follow(GROUP, "v1", "referencegrants"),
+            secrets: follow("", "v1", "secrets"),
+            config_maps: follow("", "v1", "configmaps"),
         }
     }
 
-    /// Of all that make a new table.
+    /// All whose changes make a new table.
+    fn all(&self) -> [&Informer; 12] {
+        [
+            &self.classes,
+            &self.gateways,
+            &self.routes,
+            &self.grpc_routes,
+            &self.tls_routes,
+            &self.ingresses,
+            &self.ingress_classes,
+            &self.services,
+            &self.namespaces,
+            &self.grants,
+            &self.secrets,
+            &self.config_maps,
+        ]
+    }
+
     fn subscribe(&self) -> Vec<Subscription> {
-        [&self.classes, &self.gateways, &self.routes, &self.services, &self.namespaces]
-            .into_iter()
-            .chain(&self.grants)
-            .map(Informer::subscribe)
-            .collect()
+        self.all().into_iter().map(Informer::subscribe).collect()
     }
 
     async fn synced(&self) {
-        for informer in [&self.gateways, &self.routes, &self.services, &self.namespaces, &self.slices, &self.classes] {
+        for informer in self.all() {
             informer.synced().await;
         }
+        self.slices.synced().await;
     }
 }

@@ -4,13 +4,15 @@ use crate::config::Config;
 use crate::counters::Counters;
 use crate::follow;
 use crate::routing::Table;
-use crate::serve::{self, Limits};
+use crate::serve::{self, Door, Limits};
+use crate::tls::Sites;
 use crate::upstream::{Settings, Upstreams};
 use api::client::Client;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 use tokio::sync::watch;
 
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +31,8 @@ pub struct Gateway {
 /// What all requests see.
 pub(crate) struct Shared {
     table: RwLock<Option<Arc<Table>>>,
+    sites: RwLock<Arc<Sites>>,
+    pub body_timeout: Duration,
     pub counters: Arc<Counters>,
     /// True when what still runs is to be cut.
     pub cut: watch::Sender<bool>,
@@ -39,8 +43,12 @@ impl Shared {
     pub fn table(&self) -> Option<Arc<Table>> {
         self.table.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
-    pub fn set_table(&self, table: Table) {
+    pub fn sites(&self) -> Arc<Sites> {
+        self.sites.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    pub fn set_table(&self, table: Table, sites: Sites) {
         Counters::add(&self.counters.tables_total);
+        *self.sites.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(sites);
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(table));
     }
 }
@@ -54,6 +62,10 @@ impl Gateway {
         self.counters.clone()
     }
 
+    pub fn tls_addr(&self) -> Option<SocketAddr> {
+        self.config.tls_listener.as_ref().and_then(|listener| listener.local_addr().ok())
+    }
+
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.config.listener.local_addr()
     }
@@ -62,13 +74,24 @@ impl Gateway {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), GatewayError> {
         let Gateway { config, client, counters } = self;
         let limits = Limits::new(&config);
-        config.listener.set_nonblocking(true).map_err(GatewayError::Listener)?;
-        let listener = tokio::net::TcpListener::from_std(config.listener).map_err(GatewayError::Listener)?;
-        let (table, cut) = (RwLock::new(None), watch::Sender::new(false));
-        let shared = Arc::new(Shared { table, counters: counters.clone(), cut });
+        let open = |listener: std::net::TcpListener| {
+            listener.set_nonblocking(true).map_err(GatewayError::Listener)?;
+            tokio::net::TcpListener::from_std(listener).map_err(GatewayError::Listener)
+        };
+        let mut doors = vec![Door { listener: open(config.listener)?, secure: false }];
+        if let Some(listener) = config.tls_listener {
+            doors.push(Door { listener: open(listener)?, secure: true });
+        }
+        let shared = Arc::new(Shared {
+            table: RwLock::new(None),
+            sites: RwLock::default(),
+            body_timeout: config.body_timeout,
+            counters: counters.clone(),
+            cut: watch::Sender::new(false),
+        });
         let settings = Settings { counters, connect_timeout: config.connect_timeout, idle: config.upstream_idle };
         let following = tokio::spawn(follow::run(shared.clone(), client, config.class, Upstreams::new(settings)));
-        serve::run(shared, listener, limits, shutdown).await;
+        serve::run(shared, doors, limits, shutdown).await;
         following.abort();
         Ok(())
     }

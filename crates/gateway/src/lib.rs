@@ -1,9 +1,10 @@
-//! The layer-7 way in: HTTP/1.1 and HTTP/2 from outside to the pods behind Services, by the rules of HTTPRoutes
-//! (`gateway.networking.k8s.io/v1`).
+//! The layer-7 way in: HTTP/1.1 and HTTP/2 from outside to the pods behind Services, by the rules of HTTPRoutes,
+//! GRPCRoutes and TLSRoutes (`gateway.networking.k8s.io/v1`) and Ingresses.
 //!
 //! - [`routing`] turns API objects into an immutable table and finds the rule of a request.
 //! - [`upstream`] knows the endpoints of a Service port, keeps connections to them and speaks HTTP with them.
-//! - `proxy` carries one request from the one to the other; `serve` holds the client's connections.
+//! - `proxy` carries one request from the one to the other; `serve` holds the client's connections, `tls` knows whose
+//!   certificate each is for.
 //! - `follow` watches the API and swaps the table when something changed.
 //!
 //! No tenant code runs in here. What clients and upstreams send is parsed with limits, framed anew, and never trusted to
@@ -14,11 +15,15 @@ mod config;
 mod counters;
 mod follow;
 mod gateway;
+mod peer;
 mod proxy;
+mod proxy_protocol;
 mod reply;
 mod request;
 mod serve;
+mod tls;
 mod tunnel;
+mod wire;
 
 pub mod routing;
 pub mod upstream;

@@ -2,13 +2,16 @@
 
 use crate::upstream::{Lease, UpstreamBody};
 use bytes::Bytes;
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
+use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
+use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use tokio::time::{Instant, Sleep};
 
 /// What a client is sent.
 // Nearly all are of the large variant; a box would cost each of them an allocation.
@@ -16,7 +19,18 @@ use std::task::{Context, Poll};
 pub enum ReplyBody {
     Text(Option<Bytes>),
     Http1(UpstreamBody),
-    Http2 { body: Incoming, _lease: Lease },
+    Http2 { body: Incoming, deadline: Option<Pin<Box<Sleep>>>, _lease: Lease },
+}
+
+impl ReplyBody {
+    /// Time by which all of it must have come.
+    pub fn set_deadline(&mut self, time: Instant) {
+        match self {
+            ReplyBody::Text(_) => {}
+            ReplyBody::Http1(body) => body.set_deadline(time),
+            ReplyBody::Http2 { deadline, .. } => *deadline = Some(Box::pin(tokio::time::sleep_until(time))),
+        }
+    }
 }
 
 impl Body for ReplyBody {
@@ -27,7 +41,12 @@ impl Body for ReplyBody {
         match self.get_mut() {
             ReplyBody::Text(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
             ReplyBody::Http1(body) => Pin::new(body).poll_frame(cx),
-            ReplyBody::Http2 { body, .. } => Pin::new(body).poll_frame(cx).map_err(io::Error::other),
+            ReplyBody::Http2 { body, deadline, .. } => {
+                if deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+                    return Poll::Ready(Some(Err(io::ErrorKind::TimedOut.into())));
+                }
+                Pin::new(body).poll_frame(cx).map_err(io::Error::other)
+            }
         }
     }
 
@@ -70,4 +89,47 @@ pub fn assemble(status: StatusCode, headers: HeaderMap, body: ReplyBody) -> Resp
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     response
+}
+
+/// An answer without a body.
+pub fn empty(status: StatusCode, headers: HeaderMap) -> Response<ReplyBody> {
+    assemble(status, headers, ReplyBody::Text(None))
+}
+
+/// The connection is not used any further.
+pub fn close(mut response: Response<ReplyBody>) -> Response<ReplyBody> {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    response
+}
+
+/// gRPC clients read errors from trailers: what the gateway answers itself is said there (gRPC over HTTP/2, "Responses").
+pub fn speak_grpc(asked: &Parts, response: &mut Response<ReplyBody>) {
+    let is_grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
+    let own = matches!(response.body(), ReplyBody::Text(_)) && response.status().as_u16() >= 400;
+    if !own || !asked.headers.get(CONTENT_TYPE).is_some_and(is_grpc) {
+        return;
+    }
+    let code = match response.status() {
+        StatusCode::BAD_REQUEST => 13,
+        StatusCode::UNAUTHORIZED => 16,
+        StatusCode::FORBIDDEN => 7,
+        StatusCode::NOT_FOUND => 12,
+        StatusCode::GATEWAY_TIMEOUT | StatusCode::REQUEST_TIMEOUT => 4,
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::PAYLOAD_TOO_LARGE => 8,
+        status if status.is_server_error() => 14,
+        _ => 2,
+    };
+    let message = match response.body_mut() {
+        ReplyBody::Text(text) => text.take().unwrap_or_default(),
+        ReplyBody::Http1(_) | ReplyBody::Http2 { .. } => Bytes::new(),
+    };
+    let message = percent_encoding::percent_encode(message.trim_ascii(), percent_encoding::CONTROLS).to_string();
+    *response.status_mut() = StatusCode::OK;
+    let headers = response.headers_mut();
+    headers.remove(CONTENT_LENGTH);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", code.into());
+    if let Ok(message) = HeaderValue::try_from(message.replace('"', "'")) {
+        headers.insert("grpc-message", message);
+    }
 }

@@ -2,8 +2,7 @@
 
 use crate::routing::{HeaderChanges, Seen};
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
-    UPGRADE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
@@ -117,7 +116,7 @@ fn normalise(path: &str) -> Cow<'_, str> {
 /// Headers that concern one connection only, or that the gateway writes itself.
 fn is_local(name: &HeaderName) -> bool {
     match *name {
-        CONNECTION | TRANSFER_ENCODING | CONTENT_LENGTH | UPGRADE | TE | TRAILER | HOST | EXPECT | FORWARDED => true,
+        CONNECTION | TRANSFER_ENCODING | CONTENT_LENGTH | UPGRADE | TE | HOST | EXPECT | FORWARDED => true,
         PROXY_AUTHORIZATION => true,
         _ => matches!(
             name.as_str(),
@@ -154,6 +153,8 @@ pub struct Outgoing<'a> {
     /// The host that the client asked for.
     pub client_host: &'a str,
     pub client: IpAddr,
+    /// The client came over TLS.
+    pub secure: bool,
     pub length: Length,
     /// Value of `Upgrade` if the client wants to switch protocols.
     pub upgrade: Option<&'a HeaderValue>,
@@ -196,6 +197,9 @@ impl Outgoing<'_> {
         if let Some(protocol) = self.upgrade {
             line(out, "connection", b"upgrade");
             line(out, "upgrade", protocol.as_bytes());
+        } else if self.headers.contains_key(TE) && crate::upstream::has_token(self.headers, &TE, "trailers") {
+            line(out, "te", b"trailers");
+            line(out, "connection", b"te");
         }
         out.extend_from_slice(b"\r\n");
     }
@@ -221,7 +225,7 @@ impl Outgoing<'_> {
             room.len()
         };
         write("x-forwarded-for", text.get(..text.len() - left).unwrap_or_default());
-        write("x-forwarded-proto", b"http");
+        write("x-forwarded-proto", if self.secure { b"https" } else { b"http" });
         write("x-forwarded-host", self.client_host.as_bytes());
     }
 
@@ -270,7 +274,7 @@ pub fn strip_response(headers: &mut HeaderMap) {
         }
         headers.remove(CONNECTION);
     }
-    for name in [TRANSFER_ENCODING, UPGRADE, TE, TRAILER] {
+    for name in [TRANSFER_ENCODING, UPGRADE, TE] {
         headers.remove(name);
     }
     for name in ["keep-alive", "proxy-connection"] {
@@ -350,6 +354,7 @@ mod tests {
             host: b"a.b",
             client_host: place.authority,
             client: [10, 0, 0, 1].into(),
+            secure: false,
             length: Length::Chunked,
             upgrade: None,
         };

@@ -1,13 +1,19 @@
 //! After a switch of protocols (WebSocket): bytes both ways until one side ends, or the gateway does.
 
 use crate::gateway::Shared;
+use crate::proxy::random;
+use crate::routing::{Backend, Target, pick};
 use crate::upstream::Lease;
 use bytes::BytesMut;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use std::io;
 use std::sync::Arc;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
+
+/// Endpoints that are tried for one TLS connection.
+const ATTEMPTS: usize = 3;
 
 /// Joins the two once the client has its answer. `read` came from the endpoint already.
 pub fn spawn(shared: &Arc<Shared>, upgrade: OnUpgrade, mut stream: TcpStream, read: BytesMut, lease: Lease) {
@@ -30,4 +36,44 @@ pub fn spawn(shared: &Arc<Shared>, upgrade: OnUpgrade, mut stream: TcpStream, re
             () = crate::serve::until(&mut cut) => {}
         }
     });
+}
+
+/// Joins a TLS client with a backend of its route, once that is connected; `read` is what the client said so far.
+pub async fn join(client: TcpStream, read: &[u8], backends: &[Backend], total_weight: u64) -> io::Result<Joined> {
+    let upstream = match pick(backends, total_weight, random()).map(|backend| &backend.target) {
+        Some(Target::Upstream(upstream)) => upstream,
+        Some(Target::Invalid(why)) => return Err(io::Error::new(io::ErrorKind::NotFound, &**why)),
+        None => return Err(io::Error::new(io::ErrorKind::NotFound, "the route has no backend")),
+    };
+    let mut tried = None;
+    let mut result = Err(io::Error::new(io::ErrorKind::NotFound, "the service has no ready endpoint"));
+    for _ in 0..ATTEMPTS {
+        let Some(endpoint) = upstream.pick(random(), tried.as_ref()) else { break };
+        result = endpoint.dial().await.map(|stream| (stream, Lease::take(endpoint.clone())));
+        if result.is_ok() {
+            break;
+        }
+        endpoint.failed();
+        tried = Some(endpoint);
+    }
+    let (mut stream, lease) = result?;
+    stream.write_all(read).await?;
+    Ok(Joined { client, stream, _lease: lease })
+}
+
+/// A client and the backend that it talks to, still encrypted.
+pub struct Joined {
+    client: TcpStream,
+    stream: TcpStream,
+    _lease: Lease,
+}
+
+impl Joined {
+    pub async fn run(mut self, shared: &Shared) {
+        let mut cut = shared.cut.subscribe();
+        tokio::select! {
+            _ = tokio::io::copy_bidirectional(&mut self.client, &mut self.stream) => {}
+            () = crate::serve::until(&mut cut) => {}
+        }
+    }
 }

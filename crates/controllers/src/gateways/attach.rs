@@ -37,9 +37,19 @@ impl Parent<'_> {
 /// Why a route is not accepted: reason and message of its condition.
 pub(super) type Refusal = (&'static str, String);
 
+/// Whether a listener serves routes of a kind: TLS that is passed on is for TLSRoutes, HTTP and HTTPS for the others.
+pub(super) fn serves(listener: &Value, kind: &str) -> bool {
+    match (listener.str_at("/protocol"), listener.str_at("/tls/mode")) {
+        ("HTTP", _) | ("HTTPS", "" | "Terminate") => matches!(kind, "HTTPRoute" | "GRPCRoute"),
+        ("TLS", "Passthrough") => kind == "TLSRoute",
+        _ => false,
+    }
+}
+
 /// Names of the listeners the route is attached to.
 pub(super) fn listeners(
     gateway: &Object,
+    kind: &str,
     route: &Object,
     parent: &Parent<'_>,
     namespaces: &Informer,
@@ -50,15 +60,15 @@ pub(super) fn listeners(
         .iter()
         .filter(|listener| section.is_empty() || listener.str_at("/name") == section)
         .filter(|listener| port.is_none() || int(listener, "/port") == port)
-        .filter(|listener| listener.str_at("/protocol") == "HTTP")
+        .filter(|listener| serves(listener, kind))
         .collect();
     if named.is_empty() {
         return Err(("NoMatchingParent", "No listener of the Gateway is meant by sectionName and port".into()));
     }
     let allowed: Vec<&Value> =
-        named.into_iter().filter(|listener| allows(listener, gateway, route, namespaces)).collect();
+        named.into_iter().filter(|listener| allows(listener, gateway, kind, route, namespaces)).collect();
     if allowed.is_empty() {
-        let message = "The listeners do not allow HTTPRoutes of this namespace (allowedRoutes)".to_owned();
+        let message = format!("The listeners do not allow {kind}s of this namespace (allowedRoutes)");
         return Err(("NotAllowedByListeners", message));
     }
     let hosts: Vec<&str> = list(route, "/spec/hostnames").iter().filter_map(Value::as_str).collect();
@@ -77,9 +87,9 @@ pub(super) fn listeners(
     Ok(matching)
 }
 
-fn allows(listener: &Value, gateway: &Object, route: &Object, namespaces: &Informer) -> bool {
+fn allows(listener: &Value, gateway: &Object, kind: &str, route: &Object, namespaces: &Informer) -> bool {
     let kinds = list(listener, "/allowedRoutes/kinds");
-    if !kinds.is_empty() && !kinds.iter().any(|kind| kind.str_at("/kind") == "HTTPRoute") {
+    if !kinds.is_empty() && !kinds.iter().any(|allowed| allowed.str_at("/kind") == kind) {
         return false;
     }
     match listener.str_at("/allowedRoutes/namespaces/from") {

@@ -1,24 +1,41 @@
-//! The Gateway API: the class `atoll`, the default Gateway `default/atoll`, and the statuses of Gateways and HTTPRoutes.
+//! The Gateway API: the class `atoll`, the default Gateway `default/atoll`, and the statuses of Gateways, their routes and
+//! Ingresses.
 //! The gateway itself reads the same objects; what is refused here it does not serve.
 //!
 //! The default Gateway takes HTTPRoutes of all namespaces. It is made at start unless a Gateway of the class is there.
 
 mod attach;
+mod conflicts;
+mod ingresses;
+mod listener;
+mod references;
 mod routes;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use routes::new as routes;
+pub(crate) use ingresses::new as ingresses;
+pub(crate) use routes::{grpc as grpc_routes, http as routes, tls as tls_routes};
 
 use crate::context::{Condition, Context, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, NAMESPACES, set_condition};
-use crate::objects::{int, list};
+use crate::objects::list;
 use crate::runner::{Again, Reconcile, Source};
 use api::informer::{Informer, Key};
+use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject, object_of};
 use api::status::{Reason, StatusResult};
 use async_trait::async_trait;
+use references::References;
 use serde_json::{Value, json};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+
+static GRPC_ROUTES: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "grpcroutes"));
+static TLS_ROUTES: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "tlsroutes"));
+static GRANTS: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "referencegrants"));
+static SECRETS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "secrets"));
+static CONFIG_MAPS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "configmaps"));
+static INGRESSES: LazyLock<Resource> = LazyLock::new(|| Resource::new("networking.k8s.io", "v1", "ingresses"));
+static INGRESS_CLASSES: LazyLock<Resource> =
+    LazyLock::new(|| Resource::new("networking.k8s.io", "v1", "ingressclasses"));
 
 pub(crate) const CONTROLLER: &str = "atoll.dev/gateway";
 pub(crate) const CLASS: &str = "atoll";
@@ -51,6 +68,10 @@ async fn try_defaults(context: &Context) -> StatusResult<()> {
                        "metadata": {"name": CLASS},
                        "spec": {"controllerName": CONTROLLER, "description": "Atoll's own gateway"}});
     made(context.client.create(&GATEWAY_CLASSES, "", class).await)?;
+    let class = json!({"apiVersion": "networking.k8s.io/v1", "kind": "IngressClass", "metadata": {"name": CLASS,
+                       "annotations": {"ingressclass.kubernetes.io/is-default-class": "true"}},
+                       "spec": {"controller": CONTROLLER}});
+    made(context.client.create(&INGRESS_CLASSES, "", class).await)?;
     let all = context.client.list(&GATEWAYS, "", &Default::default()).await?;
     if all.items.iter().any(|gateway| gateway.str_at("/spec/gatewayClassName") == CLASS) {
         return Ok(());
@@ -102,24 +123,42 @@ pub(crate) struct Gateways {
     context: Arc<Context>,
     classes: Informer,
     gateways: Informer,
-    routes: Informer,
+    /// By kind.
+    routes: [(&'static str, Informer); 3],
     namespaces: Informer,
+    references: References,
 }
 
 pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
     let informers = &context.informers;
     let (classes, gateways) = (informers.of(&GATEWAY_CLASSES), informers.of(&GATEWAYS));
-    let (routes, namespaces) = (informers.of(&HTTP_ROUTES), informers.of(&NAMESPACES));
+    let namespaces = informers.of(&NAMESPACES);
+    let routes = [("HTTPRoute", &*HTTP_ROUTES), ("GRPCRoute", &*GRPC_ROUTES), ("TLSRoute", &*TLS_ROUTES)]
+        .map(|(kind, resource)| (kind, informers.of(resource)));
+    let references = References::new(context);
     let all = gateways.clone();
     let of_class = Source::new(classes.clone(), move |class| {
         let of = |gateway: &&SharedObject| gateway.str_at("/spec/gatewayClassName") == class.name();
         all.list().iter().filter(of).map(Key::of).collect()
     });
-    let of_route = Source::new(routes.clone(), |route| {
-        attach::parents(route).map(|parent| Key::new(&parent.namespace, &parent.name)).collect()
-    });
-    let sources = vec![Source::own(gateways.clone()), of_class, of_route];
-    (Arc::new(Gateways { context: Arc::clone(context), classes, gateways, routes, namespaces }), sources)
+    let mut sources = vec![Source::own(gateways.clone()), of_class];
+    for (_, informer) in &routes {
+        sources.push(Source::new(informer.clone(), |route| {
+            attach::parents(route).map(|parent| Key::new(&parent.namespace, &parent.name)).collect()
+        }));
+    }
+    // Certificates, authorities and leave to use them: of whatever Gateway names any.
+    for informer in [&references.secrets, &references.config_maps, &references.grants] {
+        let all = gateways.clone();
+        sources.push(Source::new(informer.clone(), move |_| {
+            let secure = |gateway: &&SharedObject| {
+                list(gateway, "/spec/listeners").iter().any(|listener| listener.get("tls").is_some())
+            };
+            all.list().iter().filter(secure).map(Key::of).collect()
+        }));
+    }
+    let context = Arc::clone(context);
+    (Arc::new(Gateways { context, classes, gateways, routes, namespaces, references }), sources)
 }
 
 #[async_trait]
@@ -160,63 +199,5 @@ impl Reconcile for Gateways {
         observe(&mut status, programmed, &gateway, &self.context);
         self.context.write_status(&GATEWAYS, &gateway, status).await?;
         Ok(None)
-    }
-}
-
-impl Gateways {
-    fn listener(&self, gateway: &SharedObject, listener: &Value) -> Value {
-        let name = listener.str_at("/name");
-        let known = list(gateway, "/status/listeners").iter().find(|known| known.str_at("/name") == name);
-        let mut status =
-            json!({"conditions": known.and_then(|known| known.get("conditions")).cloned().unwrap_or(json!([]))});
-        let attached = self.routes.list().iter().filter(|route| self.is_attached(gateway, name, route)).count();
-        let http = listener.str_at("/protocol") == "HTTP";
-        let clash = list(gateway, "/spec/listeners").iter().any(|other| {
-            other.str_at("/name") != name
-                && int(other, "/port") == int(listener, "/port")
-                && other.str_at("/hostname") == listener.str_at("/hostname")
-        });
-        let kinds = list(listener, "/allowedRoutes/kinds");
-        let known_kind =
-            |kind: &Value| kind.str_at("/kind") == "HTTPRoute" && matches!(kind.str_at("/group"), "" | GROUP);
-        let good_kinds = kinds.iter().all(known_kind);
-        let takes = kinds.is_empty() || kinds.iter().any(known_kind);
-        let fields = object_of(&mut status);
-        fields.insert("name".into(), name.into());
-        fields.insert("attachedRoutes".into(), attached.into());
-        let supported = if http && takes { json!([{"group": GROUP, "kind": "HTTPRoute"}]) } else { json!([]) };
-        fields.insert("supportedKinds".into(), supported);
-        let protocol = format!("Protocol {} is not supported, only HTTP is", listener.str_at("/protocol"));
-        let yes = |kind, reason, message| Condition { kind, status: "True", reason, message };
-        let no = |kind, reason, message| Condition { kind, status: "False", reason, message };
-        let conditions = [
-            match http {
-                true => yes("Accepted", "Accepted", "Listener is accepted"),
-                false => no("Accepted", "UnsupportedProtocol", protocol.as_str()),
-            },
-            match http && !clash {
-                true => yes("Programmed", "Programmed", "Listener is served"),
-                false => no("Programmed", "Invalid", "Listener is not served"),
-            },
-            match good_kinds {
-                true => yes("ResolvedRefs", "ResolvedRefs", "All references are resolved"),
-                false => no("ResolvedRefs", "InvalidRouteKinds", "Only HTTPRoute can be attached"),
-            },
-            match clash {
-                true => yes("Conflicted", "HostnameConflict", "Another listener has the same port and hostname"),
-                false => no("Conflicted", "NoConflicts", "No conflicts"),
-            },
-        ];
-        for condition in conditions {
-            observe(&mut status, condition, gateway, &self.context);
-        }
-        status
-    }
-
-    fn is_attached(&self, gateway: &SharedObject, listener: &str, route: &SharedObject) -> bool {
-        attach::parents(route).filter(|parent| parent.means(gateway)).any(|parent| {
-            attach::listeners(gateway, route, &parent, &self.namespaces)
-                .is_ok_and(|listeners| listeners.iter().any(|name| name == listener))
-        })
     }
 }

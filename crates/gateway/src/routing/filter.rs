@@ -1,5 +1,6 @@
 //! What a rule changes on the way: headers, host, path; or an answer of its own, the redirect.
 
+use super::cors::Cors;
 use super::table::Target;
 use super::wire::{FilterSpec, HeaderSpec, PathChangeSpec, RedirectSpec, RewriteSpec};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -11,8 +12,15 @@ pub struct Filters {
     pub response: HeaderChanges,
     pub redirect: Option<Redirect>,
     pub rewrite: Rewrite,
-    /// Target and how many of a hundred requests are copied to it.
-    pub mirrors: Vec<(Target, u32)>,
+    pub mirrors: Vec<Mirror>,
+    pub cors: Option<Cors>,
+}
+
+/// Copies `share.0` of every `share.1` requests to `target`.
+#[derive(Debug)]
+pub struct Mirror {
+    pub target: Target,
+    pub share: (u64, u64),
 }
 
 #[derive(Debug, Default)]
@@ -44,6 +52,16 @@ pub struct Redirect {
     pub status: StatusCode,
 }
 
+/// What a request asked for.
+pub struct Came<'a> {
+    /// Over TLS.
+    pub secure: bool,
+    /// As the client wrote it, with its port.
+    pub host: &'a str,
+    pub path: &'a str,
+    pub query: Option<&'a str>,
+}
+
 impl Filters {
     /// Reads the filters that need no other object. What is not known is an error: leaving a filter out silently would
     /// change what the route means.
@@ -67,6 +85,11 @@ impl Filters {
             "URLRewrite" => {
                 let spec = spec.url_rewrite.as_ref().ok_or_else(|| missing("urlRewrite"))?;
                 self.rewrite = Rewrite::read(spec)?;
+                Ok(())
+            }
+            "CORS" => {
+                let spec = spec.cors.as_ref().ok_or_else(|| missing("cors"))?;
+                self.cors = Some(Cors::read(spec)?);
                 Ok(())
             }
             other => Err(format!("filter {other} is not supported")),
@@ -134,11 +157,11 @@ impl Redirect {
         })
     }
 
-    /// The `Location` of a request for `host` (as the client wrote it, with its port) and `path`; `None` if it cannot be
-    /// written as a header.
-    pub fn location(&self, host: &str, path: &str, query: Option<&str>, prefix: &str) -> Option<HeaderValue> {
+    /// The `Location`; `None` if it cannot be written as a header.
+    pub fn location(&self, came: &Came<'_>, prefix: &str) -> Option<HeaderValue> {
+        let Came { secure, host, path, query } = *came;
         let (name, client_port) = split_port(host);
-        let scheme = self.scheme.as_deref().unwrap_or("http");
+        let scheme = self.scheme.as_deref().unwrap_or(if secure { "https" } else { "http" });
         let default = if scheme == "https" { 443 } else { 80 };
         let port = match (self.port, &self.scheme) {
             (Some(port), _) => port,
@@ -223,7 +246,10 @@ mod tests {
             port,
             status: StatusCode::FOUND,
         };
-        let at = |r: Redirect, host| r.location(host, "/p", Some("q=1"), "").unwrap();
+        let at = |r: Redirect, host| {
+            let came = Came { secure: false, host, path: "/p", query: Some("q=1") };
+            r.location(&came, "").unwrap()
+        };
         assert_eq!(at(redirect(None, Some("b"), None), "a:8080"), "http://b:8080/p?q=1");
         assert_eq!(at(redirect(Some("https"), None, None), "a:8080"), "https://a/p?q=1");
         assert_eq!(at(redirect(None, None, Some(80)), "a"), "http://a/p?q=1");

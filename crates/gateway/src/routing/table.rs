@@ -3,6 +3,7 @@
 use super::filter::Filters;
 use super::host::HostPattern;
 use super::matching::{Match, Seen};
+use super::session::Session;
 use crate::upstream::Upstream;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,24 +34,39 @@ pub struct Rule {
     pub total_weight: u64,
     pub request_timeout: Option<Duration>,
     pub backend_timeout: Option<Duration>,
+    pub retry: Option<Retry>,
+    pub session: Option<Session>,
     /// The rule as a whole cannot be served.
     pub invalid: Option<Arc<str>>,
+}
+
+/// When a request is tried again, beyond connections that could not be used.
+#[derive(Debug, Clone)]
+pub struct Retry {
+    pub codes: Vec<u16>,
+    pub attempts: u32,
+    pub backoff: Duration,
 }
 
 impl Rule {
     /// The backend on which a random number falls.
     pub fn pick(&self, random: u64) -> Option<&Backend> {
-        if let [only] = self.backends.as_slice() {
-            return (only.weight > 0).then_some(only);
-        }
-        let mut place = random.checked_rem(self.total_weight)?;
-        self.backends.iter().find(|backend| {
-            let weight = u64::from(backend.weight);
-            let here = place < weight;
-            place = place.saturating_sub(weight);
-            here
-        })
+        pick(&self.backends, self.total_weight, random)
     }
+}
+
+/// Of weighted backends the one on which a random number falls.
+pub fn pick(backends: &[Backend], total_weight: u64, random: u64) -> Option<&Backend> {
+    if let [only] = backends {
+        return (only.weight > 0).then_some(only);
+    }
+    let mut place = random.checked_rem(total_weight)?;
+    backends.iter().find(|backend| {
+        let weight = u64::from(backend.weight);
+        let here = place < weight;
+        place = place.saturating_sub(weight);
+        here
+    })
 }
 
 /// One match of one rule under one hostname.
@@ -62,19 +78,45 @@ pub struct Entry {
     pub hidden: Arc<[HostPattern]>,
 }
 
-/// Entries by host, each list in order of precedence.
+/// All routes: those of HTTP listeners and those of HTTPS listeners.
 #[derive(Debug, Default)]
 pub struct Table {
+    pub plain: Hosts,
+    pub secure: Hosts,
+}
+
+impl Table {
+    pub fn len(&self) -> usize {
+        self.plain.len() + self.secure.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub fn of(&self, secure: bool) -> &Hosts {
+        if secure { &self.secure } else { &self.plain }
+    }
+
+    /// What serves this request if it came in over an HTTP listener.
+    pub fn find(&self, host: &str, seen: &Seen<'_>) -> Option<&Entry> {
+        self.plain.find(host, seen)
+    }
+}
+
+/// Entries by host, each list in order of precedence.
+#[derive(Debug, Default)]
+pub struct Hosts {
     exact: HashMap<Box<str>, Vec<Entry>>,
     wildcard: HashMap<Box<str>, Vec<Entry>>,
     any: Vec<Entry>,
 }
 
-impl Table {
+impl Hosts {
     /// Takes entries with their host, already in order of route age and name and of rules within a route: equal matches
     /// keep that order.
-    pub fn new(entries: Vec<(HostPattern, Entry)>) -> Table {
-        let mut table = Table::default();
+    pub fn new(entries: Vec<(HostPattern, Entry)>) -> Hosts {
+        let mut table = Hosts::default();
         for (host, entry) in entries {
             match host {
                 HostPattern::Any => table.any.push(entry),

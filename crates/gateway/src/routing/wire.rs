@@ -7,6 +7,56 @@ use serde::Deserialize;
 pub struct GatewaySpec {
     pub gateway_class_name: String,
     pub listeners: Vec<Listener>,
+    pub tls: GatewayTls,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GatewayTls {
+    pub frontend: Frontend,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Frontend {
+    pub default: ClientTls,
+    pub per_port: Vec<PortTls>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PortTls {
+    pub port: i64,
+    pub tls: ClientTls,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ClientTls {
+    pub validation: Option<Validation>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Validation {
+    pub ca_certificate_refs: Vec<ObjectRef>,
+    pub mode: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ObjectRef {
+    pub group: Option<String>,
+    pub kind: Option<String>,
+    pub name: String,
+    pub namespace: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ListenerTls {
+    pub mode: String,
+    pub certificate_refs: Vec<ObjectRef>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -16,6 +66,7 @@ pub struct Listener {
     pub hostname: String,
     pub port: i64,
     pub protocol: String,
+    pub tls: ListenerTls,
     pub allowed_routes: AllowedRoutes,
 }
 
@@ -66,6 +117,32 @@ pub struct RuleSpec {
     pub filters: Vec<FilterSpec>,
     pub backend_refs: Vec<BackendRef>,
     pub timeouts: Timeouts,
+    pub retry: Option<RetrySpec>,
+    pub session_persistence: Option<SessionSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RetrySpec {
+    pub codes: Vec<u16>,
+    pub attempts: Option<u32>,
+    pub backoff: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SessionSpec {
+    pub session_name: Option<String>,
+    pub absolute_timeout: Option<String>,
+    pub idle_timeout: Option<String>,
+    pub r#type: Option<String>,
+    pub cookie_config: CookieSpec,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CookieSpec {
+    pub lifetime_type: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -101,6 +178,18 @@ pub struct FilterSpec {
     pub request_redirect: Option<RedirectSpec>,
     pub url_rewrite: Option<RewriteSpec>,
     pub request_mirror: Option<MirrorSpec>,
+    pub cors: Option<CorsSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CorsSpec {
+    pub allow_origins: Vec<String>,
+    pub allow_credentials: Option<bool>,
+    pub allow_methods: Vec<String>,
+    pub allow_headers: Vec<String>,
+    pub expose_headers: Vec<String>,
+    pub max_age: Option<u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -148,6 +237,14 @@ pub struct PathChangeSpec {
 pub struct MirrorSpec {
     pub backend_ref: BackendRef,
     pub percent: Option<u32>,
+    pub fraction: Option<FractionSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct FractionSpec {
+    pub numerator: u32,
+    pub denominator: Option<u32>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -167,4 +264,93 @@ pub struct BackendRef {
 pub struct Timeouts {
     pub request: Option<String>,
     pub backend_request: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GrpcRouteSpec {
+    pub parent_refs: Vec<ParentRef>,
+    pub hostnames: Vec<String>,
+    pub rules: Vec<GrpcRuleSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GrpcRuleSpec {
+    pub matches: Vec<GrpcMatchSpec>,
+    pub filters: Vec<FilterSpec>,
+    pub backend_refs: Vec<BackendRef>,
+    pub session_persistence: Option<SessionSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GrpcMatchSpec {
+    pub method: Option<GrpcMethodSpec>,
+    pub headers: Vec<TextSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct GrpcMethodSpec {
+    pub r#type: Option<String>,
+    pub service: Option<String>,
+    pub method: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressSpec {
+    pub default_backend: Option<IngressBackend>,
+    pub rules: Vec<IngressRule>,
+    pub tls: Vec<IngressTls>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressTls {
+    pub hosts: Vec<String>,
+    pub secret_name: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressRule {
+    pub host: String,
+    pub http: Option<IngressHttp>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressHttp {
+    pub paths: Vec<IngressPath>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressPath {
+    pub path: String,
+    pub path_type: String,
+    pub backend: IngressBackend,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressBackend {
+    pub service: Option<IngressService>,
+    pub resource: Option<serde_json::Value>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressService {
+    pub name: String,
+    pub port: IngressPort,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct IngressPort {
+    pub number: Option<u16>,
+    pub name: String,
 }

@@ -2,11 +2,12 @@
 //! Nothing is buffered beyond one read; whoever is slow slows the other side.
 
 use super::endpoint::{Connection, Lease};
-use super::framing::Framing;
+use super::framing::{Framing, may_trail};
 use super::http1::poll_read;
+use super::request_body::RequestBody;
 use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
@@ -19,7 +20,7 @@ use tokio::time::Sleep;
 /// A request's body being sent.
 #[derive(Debug)]
 pub struct Pump {
-    body: Incoming,
+    body: RequestBody,
     chunked: bool,
     queue: VecDeque<Bytes>,
     ended: bool,
@@ -29,7 +30,7 @@ pub struct Pump {
 }
 
 impl Pump {
-    pub fn new(body: Incoming, chunked: bool) -> Pump {
+    pub fn new(body: RequestBody, chunked: bool) -> Pump {
         let (queue, ended, touched) = (VecDeque::new(), false, false);
         Pump { body, chunked, queue, ended, touched, client_failed: false, given_up: false }
     }
@@ -45,7 +46,7 @@ impl Pump {
     }
 
     /// The body, if nothing was taken of it.
-    pub fn untouched(self) -> Option<Incoming> {
+    pub fn untouched(self) -> Option<RequestBody> {
         (!self.touched).then_some(self.body)
     }
 
@@ -73,23 +74,37 @@ impl Pump {
             match Pin::new(&mut self.body).poll_frame(cx) {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(None) => {
-                    self.ended = true;
-                    if self.chunked {
-                        self.queue.push_back(Bytes::from_static(b"0\r\n\r\n"));
-                    }
+                    self.end(None);
                 }
                 Poll::Ready(Some(Err(error))) => {
                     self.client_failed = true;
-                    return Poll::Ready(Err(io::Error::other(error)));
+                    return Poll::Ready(Err(error));
                 }
                 Poll::Ready(Some(Ok(frame))) => {
                     self.touched = true;
-                    if let Ok(data) = frame.into_data() {
-                        self.push(data);
+                    match frame.into_data() {
+                        Ok(data) => self.push(data),
+                        Err(frame) => self.end(frame.into_trailers().ok()),
                     }
                 }
             }
         }
+    }
+
+    fn end(&mut self, trailers: Option<HeaderMap>) {
+        self.ended = true;
+        if !self.chunked {
+            return;
+        }
+        let mut end = b"0\r\n".to_vec();
+        for (name, value) in trailers.iter().flatten().filter(|(name, _)| may_trail(name)) {
+            end.extend_from_slice(name.as_str().as_bytes());
+            end.extend_from_slice(b": ");
+            end.extend_from_slice(value.as_bytes());
+            end.extend_from_slice(b"\r\n");
+        }
+        end.extend_from_slice(b"\r\n");
+        self.queue.push_back(end.into());
     }
 
     fn push(&mut self, data: Bytes) {
@@ -175,9 +190,9 @@ impl UpstreamBody {
         }
     }
 
-    fn poll_read_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+    fn poll_read_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         if let Some(bytes) = self.whole.take() {
-            return Poll::Ready(Some(Ok(bytes)));
+            return Poll::Ready(Some(Ok(Frame::data(bytes))));
         }
         let Some((connection, _)) = &mut self.open else { return Poll::Ready(None) };
         if let Some(pump) = &mut self.pump {
@@ -199,13 +214,14 @@ impl UpstreamBody {
                     if matches!(self.framing, Framing::Length(0)) {
                         self.finish();
                     }
-                    return Poll::Ready(Some(Ok(bytes)));
+                    return Poll::Ready(Some(Ok(Frame::data(bytes))));
                 }
                 Ok(None) => {}
             }
             if self.framing.is_done() {
+                let trailers = self.framing.take_trailers();
                 self.finish();
-                return Poll::Ready(None);
+                return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
             }
             match poll_read(connection, cx) {
                 Poll::Pending => return Poll::Pending,
@@ -232,7 +248,7 @@ impl Body for UpstreamBody {
             tracing::debug!("a response was cut short: {error}");
             body.open = None;
         }
-        result.map(|piece| piece.map(|bytes| bytes.map(Frame::data)))
+        result
     }
 
     fn is_end_stream(&self) -> bool {

@@ -1,9 +1,9 @@
 //! One address behind a Service: its open connections, its load, its recent failures.
 
 use super::Settings;
+use super::request_body::RequestBody;
 use crate::counters::Counters;
 use bytes::BytesMut;
-use hyper::body::Incoming;
 use hyper::client::conn::http2::SendRequest;
 use std::io;
 use std::net::SocketAddr;
@@ -23,9 +23,11 @@ const FRESH: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Endpoint {
     pub address: SocketAddr,
+    /// Its name towards clients.
+    pub id: u64,
     settings: Arc<Settings>,
     idle: Mutex<Vec<Connection>>,
-    http2: tokio::sync::Mutex<Option<SendRequest<Incoming>>>,
+    http2: tokio::sync::Mutex<Option<SendRequest<RequestBody>>>,
     active: AtomicUsize,
     failures: AtomicU32,
     /// Milliseconds since start of the process; 0 is not ejected.
@@ -73,9 +75,10 @@ fn now_ms() -> u64 {
 }
 
 impl Endpoint {
-    pub(super) fn new(address: SocketAddr, settings: Arc<Settings>) -> Endpoint {
+    pub(super) fn new(address: SocketAddr, id: u64, settings: Arc<Settings>) -> Endpoint {
         Endpoint {
             address,
+            id,
             settings,
             idle: Mutex::default(),
             http2: tokio::sync::Mutex::default(),
@@ -146,7 +149,7 @@ impl Endpoint {
         })
     }
 
-    async fn dial(&self) -> io::Result<TcpStream> {
+    pub async fn dial(&self) -> io::Result<TcpStream> {
         Counters::add(&self.counters().upstream_connects_total);
         let connecting = TcpStream::connect(self.address);
         let result = match tokio::time::timeout(self.settings.connect_timeout, connecting).await {
@@ -203,7 +206,7 @@ impl Endpoint {
     }
 
     /// The one HTTP/2 connection, made if there is none.
-    pub async fn http2(&self) -> io::Result<SendRequest<Incoming>> {
+    pub async fn http2(&self) -> io::Result<SendRequest<RequestBody>> {
         let mut slot = self.http2.lock().await;
         if let Some(sender) = slot.as_ref().filter(|sender| !sender.is_closed()) {
             return Ok(sender.clone());

@@ -2,10 +2,16 @@
 //! servers: every length has a limit, and what contradicts itself is an error, never a guess.
 
 use bytes::{Buf, Bytes, BytesMut};
+use http::header::{
+    AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, COOKIE,
+    HOST, SET_COOKIE, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
+};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use std::io;
 
 /// Bytes of a chunk-size line or of all trailers.
 const MAX_LINE: usize = 4096;
+const MAX_TRAILERS: usize = 32;
 
 /// What is left of a body.
 #[derive(Debug)]
@@ -21,7 +27,9 @@ pub enum Framing {
 #[derive(Debug)]
 pub struct Chunks {
     state: State,
-    trailers: usize,
+    /// Bytes of trailers so far.
+    length: usize,
+    trailers: HeaderMap,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +44,7 @@ enum State {
 
 impl Default for Chunks {
     fn default() -> Self {
-        Chunks { state: State::Size, trailers: 0 }
+        Chunks { state: State::Size, length: 0, trailers: HeaderMap::new() }
     }
 }
 
@@ -46,6 +54,16 @@ impl Framing {
             Framing::Length(left) => *left == 0,
             Framing::Chunked(chunks) => chunks.state == State::Done,
             Framing::Close => false,
+        }
+    }
+
+    /// What came after a chunked body that is done.
+    pub fn take_trailers(&mut self) -> Option<HeaderMap> {
+        match self {
+            Framing::Chunked(chunks) if chunks.state == State::Done && !chunks.trailers.is_empty() => {
+                Some(std::mem::take(&mut chunks.trailers))
+            }
+            _ => None,
         }
     }
 
@@ -93,18 +111,54 @@ impl Chunks {
                 }
                 State::Trailers => {
                     let Some(line) = line(read)? else { return Ok(None) };
-                    self.trailers += line.len() + 2;
-                    if self.trailers > MAX_LINE {
+                    self.length += line.len() + 2;
+                    if self.length > MAX_LINE || self.trailers.len() > MAX_TRAILERS {
                         return Err(invalid("trailers are too long"));
                     }
-                    if line.is_empty() {
-                        self.state = State::Done;
+                    match trailer(&line)? {
+                        None => self.state = State::Done,
+                        Some((name, value)) if may_trail(&name) => drop(self.trailers.append(name, value)),
+                        Some(_) => {}
                     }
                 }
                 State::Done => return Ok(None),
             }
         }
     }
+}
+
+/// A trailer line; `None` is the empty one at the end.
+fn trailer(line: &[u8]) -> io::Result<Option<(HeaderName, HeaderValue)>> {
+    if line.is_empty() {
+        return Ok(None);
+    }
+    let colon = line.iter().position(|byte| *byte == b':').ok_or_else(|| invalid("a trailer without a colon"))?;
+    let (name, value) = line.split_at_checked(colon).unwrap_or_default();
+    let value = value.get(1..).unwrap_or_default().trim_ascii();
+    let name = HeaderName::from_bytes(name).map_err(|_| invalid("a trailer's name is not valid"))?;
+    let value = HeaderValue::from_bytes(value).map_err(|_| invalid("a trailer's value is not valid"))?;
+    Ok(Some((name, value)))
+}
+
+/// Fields that frame, route, authenticate or describe the body mean nothing after it (RFC 9110, section 6.5.1).
+pub fn may_trail(name: &HeaderName) -> bool {
+    !matches!(
+        *name,
+        AUTHORIZATION
+            | CACHE_CONTROL
+            | CONNECTION
+            | CONTENT_ENCODING
+            | CONTENT_LENGTH
+            | CONTENT_RANGE
+            | CONTENT_TYPE
+            | COOKIE
+            | HOST
+            | SET_COOKIE
+            | TE
+            | TRAILER
+            | TRANSFER_ENCODING
+            | UPGRADE
+    )
 }
 
 /// A line without its end, which must be CR LF.
@@ -171,6 +225,22 @@ mod tests {
             assert!(decode(&[bad]).is_err(), "{:?}", String::from_utf8_lossy(bad));
         }
         assert!(decode(&[&[b'1'; MAX_LINE + 1]]).is_err());
+        for bad in [&b"0\r\nno colon\r\n\r\n"[..], b"0\r\na b: c\r\n\r\n", b"0\r\na: \x01\r\n\r\n"] {
+            assert!(decode(&[bad]).is_err(), "{:?}", String::from_utf8_lossy(bad));
+        }
+    }
+
+    #[test]
+    fn trailers_are_kept_but_for_those_that_mean_nothing_there() {
+        let mut framing = Framing::Chunked(Chunks::default());
+        let mut read = BytesMut::from(&b"0\r\ngrpc-status:  0 \r\nContent-Length: 5\r\nX: y\r\n\r\n"[..]);
+        assert!(framing.take(&mut read).unwrap().is_none() && framing.is_done());
+        let trailers = framing.take_trailers().unwrap();
+        assert_eq!(
+            (trailers.len(), &trailers["grpc-status"], &trailers["x"]),
+            (2, &"0".parse().unwrap(), &"y".parse().unwrap())
+        );
+        assert!(framing.take_trailers().is_none());
     }
 
     proptest! {

@@ -4,10 +4,10 @@
 use super::body::{Pump, UpstreamBody};
 use super::endpoint::{Connection, Lease};
 use super::framing::{Chunks, Framing, invalid};
+use super::request_body::RequestBody;
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
-use hyper::body::Incoming;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::mem::MaybeUninit;
@@ -38,8 +38,10 @@ pub struct Failure {
     /// Nothing came back; with a kept connection that was closed meanwhile, or a request that may be repeated, it can
     /// be sent again.
     pub silent: bool,
+    /// It was the client's body that failed.
+    pub client: bool,
     /// The body was not touched yet.
-    pub body: Option<Incoming>,
+    pub body: Option<RequestBody>,
 }
 
 /// A response's head.
@@ -56,13 +58,13 @@ pub async fn exchange(
     mut connection: Connection,
     lease: Lease,
     method: &Method,
-    body: Option<Incoming>,
+    body: Option<RequestBody>,
     chunked: bool,
 ) -> Result<Exchange, Failure> {
     let mut written = 0;
     let sent = poll_fn(|cx| write_all(&mut connection, cx, &mut written)).await;
     if let Err(error) = sent {
-        return Err(Failure { error, silent: true, body });
+        return Err(Failure { error, silent: true, client: false, body });
     }
     let mut pump = body.map(|body| Pump::new(body, chunked));
     let mut interim = 0;
@@ -104,11 +106,13 @@ pub async fn exchange(
     .await;
     match result {
         Ok(head) => {
-            respond(head, connection, lease, method, pump).map_err(|error| Failure { error, silent: false, body: None })
+            let failure = |error| Failure { error, silent: false, client: false, body: None };
+            respond(head, connection, lease, method, pump).map_err(failure)
         }
         Err(error) => {
             let silent = connection.read.is_empty() && interim == 0;
-            Err(Failure { error, silent, body: pump.and_then(Pump::untouched) })
+            let client = pump.as_ref().is_some_and(Pump::client_failed);
+            Err(Failure { error, silent, client, body: pump.and_then(Pump::untouched) })
         }
     }
 }

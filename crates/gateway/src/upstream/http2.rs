@@ -1,6 +1,7 @@
 //! One exchange over an endpoint's shared HTTP/2 connection (gRPC).
 
 use super::endpoint::Lease;
+use super::request_body::RequestBody;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use std::io;
@@ -8,10 +9,10 @@ use std::io;
 /// Why there is no response; the request is given back if it was not sent.
 pub struct Refusal {
     pub error: io::Error,
-    pub request: Option<Request<Incoming>>,
+    pub request: Option<Request<RequestBody>>,
 }
 
-pub async fn exchange(lease: &Lease, request: Request<Incoming>) -> Result<Response<Incoming>, Box<Refusal>> {
+pub async fn exchange(lease: &Lease, request: Request<RequestBody>) -> Result<Response<Incoming>, Box<Refusal>> {
     let mut sender = match lease.endpoint().http2().await {
         Ok(sender) => sender,
         Err(error) => return Err(Box::new(Refusal { error, request: Some(request) })),

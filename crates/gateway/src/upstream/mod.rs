@@ -7,6 +7,7 @@ mod endpoint;
 mod framing;
 mod http1;
 mod http2;
+mod request_body;
 mod slices;
 
 pub use body::UpstreamBody;
@@ -14,16 +15,24 @@ pub use endpoint::{Connection, Endpoint, Lease};
 pub use framing::{Chunks, Framing};
 pub use http1::{Exchange, Failure, Head, exchange, has_token, parse_head};
 pub use http2::{Refusal, exchange as exchange_http2};
+pub use request_body::{KEEP, Kept, RequestBody};
 pub use slices::addresses;
 
 use crate::counters::Counters;
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-/// Namespace, service, port number.
-type Key = (String, String, u16);
+/// Namespace, service, port number, whether spoken to in HTTP/2.
+type Key = (String, String, u16, bool);
+
+/// Every request pays this many thousandths into its upstream's retry budget, every retry takes a thousand out.
+const DEPOSIT: u32 = 200;
+const WITHDRAWAL: u32 = 1000;
+const BUDGET_AT_START: u32 = 10 * WITHDRAWAL;
+const MAX_BUDGET: u32 = 100 * WITHDRAWAL;
 
 /// All Service ports that routes refer to. Owned by the task that follows the API.
 pub struct Upstreams {
@@ -57,11 +66,11 @@ impl Upstreams {
 
     /// The upstream of a Service port; the same one as before if the port is the same.
     pub fn want(&mut self, namespace: &str, service: &str, port: u16, name: &str, http2: bool) -> Arc<Upstream> {
-        let key = (namespace.to_owned(), service.to_owned(), port);
+        let key = (namespace.to_owned(), service.to_owned(), port, http2);
         let fresh = || Arc::new(Upstream::new(namespace, service, name, http2, self.settings.clone()));
         let generation = self.generation;
         let entry = self.all.entry(key).or_insert_with(|| Wanted { upstream: fresh(), generation });
-        if entry.upstream.port_name != name || entry.upstream.http2 != http2 {
+        if entry.upstream.port_name != name {
             entry.upstream = Arc::new(Upstream::new(namespace, service, name, http2, self.settings.clone()));
         }
         entry.generation = generation;
@@ -89,6 +98,19 @@ pub struct Upstream {
     pub http2: bool,
     endpoints: RwLock<Arc<[Arc<Endpoint>]>>,
     settings: Arc<Settings>,
+    /// Thousandths of retries that may still be made.
+    budget: AtomicU32,
+}
+
+/// A short name for something, the same in every process.
+pub fn fingerprint(parts: &[&str]) -> u64 {
+    use sha2::Digest;
+    let mut hash = sha2::Sha256::new();
+    for part in parts {
+        hash.update(part.as_bytes());
+        hash.update([0]);
+    }
+    hash.finalize().iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte))
 }
 
 impl Upstream {
@@ -100,6 +122,7 @@ impl Upstream {
             http2,
             endpoints: RwLock::new(Arc::from([])),
             settings,
+            budget: AtomicU32::new(BUDGET_AT_START),
         }
     }
 
@@ -119,13 +142,35 @@ impl Upstream {
             .iter()
             .map(|address| match known.get(address) {
                 Some(endpoint) => Arc::clone(endpoint),
-                None => Arc::new(Endpoint::new(*address, self.settings.clone())),
+                None => {
+                    let id = fingerprint(&[&self.namespace, &self.service, &address.to_string()]);
+                    Arc::new(Endpoint::new(*address, id, self.settings.clone()))
+                }
             })
             .collect();
         for gone in old.iter().filter(|endpoint| !addresses.contains(&endpoint.address)) {
             gone.retire();
         }
         *self.endpoints.write().unwrap_or_else(PoisonError::into_inner) = new.into();
+    }
+
+    /// A request begins.
+    pub fn deposit(&self) {
+        // A lost update costs a fifth of a retry.
+        let budget = self.budget.load(Relaxed);
+        if budget < MAX_BUDGET {
+            self.budget.store(budget + DEPOSIT, Relaxed);
+        }
+    }
+
+    /// Whether one more retry may be made; when all fails, retries must not be what keeps it down.
+    pub fn may_retry(&self) -> bool {
+        self.budget.fetch_update(Relaxed, Relaxed, |budget| budget.checked_sub(WITHDRAWAL)).is_ok()
+    }
+
+    /// The endpoint of that name, if it may be used.
+    pub fn endpoint(&self, id: u64) -> Option<Arc<Endpoint>> {
+        self.endpoints().iter().find(|endpoint| endpoint.id == id && !endpoint.is_ejected()).cloned()
     }
 
     /// The better of two random endpoints, by requests in flight; `avoid` and ejected ones only if there is no other.
@@ -172,6 +217,15 @@ mod tests {
         upstream.set_endpoints(&[before[2].address, before[0].address]);
         let after = upstream.endpoints();
         assert!(Arc::ptr_eq(&before[2], &after[0]) && Arc::ptr_eq(&before[0], &after[1]));
+    }
+
+    #[test]
+    fn retries_are_a_share_of_requests() {
+        let upstream = upstream(1);
+        let spend = || (0..1000).take_while(|_| upstream.may_retry()).count();
+        assert_eq!(spend(), 10);
+        (0..100).for_each(|_| upstream.deposit());
+        assert_eq!(spend(), 20);
     }
 
     proptest! {
