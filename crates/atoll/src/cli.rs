@@ -73,6 +73,12 @@ pub struct Up {
     /// The HTTP gateway
     #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDR:PORT")]
     pub gateway_addr: SocketAddr,
+    /// The gateway for HTTPS and TLS listeners
+    #[arg(long, default_value = "127.0.0.1:8443", value_name = "ADDR:PORT")]
+    pub gateway_tls_addr: SocketAddr,
+    /// Client connections to the gateway begin with a PROXY protocol header (a load balancer is in front)
+    #[arg(long)]
+    pub gateway_proxy_protocol: bool,
     /// The image registry
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     pub registry_addr: SocketAddr,
