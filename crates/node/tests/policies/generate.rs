@@ -1,0 +1,115 @@
+//! Policies made from a seed.
+
+use serde_json::{Value, json};
+
+/// xorshift64*: the same seed, the same policies.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit
+    }
+    fn one_of<T: Clone>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len() as u64) as usize].clone()
+    }
+    fn some(&mut self, least: u64, most: u64, mut make: impl FnMut(&mut Dice) -> Value) -> Value {
+        let count = least + self.below(most - least + 1);
+        (0..count).map(|_| make(self)).collect()
+    }
+}
+
+pub fn policies(seed: u64) -> Vec<Value> {
+    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let count = 4 + dice.below(12);
+    (0..count).map(|index| policy(&mut dice, index)).collect()
+}
+
+fn policy(dice: &mut Dice, index: u64) -> Value {
+    let types =
+        dice.one_of(&[json!(["Ingress"]), json!(["Egress"]), json!(["Ingress", "Egress"]), json!([]), Value::Null]);
+    let mut spec = json!({"podSelector": pod_selector(dice)});
+    if !types.is_null() {
+        spec["policyTypes"] = types;
+    }
+    if dice.below(5) > 0 {
+        spec["ingress"] = dice.some(0, 3, |dice| rule(dice, "from"));
+    }
+    if dice.below(5) > 1 {
+        spec["egress"] = dice.some(0, 3, |dice| rule(dice, "to"));
+    }
+    json!({"metadata": {"namespace": dice.one_of(&["a", "b", "c"]), "name": format!("policy-{index}")}, "spec": spec})
+}
+
+fn rule(dice: &mut Dice, peers: &str) -> Value {
+    let mut rule = json!({});
+    if dice.below(6) > 0 {
+        rule[peers] = dice.some(0, 3, peer);
+    }
+    if dice.below(2) > 0 {
+        rule["ports"] = dice.some(0, 3, port);
+    }
+    rule
+}
+
+fn peer(dice: &mut Dice) -> Value {
+    match dice.below(7) {
+        0 => {
+            let networks =
+                ["0.0.0.0/0", "10.42.0.0/16", "10.42.0.0/28", "10.42.0.8/29", "10.42.0.5/32", "192.0.2.0/24"];
+            let cidr = dice.one_of(&networks);
+            let inside = ["10.42.0.4/30", "10.42.0.9/32"];
+            let except = if cidr.ends_with("/0") || cidr.ends_with("/16") || cidr.ends_with("/28") {
+                dice.some(0, 2, |dice| dice.one_of(&inside).into())
+            } else {
+                json!([])
+            };
+            json!({"ipBlock": {"cidr": cidr, "except": except}})
+        }
+        1 | 2 => json!({"podSelector": pod_selector(dice)}),
+        3 | 4 => json!({"namespaceSelector": namespace_selector(dice)}),
+        _ => json!({"podSelector": pod_selector(dice), "namespaceSelector": namespace_selector(dice)}),
+    }
+}
+
+fn pod_selector(dice: &mut Dice) -> Value {
+    dice.one_of(&[
+        json!({}),
+        json!({"matchLabels": {"app": "web"}}),
+        json!({"matchLabels": {"app": "web", "role": "front"}}),
+        json!({"matchLabels": {"app": "nobody"}}),
+        json!({"matchExpressions": [{"key": "app", "operator": "In", "values": ["api", "db"]}]}),
+        json!({"matchExpressions": [{"key": "role", "operator": "NotIn", "values": ["front"]}]}),
+        json!({"matchExpressions": [{"key": "role", "operator": "DoesNotExist"}]}),
+        json!({"matchLabels": {"role": "back"}, "matchExpressions": [{"key": "app", "operator": "Exists"}]}),
+    ])
+}
+
+fn namespace_selector(dice: &mut Dice) -> Value {
+    dice.one_of(&[
+        json!({}),
+        json!({"matchLabels": {"team": "two"}}),
+        json!({"matchLabels": {"kubernetes.io/metadata.name": "a"}}),
+        json!({"matchExpressions": [{"key": "purpose", "operator": "Exists"}]}),
+        json!({"matchExpressions": [{"key": "purpose", "operator": "NotIn", "values": ["production"]}]}),
+    ])
+}
+
+fn port(dice: &mut Dice) -> Value {
+    dice.one_of(&[
+        json!({"port": 80}),
+        json!({"port": 81, "protocol": "TCP"}),
+        json!({"port": 80, "protocol": "UDP"}),
+        json!({"port": 81, "endPort": 90, "protocol": "UDP"}),
+        json!({"port": 70, "endPort": 80}),
+        json!({"port": 1, "endPort": 65535, "protocol": "UDP"}),
+        json!({"protocol": "UDP"}),
+        json!({"protocol": "TCP"}),
+        json!({"port": "http"}),
+        json!({"port": "http", "protocol": "UDP"}),
+        json!({"port": "none"}),
+        json!({"port": 80, "protocol": "SCTP"}),
+    ])
+}

@@ -1,0 +1,112 @@
+//! What Kubernetes says a NetworkPolicy means, written down a second time: straight from the objects, one pair and port
+//! at a time, with nothing of the code under test.
+//! <https://kubernetes.io/docs/concepts/services-networking/network-policies/>
+
+use serde_json::Value;
+use std::net::Ipv4Addr;
+
+#[derive(Clone, Debug)]
+pub struct Pod {
+    pub namespace: &'static str,
+    pub name: String,
+    pub labels: Value,
+    pub address: Ipv4Addr,
+    /// Its TCP port named `http`.
+    pub http: u16,
+}
+
+pub struct World<'a> {
+    pub private: bool,
+    pub namespaces: &'a [(&'static str, Value)],
+    pub policies: &'a [Value],
+}
+
+/// `protocol` is `TCP`, `UDP` or `ICMP`.
+pub fn allowed(world: &World<'_>, from: &Pod, to: &Pod, protocol: &str, port: u16) -> bool {
+    let itself = from.address == to.address;
+    itself
+        || (side(world, "Egress", from, to, to, protocol, port) && side(world, "Ingress", to, from, to, protocol, port))
+}
+
+fn side(world: &World<'_>, kind: &str, own: &Pod, peer: &Pod, to: &Pod, protocol: &str, port: u16) -> bool {
+    let mut isolated = false;
+    for policy in world.policies {
+        let spec = &policy["spec"];
+        let mine = policy["metadata"]["namespace"] == own.namespace && selects(&spec["podSelector"], &own.labels);
+        if !mine || !types(spec).contains(&kind) {
+            continue;
+        }
+        isolated = true;
+        let (rules, peers) = if kind == "Egress" { ("egress", "to") } else { ("ingress", "from") };
+        for rule in array(&spec[rules]) {
+            let peer_fits = array(&rule[peers]).is_empty()
+                || array(&rule[peers]).iter().any(|p| is_peer(world, own.namespace, p, peer));
+            let port_fits = array(&rule["ports"]).is_empty()
+                || array(&rule["ports"]).iter().any(|p| is_port(p, to, protocol, port));
+            if peer_fits && port_fits {
+                return true;
+            }
+        }
+    }
+    !isolated && (!world.private || own.namespace == peer.namespace)
+}
+
+fn types(spec: &Value) -> Vec<&str> {
+    let named: Vec<&str> = array(&spec["policyTypes"]).iter().filter_map(Value::as_str).collect();
+    match (named.is_empty(), array(&spec["egress"]).is_empty()) {
+        (false, _) => named,
+        (true, true) => vec!["Ingress"],
+        (true, false) => vec!["Ingress", "Egress"],
+    }
+}
+
+fn is_peer(world: &World<'_>, own: &str, peer: &Value, pod: &Pod) -> bool {
+    if peer["ipBlock"].is_object() {
+        let inside = |network: &Value| {
+            let (base, prefix) = network.as_str().unwrap().split_once('/').unwrap();
+            let base: Ipv4Addr = base.parse().unwrap();
+            let drop = 32 - prefix.parse::<u32>().unwrap();
+            (u64::from(base.to_bits()) >> drop) == (u64::from(pod.address.to_bits()) >> drop)
+        };
+        return inside(&peer["ipBlock"]["cidr"]) && !array(&peer["ipBlock"]["except"]).iter().any(inside);
+    }
+    let namespace = match &peer["namespaceSelector"] {
+        Value::Null => pod.namespace == own,
+        selector => world.namespaces.iter().any(|(name, labels)| *name == pod.namespace && selects(selector, labels)),
+    };
+    namespace && (peer["podSelector"].is_null() || selects(&peer["podSelector"], &pod.labels))
+}
+
+fn is_port(wanted: &Value, to: &Pod, protocol: &str, port: u16) -> bool {
+    if wanted["protocol"].as_str().unwrap_or("TCP") != protocol {
+        return false;
+    }
+    match &wanted["port"] {
+        Value::Null => true,
+        Value::String(name) => name == "http" && protocol == "TCP" && to.http == port,
+        number => {
+            let first = number.as_u64().unwrap();
+            (first..=wanted["endPort"].as_u64().unwrap_or(first)).contains(&u64::from(port))
+        }
+    }
+}
+
+fn selects(selector: &Value, labels: &Value) -> bool {
+    let equal = selector["matchLabels"].as_object().into_iter().flatten().all(|(key, value)| &labels[key] == value);
+    let fits = |expression: &Value| {
+        let have = &labels[expression["key"].as_str().unwrap()];
+        let among = array(&expression["values"]).contains(have);
+        match expression["operator"].as_str().unwrap() {
+            "In" => among,
+            "NotIn" => !among,
+            "Exists" => !have.is_null(),
+            "DoesNotExist" => have.is_null(),
+            other => panic!("{other}"),
+        }
+    };
+    equal && array(&selector["matchExpressions"]).iter().all(fits)
+}
+
+fn array(value: &Value) -> &[Value] {
+    value.as_array().map(Vec::as_slice).unwrap_or_default()
+}
