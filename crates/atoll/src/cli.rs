@@ -82,6 +82,15 @@ pub struct Up {
     /// The image registry
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     pub registry_addr: SocketAddr,
+    /// Tags that may be set once and never moved or deleted; `*` stands for any characters; may be repeated
+    #[arg(long, value_name = "REPOSITORY:TAG")]
+    pub registry_immutable: Vec<String>,
+    /// Largest blob that the registry takes
+    #[arg(long, default_value = "1Ti", value_name = "SIZE")]
+    pub registry_max_blob: String,
+    /// Blobs that the registry receives at once; more wait
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub registry_max_uploads: u16,
     /// This machine's name as a Node; the host name if left out
     #[arg(long, value_name = "NAME")]
     pub node_name: Option<String>,

@@ -223,7 +223,7 @@ async fn serve(
 
 fn image_limits(options: &Up) -> Result<image::Limits, Failure> {
     let bytes = api::quantity::Quantity::parse(&options.registry_max_blob)
-        .map_err(|e| explain(format!("--registry-max-blob {:?}: {e}; such as 20Gi", options.registry_max_blob)))?;
+        .map_err(|e| Failure(format!("--registry-max-blob {:?}: {e}; such as 20Gi", options.registry_max_blob)))?;
     let blob_bytes = u64::try_from(bytes.value()).unwrap_or(0);
     Ok(image::Limits { blob_bytes, ..image::Limits::default() })
 }

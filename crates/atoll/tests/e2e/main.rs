@@ -7,6 +7,7 @@ mod cluster;
 mod images;
 mod kubectl;
 mod life;
+mod registry;
 
 use cluster::Cluster;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -22,7 +23,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 
 fn main() {
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: Vec<Test> = [images::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
+    let tests: Vec<Test> = [images::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
         .concat()
         .into_iter()
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
