@@ -1,11 +1,12 @@
-//! The vocabulary of Atoll: resource kinds, their schemas, defaults, validation and printed columns, and the two
-//! traits through which rooms talk to the API ([`client::Client`]) and to running pods ([`streams::PodStreams`]).
+//! The vocabulary of Atoll: resource kinds, their schemas, defaults, validation and printed columns, and how rooms
+//! talk to the API ([`client::Client`]), to running pods ([`streams::PodStreams`]) and of requests ([`demand::Demand`]).
 //!
 //! Knows nothing of HTTP, storage or runtimes.
 #![forbid(unsafe_code)]
 
 pub mod client;
 pub mod crd;
+pub mod demand;
 pub mod informer;
 pub mod intstr;
 pub mod jsonpath;

@@ -14,6 +14,7 @@ mod control;
 mod function;
 mod log;
 mod ticker;
+mod trace;
 
 use crate::error::{Error, Result, chain, io};
 use crate::{client, jail};

@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 /// Grows when a message changes its meaning; a host of another version is replaced when it has no functions left.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 const INLINE: usize = 32 << 10;
 /// Bytes of one message: environments are large, not huge.
@@ -36,11 +36,21 @@ pub struct FunctionLimits {
     pub concurrency: u32,
     /// From a request's arrival to the beginning of its answer; the whole may take ten times as long. Milliseconds.
     pub timeout_ms: u64,
+    /// Processor time of one request, milliseconds; 0 is as much as its time limit lets it have.
+    pub cpu_ms: u64,
+    /// Bytes of one answer's body.
+    pub response_bytes: u64,
 }
 
 impl Default for FunctionLimits {
     fn default() -> Self {
-        FunctionLimits { memory_bytes: 256 << 20, concurrency: 64, timeout_ms: 60_000 }
+        FunctionLimits {
+            memory_bytes: 256 << 20,
+            concurrency: 64,
+            timeout_ms: 60_000,
+            cpu_ms: 0,
+            response_bytes: 64 << 20,
+        }
     }
 }
 
@@ -85,6 +95,19 @@ pub struct FunctionStats {
     /// Requests answered with an error of the host's: traps, time limits, too many at once.
     pub failures: u64,
     pub in_flight: u64,
+    /// Time in which requests had an instance, microseconds.
+    pub run_micros: u64,
+    /// What they are charged: for each its time times its memory at the end, KiB by microseconds.
+    pub memory_kib_micros: u64,
+    /// Bytes of answers' bodies.
+    pub sent_bytes: u64,
+}
+
+impl FunctionStats {
+    /// GiB by seconds.
+    pub fn gib_seconds(&self) -> f64 {
+        self.memory_kib_micros as f64 / (1u64 << 20) as f64 / 1e6
+    }
 }
 
 /// What a host has, and the number of the last change.

@@ -1,6 +1,24 @@
 ;; The smallest component that answers HTTP: a response without body. A test says what its handler does.
 (component
+  (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
+  (alias export $error "error" (type $io-error))
+  (import "wasi:io/streams@0.2.0" (instance $streams
+    (export "output-stream" (type $output (sub resource)))
+    (alias outer 1 $io-error (type $outer-error))
+    (export "error" (type $failure (eq $outer-error)))
+    (type $end-variant (variant (case "last-operation-failed" (own $failure)) (case "closed")))
+    (export "stream-error" (type $end (eq $end-variant)))
+    (export "[method]output-stream.blocking-write-and-flush"
+      (func (param "self" (borrow $output)) (param "contents" (list u8)) (result (result (error $end)))))))
+  (alias export $streams "output-stream" (type $output-stream))
+  (import "wasi:cli/stdout@0.2.0" (instance $stdout
+    (alias outer 1 $output-stream (type $outer-output))
+    (export "output-stream" (type $output (eq $outer-output)))
+    (export "get-stdout" (func (result (own $output))))))
   (import "wasi:http/types@0.2.0" (instance $types
+    (alias outer 1 $output-stream (type $outer-output))
+    (export "output-stream" (type $output (eq $outer-output)))
+    (export "outgoing-body" (type $body (sub resource)))
     (export "fields" (type $fields (sub resource)))
     (export "incoming-request" (type $request (sub resource)))
     (export "outgoing-response" (type $response (sub resource)))
@@ -30,6 +48,8 @@
     (export "error-code" (type $error (eq $error-variant)))
     (export "[constructor]fields" (func (result (own $fields))))
     (export "[constructor]outgoing-response" (func (param "headers" (own $fields)) (result (own $response))))
+    (export "[method]outgoing-response.body" (func (param "self" (borrow $response)) (result (result (own $body)))))
+    (export "[method]outgoing-body.write" (func (param "self" (borrow $body)) (result (result (own $output)))))
     (export "[static]response-outparam.set"
       (func (param "param" (own $outparam)) (param "response" (result (own $response) (error $error)))))))
   (alias export $types "incoming-request" (type $incoming-request))
@@ -42,19 +62,41 @@
   (core func $response (canon lower (func $types "[constructor]outgoing-response")))
   (core func $set (canon lower (func $types "[static]response-outparam.set") (memory $memory)))
 
+  (core func $body (canon lower (func $types "[method]outgoing-response.body") (memory $memory)))
+  (core func $body-write (canon lower (func $types "[method]outgoing-body.write") (memory $memory)))
+  (core func $get-stdout (canon lower (func $stdout "get-stdout")))
+  (core func $write (canon lower (func $streams "[method]output-stream.blocking-write-and-flush") (memory $memory)))
+
   (core module $code
     (import "host" "fields" (func $fields (result i32)))
     (import "host" "response" (func $response (param i32) (result i32)))
     (import "host" "set" (func $set (param i32 i32 i32 i32 i64 i32 i32 i32 i32)))
+    (import "host" "body" (func $body (param i32 i32)))
+    (import "host" "body-write" (func $body-write (param i32 i32)))
+    (import "host" "stdout" (func $stdout (result i32)))
+    (import "host" "write" (func $write (param i32 i32 i32 i32)))
     (import "host" "memory" (memory 1))
     (global $served (mut i32) (i32.const 0))
     (func $answer (param $out i32)
       (call $set (local.get $out) (i32.const 0) (call $response (call $fields))
         (i32.const 0) (i64.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)))
+    ;; An answer whose body never ends.
+    (func $answer-for-ever (param $out i32) (local $response i32)
+      (local.set $response (call $response (call $fields)))
+      (call $body (local.get $response) (i32.const 64))
+      (call $set (local.get $out) (i32.const 0) (local.get $response)
+        (i32.const 0) (i64.const 0) (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0))
+      (call $body-write (i32.load (i32.const 68)) (i32.const 80))
+      (loop
+        (call $write (i32.load (i32.const 84)) (i32.const 1024) (i32.const 4096) (i32.const 96))
+        (br_if 0 (i32.eqz (i32.load8_u (i32.const 96))))))
+    (func $recurse (param i32) (result i32) (i32.add (i32.const 1) (call $recurse (local.get 0))))
     (func (export "handle") (param $request i32) (param $out i32)
       @HANDLER@))
   (core instance $code (instantiate $code (with "host" (instance
     (export "fields" (func $fields)) (export "response" (func $response)) (export "set" (func $set))
+    (export "body" (func $body)) (export "body-write" (func $body-write))
+    (export "stdout" (func $get-stdout)) (export "write" (func $write))
     (export "memory" (memory $memory))))))
   (func $handle (param "request" (own $incoming-request)) (param "response-out" (own $response-outparam))
     (canon lift (core func $code "handle")))

@@ -16,6 +16,11 @@ const TESTS: &[Test] = &[
     ("a trap costs one request", traps),
     ("a function that computes for ever is ended", endless),
     ("memory is bounded", memory),
+    ("recursion ends where the stack does", recursion),
+    ("processor time is bounded", processor_time),
+    ("an answer is bounded", endless_answer),
+    ("a flood in the log ends where the log does, and costs its author only", flood),
+    ("what is charged is what was sent", ledger),
     ("what is not a component is refused", refusals),
     ("stopping drains, killing does not", stopping),
     ("the daemon comes back to a host that went on", reconnecting),
@@ -279,6 +284,81 @@ fn memory(bench: &Bench) {
     assert_eq!(bench.start("small", &body, small).get("/").0, 500);
     assert_eq!(bench.start("large", &body, FunctionLimits::default()).get("/").0, 200);
     assert_eq!(bench.client.stats("large").unwrap().memory_bytes, 0);
+}
+
+fn recursion(bench: &Bench) {
+    let body = format!("(drop (call $recurse (i32.const 0))) {ANSWER}");
+    let running = bench.start("recursion", &body, FunctionLimits::default());
+    assert_eq!(running.get("/").0, 500);
+    running.logged("call stack exhausted");
+    assert_eq!(running.get("/").0, 500, "the host goes on");
+}
+
+fn processor_time(bench: &Bench) {
+    let limits = FunctionLimits { cpu_ms: 50, ..FunctionLimits::default() };
+    let running = bench.start("busy", "(loop (br 0))", limits);
+    assert_eq!(running.get("/").0, 500, "long before its minute is over");
+    running.logged("it used more than 50ms of processor time");
+    let stats = bench.client.stats("busy").unwrap();
+    assert!(stats.cpu_nanos >= 50_000_000 && stats.in_flight == 0, "{stats:?}");
+}
+
+fn endless_answer(bench: &Bench) {
+    let limits = FunctionLimits { response_bytes: 1 << 20, ..FunctionLimits::default() };
+    let running = bench.start("endless-answer", "(call $answer-for-ever (local.get $out))", limits);
+    let mut stream = TcpStream::connect(running.address).unwrap();
+    stream.write_all(b"GET / HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();
+    let mut answer = Vec::new();
+    // Cut off: an end, or a reset.
+    let _ = stream.read_to_end(&mut answer);
+    assert!(answer.starts_with(b"HTTP/1.1 200 ") && answer.len() < 2 << 20, "{} bytes", answer.len());
+    assert!(!answer.ends_with(b"0\r\n\r\n"), "it does not look whole");
+    running.logged("an answer was cut off: an answer of more than 1048576 bytes");
+    let other = bench.start("beside", ANSWER, FunctionLimits::default());
+    assert_eq!(other.get("/").0, 200);
+}
+
+fn flood(bench: &Bench) {
+    let write = "(local.set $out (call $stdout)) (memory.fill (i32.const 1024) (i32.const 10) (i32.const 4096))
+        (loop (call $write (local.get $out) (i32.const 1024) (i32.const 4096) (i32.const 96)) (br 0))";
+    let limits = FunctionLimits { timeout_ms: 1000, ..FunctionLimits::default() };
+    let running = bench.start("flood", write, limits);
+    let beside = bench.start("calm", ANSWER, FunctionLimits::default());
+    std::thread::scope(|scope| {
+        let flooding = scope.spawn(|| running.get("/").0);
+        while !flooding.is_finished() {
+            assert_eq!(beside.get("/").0, 200);
+        }
+        assert_eq!(flooding.join().unwrap(), 504);
+    });
+    running.logged("the log was not rotated in time; what follows is lost");
+    let length = fs::metadata(&running.log_path).unwrap().len();
+    assert!(length < 8 << 20, "{length} bytes");
+}
+
+/// The sum of what single requests cost is what the counters say.
+fn ledger(bench: &Bench) {
+    let pages = 64;
+    let body = format!("(drop (memory.grow (i32.const {}))) {ANSWER}", pages - 1);
+    let running = bench.start("ledger", &body, FunctionLimits::default());
+    let begun = Instant::now();
+    let sent = 200;
+    (0..sent).for_each(|_| assert_eq!(running.get("/").0, 200));
+    let took = begun.elapsed();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let stats = loop {
+        let stats = bench.client.stats("ledger").unwrap();
+        if stats.in_flight == 0 && stats.memory_bytes == 0 {
+            break stats;
+        }
+        assert!(Instant::now() < deadline, "{stats:?}");
+    };
+    assert_eq!((stats.requests, stats.failures, stats.sent_bytes), (sent, 0, 0));
+    assert!(stats.run_micros > 0 && u128::from(stats.run_micros) <= took.as_micros() + 100_000, "{stats:?}");
+    // Every instance had the same memory: what is charged is its size times the time all of them had.
+    assert_eq!(stats.memory_kib_micros, stats.run_micros * pages * 64);
+    let gib = (pages << 16) as f64 / (1u64 << 30) as f64;
+    assert!((stats.gib_seconds() - gib * stats.run_micros as f64 / 1e6).abs() < 1e-9);
 }
 
 fn refusals(bench: &Bench) {

@@ -5,15 +5,19 @@
 //! Service ─┬─▶ Configuration ──▶ Revision <name>-00001 ──▶ Deployment, Service <name>-00001
 //!          └─▶ Route ──▶ Service <name>, HTTPRoute <name>  (and <tag>-<name> of both for each tag)
 //! ```
-//! Revisions that get requests, or are to be looked at for the first time, have at least one pod; the others have none.
+//! Revisions that get requests, or are to be looked at for the first time, have pods, as many as [`autoscaler`] finds
+//! right; the others have none.
 
+mod autoscaler;
 mod configuration;
 mod revision;
 mod route;
+mod scale;
 mod service;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use autoscaler::run as autoscale;
 pub(crate) use configuration::new as configurations;
 pub(crate) use revision::new as revisions;
 pub(crate) use route::new as routes;

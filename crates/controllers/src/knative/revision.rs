@@ -1,11 +1,12 @@
 //! Revisions: a Deployment and a Service each, and whether it can answer requests.
 
+use super::scale::Rules;
 use super::{
     CONFIGURATION, CONFIGURATION_UID, GENERATION, REVISION, REVISION_UID, ROUTING_STATE, SERVICE, SERVICE_UID, State,
     child_name, ensure, handed_down, set_conditions,
 };
 use crate::context::{Context, DEPLOYMENTS, KN_REVISIONS, PODS, SERVICES};
-use crate::objects::{condition, controller_name, controller_reference, int, list};
+use crate::objects::{condition, condition_status, controller_name, controller_reference, int, list};
 use crate::runner::{Again, Reconcile, Source};
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
@@ -16,8 +17,11 @@ use std::sync::Arc;
 
 const DEFAULT_PORT: i64 = 8080;
 const DEADLINE: i64 = 600;
-const MIN_SCALE: &str = "autoscaling.knative.dev/min-scale";
-const INITIAL_SCALE: &str = "autoscaling.knative.dev/initial-scale";
+/// What the wasm boundary goes by.
+const TIMEOUT: &str = "functions.atoll.dev/timeout-seconds";
+const CONCURRENCY: &str = "functions.atoll.dev/concurrency";
+/// Requests that one instance of a function can have.
+const MOST_CONCURRENT: i64 = 256;
 
 pub(crate) struct Revisions {
     context: Arc<Context>,
@@ -77,9 +81,9 @@ impl Reconcile for Revisions {
         let Some(revision) = self.revisions.get_key(key).filter(|revision| !revision.is_deleting()) else {
             return Ok(None);
         };
-        let replicas = replicas(&revision);
+        let known = self.deployments.get(&key.namespace, &child_name(revision.name(), "-deployment"));
+        let replicas = replicas(&revision, known.as_deref());
         let wanted = self.deployment(&revision, replicas);
-        let known = self.deployments.get(&key.namespace, wanted.name());
         // A revision never changes: of its Deployment only the number of pods does.
         let wanted = match &known {
             Some(_) => only_replicas(&wanted),
@@ -95,14 +99,15 @@ impl Reconcile for Revisions {
     }
 }
 
-/// Pods wanted now. Until a gateway can wake what sleeps, a revision that may get requests has at least one.
-fn replicas(revision: &Object) -> i64 {
-    let number = |annotation: &str| revision.annotation(annotation).and_then(|text| text.parse::<i64>().ok());
-    let least = number(MIN_SCALE).unwrap_or(0).clamp(1, 1000);
+/// Pods wanted now: what the autoscaler set, within the revision's bounds.
+fn replicas(revision: &Object, deployment: Option<&Object>) -> i64 {
+    let rules = Rules::of(revision);
+    let now = deployment.and_then(|deployment| int(deployment, "/spec/replicas"));
     match revision.label(ROUTING_STATE) {
         Some("reserve") => 0,
-        Some("active") => least,
-        _ => least.max(number(INITIAL_SCALE).unwrap_or(1).clamp(1, 1000)),
+        Some("active") => rules.within(now.unwrap_or(rules.initial)),
+        // To be tried, whether or not it may sleep later.
+        _ => rules.within(now.unwrap_or(0).max(rules.initial)).max(1),
     }
 }
 
@@ -110,7 +115,15 @@ impl Revisions {
     fn deployment(&self, revision: &SharedObject, replicas: i64) -> Object {
         let labels = pod_labels(revision);
         let mut annotations = handed_down(revision, "annotations");
-        object_of(&mut annotations).retain(|key, _| !key.starts_with("serving.knative.dev/"));
+        let fields = object_of(&mut annotations);
+        fields.retain(|key, _| !key.starts_with("serving.knative.dev/"));
+        let number = |field: &str| int(revision, &format!("/spec/{field}")).filter(|number| *number > 0);
+        if let Some(seconds) = number("timeoutSeconds") {
+            fields.entry(TIMEOUT).or_insert_with(|| seconds.to_string().into());
+        }
+        if let Some(concurrency) = number("containerConcurrency") {
+            fields.entry(CONCURRENCY).or_insert_with(|| concurrency.min(MOST_CONCURRENT).to_string().into());
+        }
         json!({
             "apiVersion": "apps/v1", "kind": "Deployment",
             "metadata": {"name": child_name(revision.name(), "-deployment"), "labels": labels,
@@ -152,6 +165,7 @@ impl Revisions {
         // Whether it gets requests says nothing about whether it could.
         let (state, reason, message) = match revision.label(ROUTING_STATE) {
             Some("reserve") => ("False", "NoTraffic", "The target is not receiving traffic."),
+            _ if wanted == 0 => ("False", "NoTraffic", "The target is not receiving traffic."),
             _ if available > 0 => ("True", "", ""),
             _ => ("Unknown", "Deploying", ""),
         };
@@ -210,7 +224,11 @@ impl Revisions {
                 };
                 (State::failed(progress.str_at("/reason"), message), deploying)
             }
-            None => (deploying.clone(), deploying),
+            // On its way back from zero it is what it was.
+            None => match ["ResourcesAvailable", "ContainerHealthy"].map(|kind| condition_status(before, kind)) {
+                ["True", "True"] => (State::True, State::True),
+                _ => (deploying.clone(), deploying),
+            },
         }
     }
 

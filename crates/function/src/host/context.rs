@@ -6,6 +6,7 @@ use super::log::{Lines, Log, Stream};
 use crate::wire::FunctionSpec;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 use wasmtime::ResourceLimiter;
 use wasmtime::component::ResourceTable;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -32,7 +33,12 @@ impl Context {
             http: WasiHttpCtx::new(),
             table: ResourceTable::new(),
             hooks: NoOutbound { log: log.clone() },
-            memory: Memory { limit: spec.limits.memory_bytes, used: 0, counters: counters.clone() },
+            memory: Memory {
+                limit: spec.limits.memory_bytes,
+                used: 0,
+                begun: Instant::now(),
+                counters: counters.clone(),
+            },
         }
     }
 }
@@ -49,10 +55,12 @@ impl WasiHttpView for Context {
     }
 }
 
-/// Counts linear memory against the function's limit.
+/// Counts linear memory against the function's limit, and charges it when the instance goes.
 pub(super) struct Memory {
     limit: u64,
+    /// Memories only grow: at the end this is the peak.
     used: u64,
+    begun: Instant,
     counters: Arc<Counters>,
 }
 
@@ -75,6 +83,9 @@ impl ResourceLimiter for Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.counters.memory.fetch_sub(self.used, Ordering::Relaxed);
+        let micros = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.counters.run_micros.fetch_add(micros, Ordering::Relaxed);
+        self.counters.memory_kib_micros.fetch_add((self.used >> 10).saturating_mul(micros), Ordering::Relaxed);
     }
 }
 

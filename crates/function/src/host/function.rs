@@ -3,6 +3,7 @@
 use super::context::Context;
 use super::log::Log;
 use super::ticker::Ticker;
+use super::trace;
 use crate::wire::{Exit, FunctionSpec, FunctionStats, now};
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
@@ -45,6 +46,9 @@ pub(super) struct Counters {
     failures: AtomicU64,
     in_flight: AtomicU64,
     waiting: AtomicU64,
+    pub run_micros: AtomicU64,
+    pub memory_kib_micros: AtomicU64,
+    sent_bytes: AtomicU64,
 }
 
 /// Whether a function goes on.
@@ -101,6 +105,9 @@ impl Function {
             requests: get(&self.counters.requests),
             failures: get(&self.counters.failures),
             in_flight: get(&self.counters.in_flight),
+            run_micros: get(&self.counters.run_micros),
+            memory_kib_micros: get(&self.counters.memory_kib_micros),
+            sent_bytes: get(&self.counters.sent_bytes),
         }
     }
 
@@ -195,10 +202,11 @@ impl Function {
 
     async fn run(
         self: &Arc<Function>,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         places: Places,
         limit: Duration,
     ) -> Result<Response<Content>, Refusal> {
+        trace::continue_in(request.headers_mut());
         let mut store = Store::new(self.pre.engine(), Context::new(&self.spec, &self.log, &self.counters));
         store.limiter(|context| &mut context.memory);
         store.set_epoch_deadline(1);
@@ -215,7 +223,7 @@ impl Function {
             let proxy = function.pre.instantiate_async(&mut store).await?;
             proxy.wasi_http_incoming_handler().call_handle(&mut store, incoming, outparam).await
         };
-        let whole = tokio::time::timeout(limit * WHOLE, Measured { inner: Box::pin(instance), function: self.clone() });
+        let whole = tokio::time::timeout(limit * WHOLE, Measured::new(instance, self.clone()));
         let function = self.clone();
         // A task of its own: the function may go on after its answer has begun.
         let task = tokio::spawn(async move {
@@ -231,13 +239,18 @@ impl Function {
         let abort = AbortOnDrop(task.abort_handle());
         match tokio::time::timeout(limit, receiver).await {
             Ok(Ok(Ok(response))) => {
+                let most = self.spec.limits.response_bytes;
+                if response.body().size_hint().lower() > most {
+                    return Err(Refusal::Large(most));
+                }
                 let log = self.log.clone();
                 tokio::spawn(async move {
                     if let Ok(Err(why)) = task.await {
                         log.note(&format!("atoll: after its answer the function failed: {why}"));
                     }
                 });
-                Ok(response.map(|body| Guarded { body, abort: Some(abort) }.boxed_unsync()))
+                let guarded = |body| Guarded { body, abort: Some(abort), left: most, function: self.clone() };
+                Ok(response.map(|body| guarded(body).boxed_unsync()))
             }
             Ok(Ok(Err(code))) => Err(Refusal::Code(code)),
             // The instance went without an answer: its task knows why.
@@ -269,6 +282,8 @@ enum Refusal {
     Trap(String),
     #[error("no answer within {0:?}")]
     Late(Duration),
+    #[error("an answer of more than {0} bytes")]
+    Large(u64),
 }
 
 impl Refusal {
@@ -276,7 +291,7 @@ impl Refusal {
         let (status, text) = match self {
             Refusal::Busy => (StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n"),
             Refusal::Request(_) => (StatusCode::BAD_REQUEST, "the request is not well-formed\n"),
-            Refusal::Code(_) | Refusal::Trap(_) => {
+            Refusal::Code(_) | Refusal::Trap(_) | Refusal::Large(_) => {
                 (StatusCode::INTERNAL_SERVER_ERROR, "the function failed; its log says why\n")
             }
             Refusal::Late(_) => (StatusCode::GATEWAY_TIMEOUT, "the function did not answer in time\n"),
@@ -315,21 +330,37 @@ impl Drop for Gauge<'_> {
     }
 }
 
-/// Adds the time a future computes to the function's account.
+/// Adds the time an instance computes to the function's account, and ends it when it had its share. It yields at every
+/// tick, which is as exact as this is.
 struct Measured<F> {
     inner: Pin<Box<F>>,
     function: Arc<Function>,
+    spent: Duration,
 }
 
-impl<F: Future> Future for Measured<F> {
-    type Output = F::Output;
+impl<F> Measured<F> {
+    fn new(inner: F, function: Arc<Function>) -> Measured<F> {
+        Measured { inner: Box::pin(inner), function, spent: Duration::ZERO }
+    }
+}
 
-    fn poll(mut self: Pin<&mut Self>, task: &mut Task) -> Poll<F::Output> {
+impl<F: Future<Output = wasmtime::Result<()>>> Future for Measured<F> {
+    type Output = wasmtime::Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, task: &mut Task) -> Poll<wasmtime::Result<()>> {
         let begun = Instant::now();
         let result = self.inner.as_mut().poll(task);
-        let spent = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(0);
-        self.function.counters.cpu.fetch_add(spent, Ordering::Relaxed);
-        result
+        let spent = begun.elapsed();
+        let nanos = u64::try_from(spent.as_nanos()).unwrap_or(0);
+        self.function.counters.cpu.fetch_add(nanos, Ordering::Relaxed);
+        self.spent += spent;
+        let most = Duration::from_millis(self.function.spec.limits.cpu_ms);
+        match result {
+            Poll::Pending if !most.is_zero() && self.spent > most => {
+                Poll::Ready(Err(wasmtime::Error::msg(format!("it used more than {most:?} of processor time"))))
+            }
+            other => other,
+        }
     }
 }
 
@@ -341,10 +372,13 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// A body whose loss ends the instance that writes it: the client has gone.
+/// A body whose loss ends the instance that writes it: the client has gone. So does one that grows too large.
 struct Guarded {
     body: Content,
     abort: Option<AbortOnDrop>,
+    /// Bytes that may still come.
+    left: u64,
+    function: Arc<Function>,
 }
 
 impl Guarded {
@@ -360,8 +394,21 @@ impl Body for Guarded {
 
     fn poll_frame(mut self: Pin<&mut Self>, task: &mut Task) -> Poll<Option<Result<Frame<Bytes>, HttpError>>> {
         let polled = Pin::new(&mut self.body).poll_frame(task);
-        if matches!(polled, Poll::Ready(None)) {
-            self.release();
+        match &polled {
+            Poll::Ready(None) => self.release(),
+            Poll::Ready(Some(Ok(frame))) => {
+                let length = frame.data_ref().map_or(0, |data| data.len() as u64);
+                self.function.counters.sent_bytes.fetch_add(length, Ordering::Relaxed);
+                let Some(left) = self.left.checked_sub(length) else {
+                    let most = self.function.spec.limits.response_bytes;
+                    self.function.counters.failures.fetch_add(1, Ordering::Relaxed);
+                    self.function.log.note(&format!("atoll: an answer was cut off: {}", Refusal::Large(most)));
+                    self.abort = None;
+                    return Poll::Ready(Some(Err(HttpError::HttpResponseBodySize(Some(most)))));
+                };
+                self.left = left;
+            }
+            Poll::Ready(Some(Err(_))) | Poll::Pending => {}
         }
         polled
     }

@@ -27,9 +27,12 @@ const FIRST_UID: u32 = 2_100_000_000;
 const ROTATE: Duration = Duration::from_secs(5);
 /// Requests under way get this long after SIGTERM; the agent sends SIGKILL when the pod's own grace has passed.
 const DRAIN: Duration = Duration::from_secs(3600);
-/// Pod annotations: seconds until a request's answer must begin, and requests served at once.
+/// Pod annotations: seconds until a request's answer must begin, requests served at once, milliseconds of processor time of
+/// one request, bytes of one answer.
 const TIMEOUT: &str = "functions.atoll.dev/timeout-seconds";
 const CONCURRENCY: &str = "functions.atoll.dev/concurrency";
+const CPU: &str = "functions.atoll.dev/cpu-milliseconds";
+const RESPONSE: &str = "functions.atoll.dev/max-response-bytes";
 
 pub struct WasmBoundary {
     inner: Arc<Inner>,
@@ -275,6 +278,8 @@ fn limits(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<FunctionLi
         memory_bytes: memory.unwrap_or(default.memory_bytes).min(1 << 30),
         concurrency: number(CONCURRENCY, 256)?.map_or(default.concurrency, |n| n as u32),
         timeout_ms: number(TIMEOUT, 3600)?.map_or(default.timeout_ms, |seconds| seconds * 1000),
+        cpu_ms: number(CPU, 36_000_000)?.unwrap_or(default.cpu_ms),
+        response_bytes: number(RESPONSE, 1 << 40)?.unwrap_or(default.response_bytes),
     })
 }
 
