@@ -43,7 +43,12 @@ pub struct Exit {
 }
 
 /// Starts a machine's monitor (`exe vmm RUN_DIR`) and returns once the engine runs. The monitor is no child of the caller.
-pub fn launch(exe: &Path, machine: &Machine) -> Result<State> {
+/// `admit` is given the role's pid before it does anything: what it joins (control groups) holds for all it starts.
+pub fn launch(
+    exe: &Path,
+    machine: &Machine,
+    admit: impl FnOnce(i32) -> std::result::Result<(), String>,
+) -> Result<State> {
     machine.validate()?;
     for dir in [&machine.run_dir, &machine.state_dir] {
         std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
@@ -55,13 +60,23 @@ pub fn launch(exe: &Path, machine: &Machine) -> Result<State> {
     let path = machine.run_dir.join("machine.json");
     let text = serde_json::to_vec(machine).map_err(|e| Error::Monitor(e.to_string()))?;
     std::fs::write(&path, text).map_err(Error::io("write", &path))?;
-    let output = std::process::Command::new(exe)
+    let mut child = std::process::Command::new(exe)
         .arg("vmm")
         .arg(&machine.run_dir)
         .env_clear()
-        .stdin(std::process::Stdio::null())
-        .output()
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
         .map_err(Error::io("run", exe))?;
+    let admitted = admit(i32::try_from(child.id()).unwrap_or(i32::MAX));
+    if let Err(message) = admitted {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(Error::Monitor(message));
+    }
+    drop(child.stdin.take());
+    let output = child.wait_with_output().map_err(Error::io("wait for", exe))?;
     if !output.status.success() {
         return Err(Error::Monitor(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }

@@ -1,27 +1,39 @@
 //! What runs a machine. An engine turns a [`Machine`] into a command line and the file descriptors and files its process
-//! needs; the monitor jails and starts it, and speaks to it through [`Control`]. Today: QEMU, with KVM where that is
-//! native and translation elsewhere.
+//! needs; the monitor jails and starts it, and speaks to it through [`Control`]. Ours on KVM where that is native;
+//! QEMU for what ours does not have, and with translation elsewhere.
 
 use crate::kvm::Support;
-use crate::machine::{Error, Machine, Result};
+use crate::kvm::engine::KvmEngine;
+use crate::machine::{Choice, Error, Machine, Result};
 use std::ffi::OsString;
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-/// A process to start in the jail.
+/// What to run in the jail, and the monitor's ends of its channels.
 pub struct Plan {
-    pub program: PathBuf,
+    pub work: Work,
+    /// The monitor's end of the serial console.
+    pub console: UnixStream,
+    /// The monitor's end of the control channel.
+    pub control: UnixStream,
+}
+
+pub enum Work {
+    /// Another program; its directories are shown read-only.
+    Execute(Program),
+    /// This program, forked: it sees nothing but what it holds open.
+    Inside { keep: Vec<RawFd>, main: Box<dyn FnOnce() -> i32> },
+}
+
+pub struct Program {
+    pub path: PathBuf,
     pub args: Vec<OsString>,
     /// Handed over open, at exactly these numbers (10 and up).
     pub descriptors: Vec<(i32, OwnedFd)>,
     /// Read-only files shown inside the jail: (where inside, which file).
     pub files: Vec<(PathBuf, PathBuf)>,
     pub needs_kvm: bool,
-    /// The monitor's end of the serial console.
-    pub console: UnixStream,
-    /// The monitor's end of the control channel.
-    pub control: UnixStream,
 }
 
 /// Runs in the monitor, on the engine's control channel.
@@ -31,6 +43,8 @@ pub trait Control: Send {
     fn reset(&mut self) -> Result<()>;
     fn pause(&mut self) -> Result<()>;
     fn resume(&mut self) -> Result<()>;
+    /// The guest shall give up this many pages of 4 KiB in all.
+    fn balloon(&mut self, pages: u32) -> Result<()>;
 }
 
 pub trait Engine: Send + Sync {
@@ -39,9 +53,20 @@ pub trait Engine: Send + Sync {
     fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>>;
 }
 
-/// The best engine for this computer.
-pub fn choose(kvm: &Support) -> Result<Box<dyn Engine>> {
+/// The best engine for this machine on this computer: ours where KVM is native and it has all that the machine asks for.
+pub fn choose(wanted: Choice, kvm: &Support, machine: &Machine) -> Result<Box<dyn Engine>> {
     let native = matches!(kvm, Support::Hardware { .. });
+    let own = match wanted {
+        Choice::Best => native && KvmEngine::fits(machine).is_ok(),
+        Choice::Kvm => {
+            KvmEngine::fits(machine).map_err(|why| Error::NoEngine(format!("not the KVM engine: {why}")))?;
+            true
+        }
+        Choice::Qemu => false,
+    };
+    if own {
+        return Ok(Box::new(KvmEngine));
+    }
     crate::qemu::Qemu::find(native)
         .map(|engine| Box::new(engine) as Box<dyn Engine>)
         .ok_or_else(|| Error::NoEngine("qemu-system-x86_64 is not installed; apt-get install qemu-system-x86".into()))

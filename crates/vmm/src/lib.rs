@@ -7,15 +7,17 @@
 //! Leaves to others: where disks and kernels come from, what a pod is, addresses.
 
 pub mod client;
+mod disk;
 pub mod engine;
 pub mod kvm;
 pub mod machine;
 pub mod monitor;
 pub mod qcow2;
 mod qemu;
-mod qmp;
+#[doc(hidden)]
+pub mod qmp;
 pub mod seed;
 mod sys;
 
 pub use client::{Client, launch};
-pub use machine::{Console, Disk, DiskFormat, Error, Link, Machine, Result};
+pub use machine::{Choice, Console, Disk, DiskFormat, Error, Link, Machine, Result};

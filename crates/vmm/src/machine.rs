@@ -57,6 +57,20 @@ pub struct Machine {
     /// Private files of the machine that must survive a reboot of the host.
     pub state_dir: PathBuf,
     pub console: Console,
+    #[serde(default)]
+    pub engine: Choice,
+}
+
+/// Which engine runs a machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Choice {
+    /// What this computer is best at.
+    #[default]
+    Best,
+    /// Ours, whatever KVM there is: for tests and measurements.
+    Kvm,
+    Qemu,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +102,9 @@ pub struct Link {
     pub netns: Option<PathBuf>,
     pub mac: String,
     pub mtu: u32,
+    /// Frames from other addresses do not leave the machine. Empty: any may.
+    #[serde(default)]
+    pub addresses: Vec<std::net::IpAddr>,
 }
 
 /// Where the serial console's lines go: CRI log format, rotated to `.1`.
@@ -173,11 +190,18 @@ pub(crate) fn sample() -> Machine {
             overlay: true,
         }],
         seed: None,
-        link: Some(Link { tap: "t0".into(), netns: None, mac: "52:54:00:00:00:01".into(), mtu: 1500 }),
+        link: Some(Link {
+            tap: "t0".into(),
+            netns: None,
+            mac: "52:54:00:00:00:01".into(),
+            mtu: 1500,
+            addresses: Vec::new(),
+        }),
         uid: 100_000,
         run_dir: "/run/x".into(),
         state_dir: "/var/x".into(),
         console: Console { log_path: "/var/log/x".into(), log_max_bytes: 1 << 20 },
+        engine: Choice::Best,
     }
 }
 

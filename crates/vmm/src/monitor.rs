@@ -25,6 +25,8 @@ pub fn main(args: &[String]) -> i32 {
         eprintln!("usage: atoll vmm RUN_DIR (started by the node agent)");
         return 2;
     };
+    // whoever starts the role closes this when it has put it where it belongs
+    let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
     match detach(Path::new(run_dir)) {
         Ok(code) => code,
         Err(error) => {
@@ -80,7 +82,7 @@ fn run(run_dir: &Path, tell: &mut UnixStream) -> Result<()> {
     rustix::process::setsid().ok();
     quiet_descriptors(run_dir)?;
 
-    let engine = engine::choose(&kvm::probe())?;
+    let engine = engine::choose(machine.engine, &kvm::probe(), &machine)?;
     let plan = engine.plan(&machine)?;
     let console =
         Console::open(&machine.console, machine.uid, plan.console.try_clone().map_err(Error::io("clone", run_dir))?)?;

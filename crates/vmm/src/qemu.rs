@@ -1,12 +1,12 @@
 //! The QEMU engine: a machine as a `qemu-system-x86_64` command line. Disks, tap and channels are inherited open
 //! descriptors; QEMU opens no path that a tenant had a say in, and its own seccomp sandbox is on.
 
-use crate::engine::{Control, Engine, Plan};
+use crate::engine::{Control, Engine, Plan, Program, Work};
 use crate::machine::{Disk, DiskFormat, Error, Machine, Result};
 use crate::qmp::Qmp;
-use crate::{qcow2, sys};
+use crate::{disk, qcow2, sys};
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -99,15 +99,9 @@ impl Engine for Qemu {
         b.arg("-serial").arg("chardev:console");
         let control = channel(&mut b, "qmp")?;
         b.arg("-mon").arg("chardev=qmp,mode=control");
-        Ok(Plan {
-            program: PROGRAM.into(),
-            args: b.args,
-            descriptors: b.descriptors,
-            files,
-            needs_kvm: self.kvm,
-            console,
-            control,
-        })
+        let (args, descriptors, needs_kvm) = (b.args, b.descriptors, self.kvm);
+        let work = Work::Execute(Program { path: PROGRAM.into(), args, descriptors, files, needs_kvm });
+        Ok(Plan { work, console, control })
     }
 
     fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
@@ -117,7 +111,7 @@ impl Engine for Qemu {
 
 impl Qemu {
     fn basics(&self, b: &mut Builder, machine: &Machine) {
-        let accel = if self.kvm { "kvm" } else { "tcg,thread=multi" };
+        let accel = if self.kvm { "kvm" } else { "tcg,thread=multi,tb-size=256" };
         let cpu = if self.kvm { "host,migratable=off" } else { "max" };
         b.arg("-name").arg(machine.id.replace(',', "-"));
         for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
@@ -161,23 +155,20 @@ fn boot_files(b: &mut Builder, machine: &Machine) -> Result<Vec<(PathBuf, PathBu
     Ok(files)
 }
 
-fn add_disk(b: &mut Builder, machine: &Machine, index: usize, disk: &Disk) -> Result<()> {
+fn add_disk(b: &mut Builder, machine: &Machine, index: usize, one: &Disk) -> Result<()> {
     let node = format!("disk{index}");
-    let size = qcow2::virtual_size(&disk.path, disk.format == DiskFormat::Qcow2)?;
-    let open = |path: &Path, write: bool| {
-        OpenOptions::new().read(true).write(write).open(path).map_err(Error::io("open disk", path))
-    };
-    if disk.overlay && !disk.read_only {
+    let size = qcow2::virtual_size(&one.path, one.format == DiskFormat::Qcow2)?;
+    if one.overlay && !one.read_only {
         let overlay = machine.state_dir.join(format!("{node}.qcow2"));
         if !overlay.exists() {
             qcow2::create_overlay(&overlay, size, machine.uid)?;
         }
-        b.node(&format!("{node}-base"), open(&disk.path, false)?, disk.format, true, None);
-        b.node(&node, open(&overlay, true)?, DiskFormat::Qcow2, false, Some(&format!("{node}-base")));
+        b.node(&format!("{node}-base"), disk::open(&one.path, false)?, one.format, true, None);
+        b.node(&node, disk::open(&overlay, true)?, DiskFormat::Qcow2, false, Some(&format!("{node}-base")));
     } else {
-        b.node(&node, open(&disk.path, !disk.read_only)?, disk.format, disk.read_only, None);
+        b.node(&node, disk::open(&one.path, !one.read_only)?, one.format, one.read_only, None);
     }
-    let device = match disk.bus.as_str() {
+    let device = match one.bus.as_str() {
         "sata" => "ide-hd".to_owned(),
         "scsi" => {
             b.arg("-device").arg(format!("virtio-scsi-pci,id=scsi{index}"));
@@ -186,11 +177,11 @@ fn add_disk(b: &mut Builder, machine: &Machine, index: usize, disk: &Disk) -> Re
         _ => "virtio-blk-pci".to_owned(),
     };
     let mut text = format!("{device},drive={node}");
-    if !disk.serial.is_empty() {
-        text.push_str(&format!(",serial={}", disk.serial));
+    if !one.serial.is_empty() {
+        text.push_str(&format!(",serial={}", one.serial));
     }
     if machine.kernel.is_none() {
-        text.push_str(&format!(",bootindex={}", disk.boot_order.unwrap_or(100 + index as u32)));
+        text.push_str(&format!(",bootindex={}", one.boot_order.unwrap_or(100 + index as u32)));
     }
     b.arg("-device").arg(text);
     Ok(())
@@ -224,7 +215,7 @@ mod tests {
             return;
         }
         let (plan, _dir) = plan(|_| ());
-        let plan = plan.unwrap();
+        let Work::Execute(plan) = plan.unwrap().work else { panic!("QEMU is a program") };
         let text = plan.args.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ");
         assert!(text.contains("node-name=disk0-base-file,filename=/dev/fdset/1,locking=off,read-only=on"), "{text}");
         assert!(

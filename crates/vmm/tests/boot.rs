@@ -57,6 +57,7 @@ fn machine(dir: &Path) -> Machine {
         run_dir: dir.join("run"),
         state_dir: dir.join("state"),
         console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
+        engine: vmm::Choice::Best,
     }
 }
 
@@ -69,7 +70,7 @@ fn boots_logs_pauses_and_dies_in_its_jail() {
     }
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path());
-    let state = vmm::launch(&exe, &machine).unwrap();
+    let state = vmm::launch(&exe, &machine, |_| Ok(())).unwrap();
     let log = machine.console.log_path.clone();
     wait_for("the guest's line", || std::fs::read_to_string(&log).unwrap_or_default().contains("hi from the guest"));
 
@@ -106,7 +107,7 @@ fn a_machine_that_cannot_start_says_why_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut machine = machine(dir.path());
     machine.disks[0].path = dir.path().join("absent.raw");
-    let error = vmm::launch(&exe, &machine).unwrap_err().to_string();
+    let error = vmm::launch(&exe, &machine, |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("absent.raw"), "{error}");
     assert!(Client::connect(&machine.run_dir).is_err());
 }

@@ -2,6 +2,7 @@
 //! logs are the serial console, attach is the console itself.
 
 use super::*;
+use ::container::cgroup::{Cgroup, Hierarchies};
 use api::streams::Exit as StreamExit;
 use std::path::Path;
 use std::time::Duration;
@@ -11,6 +12,10 @@ use vmm::{Client, machine};
 
 /// How long a killed machine may take to be gone.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// What monitor and engine may need beside the guest's memory: QEMU's translation cache alone is given 256 MiB.
+const OVERHEAD: u64 = 512 << 20;
+/// Threads and processes of one machine: vCPUs, disks' workers, the monitor.
+const MOST_PROCESSES: u64 = 512;
 
 pub struct MicrovmBoundary {
     exe: PathBuf,
@@ -65,6 +70,28 @@ fn translate(error: vmm::Error) -> BoundaryError {
     }
 }
 
+/// The machine's control group: the pod's limits, and none above what guest and monitor can need.
+fn cgroup(sandbox: &SandboxSpec) -> std::result::Result<Cgroup, String> {
+    let hierarchies = Hierarchies::discover().map_err(|e| e.to_string())?;
+    Cgroup::new(hierarchies, &sandbox.cgroup).map_err(|e| e.to_string())
+}
+
+fn limits(pod: &Resources, guest: u64) -> Resources {
+    let memory = pod.memory_limit.unwrap_or(guest).max(guest).saturating_add(OVERHEAD);
+    let pids = pod.pids_limit.unwrap_or(MOST_PROCESSES).min(MOST_PROCESSES);
+    Resources { memory_limit: Some(memory), pids_limit: Some(pids), ..pod.clone() }
+}
+
+fn confine(sandbox: &SandboxSpec, guest: u64) -> std::result::Result<Cgroup, String> {
+    let group = cgroup(sandbox)?;
+    group.create().map_err(|e| e.to_string())?;
+    let wanted = super::container::spec::resources(&limits(&sandbox.limits, guest));
+    for warning in group.set(&wanted).map_err(|e| e.to_string())? {
+        tracing::warn!(pod = %sandbox.uid, "{warning}");
+    }
+    Ok(group)
+}
+
 fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Machine> {
     let Some(spec) = &sandbox.machine else {
         return Err(BoundaryError::Refused {
@@ -90,11 +117,13 @@ fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Mac
             netns: network.router_netns.clone(),
             mac: network.mac.clone(),
             mtu: if network.mtu == 0 { 1500 } else { network.mtu },
+            addresses: network.address.map(std::net::IpAddr::V4).into_iter().collect(),
         }),
         uid: sandbox.id_base,
         run_dir: sandbox.run_dir.clone(),
         state_dir,
         console: vmm::Console { log_path: container.log_path.clone(), log_max_bytes: container.log_max_bytes },
+        engine: vmm::Choice::Best,
     })
 }
 
@@ -182,14 +211,15 @@ impl Boundary for MicrovmBoundary {
         }
         let machine = describe(sandbox, container)?;
         let cloud = sandbox.machine.as_ref().and_then(|m| m.cloud_init.clone());
-        let exe = self.exe.clone();
-        let note = state_dir(sandbox).join("started.json");
+        let (exe, sandbox) = (self.exe.clone(), sandbox.clone());
+        let note = state_dir(&sandbox).join("started.json");
         let mut begun = Started { name: container.name.clone(), attempt: container.attempt, started: 0 };
         blocking(move || {
             if let (Some(seed), Some(cloud)) = (&machine.seed, &cloud) {
                 write_seed(seed, cloud).map_err(vmm::Error::io("write cloud-init seed", seed))?;
             }
-            let state = vmm::launch(&exe, &machine)?;
+            let group = confine(&sandbox, machine.memory_bytes).map_err(vmm::Error::Monitor)?;
+            let state = vmm::launch(&exe, &machine, |pid| group.admit(pid).map_err(|e| e.to_string()))?;
             begun.started = state.started;
             std::fs::write(&note, serde_json::to_vec(&begun).unwrap_or_default())
                 .map_err(vmm::Error::io("write", &note))?;
@@ -310,6 +340,13 @@ impl Boundary for MicrovmBoundary {
                 return Err(BoundaryError::Failed { operation: "destroy machine", message });
             }
         }
+        let group =
+            cgroup(sandbox).map_err(|message| BoundaryError::Failed { operation: "destroy machine", message })?;
+        blocking(move || {
+            group.kill(KILL_DEADLINE);
+            group.remove(KILL_DEADLINE).map_err(|e| vmm::Error::Monitor(e.to_string()))
+        })
+        .await?;
         for dir in [state_dir(sandbox), sandbox.run_dir.clone()] {
             match std::fs::remove_dir_all(&dir) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -336,4 +373,23 @@ fn process_stats(pid: u32) -> Option<Stats> {
         memory_working_set: memory,
         pids: number(17)?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_is_limited_even_where_its_pod_is_not() {
+        let none = limits(&Resources::default(), 1 << 30);
+        assert_eq!(
+            (none.memory_limit, none.pids_limit, none.cpu_limit_milli),
+            (Some((1 << 30) + OVERHEAD), Some(512), None)
+        );
+        let pod = Resources { memory_limit: Some(2 << 30), cpu_limit_milli: Some(500), ..Default::default() };
+        let some = limits(&pod, 1 << 30);
+        assert_eq!((some.memory_limit, some.cpu_limit_milli), (Some((2 << 30) + OVERHEAD), Some(500)));
+        let less = Resources { memory_limit: Some(1), ..Default::default() };
+        assert_eq!(limits(&less, 1 << 30).memory_limit, Some((1 << 30) + OVERHEAD));
+    }
 }

@@ -1,7 +1,8 @@
 //! The engine's jail: a user of its own, an empty root with the programs' directory read-only in it, and no network,
 //! no processes and no IPC but its own. What it works on it is handed open.
 
-use crate::engine::Plan;
+use crate::engine::{Plan, Program, Work};
+use crate::kvm;
 use crate::machine::{Error, Machine, Result};
 use crate::sys;
 use rustix::mount::{
@@ -9,7 +10,8 @@ use rustix::mount::{
 };
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 
@@ -34,7 +36,7 @@ pub fn start(machine: &Machine, plan: Plan) -> Result<(i32, Complaints)> {
     let complaints = rustix::fs::memfd_create("engine-stderr", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(|e| fail("make stderr")(e.into()))?;
     let complaints = File::from(complaints);
-    let (mut report, tell) = std::os::unix::net::UnixStream::pair().map_err(fail("make report channel"))?;
+    let (mut report, tell) = UnixStream::pair().map_err(fail("make report channel"))?;
 
     // only the child goes into the new PID namespace; threads could not be started while it is pending here
     let own: std::os::fd::OwnedFd = File::open("/proc/self/ns/pid").map_err(fail("open own PID namespace"))?.into();
@@ -42,8 +44,7 @@ pub fn start(machine: &Machine, plan: Plan) -> Result<(i32, Complaints)> {
     let forked = sys::fork().map_err(fail("fork"))?;
     let sys::Fork::Parent { child } = forked else {
         drop(report);
-        let error = enter(machine, plan, &complaints);
-        let _ = (&tell).write_all(error.to_string().as_bytes());
+        enter(machine, plan.work, &complaints, tell);
         std::process::exit(127)
     };
     drop(tell);
@@ -58,19 +59,50 @@ pub fn start(machine: &Machine, plan: Plan) -> Result<(i32, Complaints)> {
 }
 
 /// In the child. Returns only if it failed.
-fn enter(machine: &Machine, plan: Plan, complaints: &File) -> Error {
-    let step = || -> Result<std::io::Error> {
-        let fail = |what: &'static str| Error::io(what, &machine.run_dir);
+fn enter(machine: &Machine, work: Work, complaints: &File, tell: UnixStream) -> Error {
+    let report = |error: Error| {
+        let _ = (&tell).write_all(error.to_string().as_bytes());
+        error
+    };
+    let fail = |what: &'static str| Error::io(what, &machine.run_dir);
+    let leave = || -> Result<()> {
         let flags = libc::CLONE_NEWNS | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
         sys::unshare(flags).map_err(fail("make namespaces"))?;
-        build_root(machine, &plan).map_err(fail("build the jail"))?;
-        rustix::stdio::dup2_stderr(complaints.as_fd()).map_err(|e| fail("redirect stderr")(e.into()))?;
+        rustix::stdio::dup2_stderr(complaints.as_fd()).map_err(|e| fail("redirect stderr")(e.into()))
+    };
+    if let Err(error) = leave() {
+        return report(error);
+    }
+    match work {
+        Work::Execute(program) => report(execute(machine, program)),
+        Work::Inside { mut keep, main } => {
+            keep.push(tell.as_raw_fd());
+            let mut step = || -> Result<()> {
+                empty_root(&machine.run_dir).map_err(fail("build the jail"))?;
+                kvm::sys::close_all_but(&mut keep).map_err(fail("close descriptors"))?;
+                sys::become_user(machine.uid).map_err(fail("change user"))?;
+                sys::die_with_parent().map_err(fail("set death signal"))
+            };
+            if let Err(error) = step() {
+                return report(error);
+            }
+            drop(tell);
+            std::process::exit(main())
+        }
+    }
+}
+
+fn execute(machine: &Machine, program: Program) -> Error {
+    let step = || -> Result<std::io::Error> {
+        let fail = |what: &'static str| Error::io(what, &machine.run_dir);
+        build_root(machine, &program).map_err(fail("build the jail"))?;
         sys::close_on_exec_from(3).map_err(fail("close descriptors"))?;
-        sys::place(plan.descriptors).map_err(fail("place descriptors"))?;
+        sys::place(program.descriptors).map_err(fail("place descriptors"))?;
         sys::become_user(machine.uid).map_err(fail("change user"))?;
         sys::die_with_parent().map_err(fail("set death signal"))?;
-        let mut command = std::process::Command::new(&plan.program);
-        Ok(command.args(&plan.args).env_clear().env("PATH", "/usr/bin").env("TMPDIR", "/tmp").current_dir("/").exec())
+        let mut command = std::process::Command::new(&program.path);
+        command.args(&program.args).env_clear().env("PATH", "/usr/bin").env("TMPDIR", "/tmp").current_dir("/");
+        Ok(command.exec())
     };
     match step() {
         Ok(error) => Error::io("execute engine", "/")(error),
@@ -78,7 +110,22 @@ fn enter(machine: &Machine, plan: Plan, complaints: &File) -> Error {
     }
 }
 
-fn build_root(machine: &Machine, plan: &Plan) -> std::io::Result<()> {
+/// A root with nothing in it.
+fn empty_root(run_dir: &Path) -> std::io::Result<()> {
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    let root = run_dir.join("root");
+    fs::create_dir_all(&root)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("tmpfs", &root, "tmpfs", flags, c"size=4k,nr_inodes=2,mode=0555")?;
+    rustix::process::chdir(&root)?;
+    // pivot_root(2): with both the same directory, the old root ends up on top of the new one and is let go
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    mount_remount("/", flags | MountFlags::RDONLY, "")?;
+    rustix::process::chdir("/").map_err(Into::into)
+}
+
+fn build_root(machine: &Machine, program: &Program) -> std::io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     let root = machine.run_dir.join("root");
     fs::create_dir_all(&root)?;
@@ -100,10 +147,10 @@ fn build_root(machine: &Machine, plan: &Plan) -> std::io::Result<()> {
     }
     let mut files = vec![("/etc/ld.so.cache".into(), "/etc/ld.so.cache".into())];
     files.extend(["/dev/null", "/dev/urandom"].map(|d| (d.into(), d.into())));
-    if plan.needs_kvm {
+    if program.needs_kvm {
         files.push(("/dev/kvm".into(), "/dev/kvm".into()));
     }
-    files.extend(plan.files.iter().cloned());
+    files.extend(program.files.iter().cloned());
     for (inside, source) in &files {
         let target = root.join(inside.strip_prefix("/").unwrap_or(inside));
         File::create(&target)?;

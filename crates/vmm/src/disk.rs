@@ -1,0 +1,77 @@
+//! A disk's bytes, whatever they are kept in, as the block device uses them.
+
+pub mod raw;
+
+use crate::kvm::memory::Memory;
+use crate::kvm::virtio::queue::Segment;
+use crate::machine::{Error, Result};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::RawFd;
+use std::path::Path;
+
+/// Offsets and lengths are bytes, multiples of 512, inside `len`.
+pub trait Disk: Send {
+    fn len(&self) -> u64;
+    fn read(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()>;
+    fn write(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()>;
+    /// All that was written is on stable storage.
+    fn flush(&mut self) -> io::Result<()>;
+    /// The guest has no use for these bytes any more.
+    fn discard(&mut self, offset: u64, length: u64) -> io::Result<()>;
+    /// These bytes read as zeros from now on; `unmap`: their space may be given back.
+    fn zero(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
+}
+
+/// What a disk's bytes are kept in.
+pub enum Kind {
+    Raw,
+}
+
+impl Kind {
+    /// Descriptors beside the disk's own file.
+    pub fn descriptors(&self) -> Vec<RawFd> {
+        match self {
+            Kind::Raw => Vec::new(),
+        }
+    }
+}
+
+pub fn attach(file: File, kind: &Kind) -> io::Result<Box<dyn Disk>> {
+    match kind {
+        Kind::Raw => Ok(Box::new(raw::Raw::open(file)?)),
+    }
+}
+
+/// Opens a disk and locks it for as long as the descriptor lives, in whichever process: one writer, or any number of
+/// readers.
+pub fn open(path: &Path, write: bool) -> Result<File> {
+    use rustix::fs::{FlockOperation, flock};
+    let file = OpenOptions::new().read(true).write(write).open(path).map_err(Error::io("open disk", path))?;
+    let how = if write { FlockOperation::NonBlockingLockExclusive } else { FlockOperation::NonBlockingLockShared };
+    match flock(&file, how) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::DiskImage {
+            path: path.display().to_string(),
+            message: "is in use by another machine; stop that one first, or give this one a copy".into(),
+        }),
+        Err(e) => Err(Error::io("lock disk", path)(e.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let reader = open(file.path(), false).unwrap();
+        assert!(open(file.path(), false).is_ok());
+        let error = open(file.path(), true).unwrap_err().to_string();
+        assert!(error.contains("in use by another machine"), "{error}");
+        drop(reader);
+        let _writer = open(file.path(), true).unwrap();
+        assert!(open(file.path(), false).is_err());
+    }
+}

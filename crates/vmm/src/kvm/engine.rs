@@ -1,0 +1,152 @@
+//! The KVM engine as the monitor sees it: it opens what the machine needs and speaks to the jailed process.
+
+use super::run::{self, Answer, Command, DiskPart, LinkPart, Parts};
+use super::virtio::net::Filter;
+use crate::disk;
+use crate::engine::{Control, Engine, Plan, Work};
+use crate::machine::{Error, Link, Machine, Result};
+use crate::sys;
+use kvm_ioctls::Kvm;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::time::Duration;
+
+pub struct KvmEngine;
+
+impl KvmEngine {
+    /// Whether this engine has all that the machine asks for; the reason if not.
+    pub fn fits(machine: &Machine) -> std::result::Result<(), &'static str> {
+        if machine.kernel.is_none() {
+            return Err("it boots through firmware");
+        }
+        if machine.disks.iter().any(|d| d.bus != "virtio") {
+            return Err("it has a disk that is not on virtio");
+        }
+        if machine.disks.iter().any(|d| d.format != crate::DiskFormat::Raw || (d.overlay && !d.read_only)) {
+            return Err("it has a qcow2 disk");
+        }
+        Ok(())
+    }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> &'static str {
+        "kvm"
+    }
+
+    fn plan(&self, machine: &Machine) -> Result<Plan> {
+        machine.validate()?;
+        let open = |path: &Path, what: &'static str| File::open(path).map_err(Error::io(what, path));
+        let kernel = machine.kernel.as_ref().ok_or_else(|| Error::NoEngine("the KVM engine needs a kernel".into()))?;
+        let kvm = Kvm::new().map_err(|e| Error::NoEngine(format!("/dev/kvm: {e}")))?;
+        let mut disks = Vec::new();
+        for one in &machine.disks {
+            let file = disk::open(&one.path, !one.read_only)?;
+            let serial = one.serial.clone();
+            disks.push(DiskPart { file, kind: disk::Kind::Raw, read_only: one.read_only, serial });
+        }
+        if let Some(seed) = &machine.seed {
+            let file = disk::open(seed, false)?;
+            disks.push(DiskPart { file, kind: disk::Kind::Raw, read_only: true, serial: "cidata".into() });
+        }
+        let (console, their_console) = UnixStream::pair().map_err(Error::io("make channel", "console"))?;
+        let (control, their_control) = UnixStream::pair().map_err(Error::io("make channel", "control"))?;
+        let parts = Parts {
+            kvm,
+            kernel: open(kernel, "open kernel")?,
+            initrd: machine.initrd.as_ref().map(|path| open(path, "open initrd")).transpose()?,
+            command_line: machine.kernel_args.clone(),
+            vcpus: machine.vcpus as u8,
+            memory_bytes: machine.memory_bytes,
+            disks,
+            link: machine.link.as_ref().map(link).transpose()?,
+            vsock: listen(&machine.run_dir.join("vsock.sock"))?,
+            console: their_console,
+            control: their_control,
+        };
+        let keep = parts.descriptors();
+        let work = Work::Inside { keep, main: Box::new(move || run::main(parts)) };
+        Ok(Plan { work, console, control })
+    }
+
+    fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
+        Ok(Box::new(Channel::greet(channel)?))
+    }
+}
+
+fn link(link: &Link) -> Result<LinkPart> {
+    let mut mac = [0u8; 6];
+    for (to, from) in mac.iter_mut().zip(link.mac.split(':')) {
+        *to = u8::from_str_radix(from, 16).unwrap_or(0);
+    }
+    let filter = Filter { mac, addresses: link.addresses.clone() };
+    Ok(LinkPart { tap: sys::open_tap(link)?, filter, mtu: u16::try_from(link.mtu).unwrap_or(u16::MAX) })
+}
+
+fn listen(path: &Path) -> Result<UnixListener> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(Error::io("listen on", path))?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .map_err(Error::io("set mode", path))?;
+    Ok(listener)
+}
+
+/// The inherited channel. The other end may be taken over: lines are bounded and only success or a text is believed.
+struct Channel {
+    reader: BufReader<UnixStream>,
+    writer: UnixStream,
+}
+
+const LONGEST_ANSWER: u64 = 4096;
+
+impl Channel {
+    fn greet(stream: UnixStream) -> Result<Self> {
+        let fail = |e: std::io::Error| Error::Monitor(format!("control channel: {e}"));
+        stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(fail)?;
+        stream.set_write_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
+        let writer = stream.try_clone().map_err(fail)?;
+        let mut channel = Channel { reader: BufReader::new(stream), writer };
+        channel.answer()?;
+        Ok(channel)
+    }
+
+    fn answer(&mut self) -> Result<()> {
+        let mut line = Vec::new();
+        match (&mut self.reader).take(LONGEST_ANSWER).read_until(b'\n', &mut line) {
+            Ok(0) => Err(Error::NotRunning),
+            Ok(_) => {
+                let answer: Answer =
+                    serde_json::from_slice(&line).map_err(|e| Error::Monitor(format!("control channel: {e}")))?;
+                answer.map_err(Error::Monitor)
+            }
+            Err(e) => Err(Error::Monitor(format!("control channel: {e}"))),
+        }
+    }
+
+    fn ask(&mut self, command: Command) -> Result<()> {
+        let mut text = serde_json::to_vec(&command).map_err(|e| Error::Monitor(e.to_string()))?;
+        text.push(b'\n');
+        self.writer.write_all(&text).map_err(|_| Error::NotRunning)?;
+        self.answer()
+    }
+}
+
+impl Control for Channel {
+    fn power_button(&mut self) -> Result<()> {
+        self.ask(Command::PowerButton)
+    }
+    fn reset(&mut self) -> Result<()> {
+        self.ask(Command::Reset)
+    }
+    fn pause(&mut self) -> Result<()> {
+        self.ask(Command::Pause)
+    }
+    fn resume(&mut self) -> Result<()> {
+        self.ask(Command::Resume)
+    }
+    fn balloon(&mut self, pages: u32) -> Result<()> {
+        self.ask(Command::Balloon(pages))
+    }
+}

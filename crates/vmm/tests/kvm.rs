@@ -1,0 +1,325 @@
+//! Our own engine, in its jail, with the test guest in it: it drives every device, and plays the hostile guest. Runs on
+//! whatever KVM there is; an emulated one is enough.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+use vmm::client::{self, Exit, Request};
+use vmm::kvm::Support;
+use vmm::{Choice, Client, Console, Disk, DiskFormat, Machine};
+
+const UID: u32 = 1_234_568;
+
+fn role() -> PathBuf {
+    let exe = std::env::current_exe().ok().and_then(|e| Some(e.parent()?.parent()?.join("examples/vmm")));
+    let exe = std::env::var_os("ATOLL_VMM").map(PathBuf::from).or(exe).unwrap();
+    assert!(exe.exists(), "{}: examples/vmm is built with the tests", exe.display());
+    exe
+}
+
+/// The guest, built once; `Err` says what is missing.
+fn guest() -> Result<&'static Path, &'static str> {
+    static GUEST: OnceLock<Result<(PathBuf, tempfile::TempDir), String>> = OnceLock::new();
+    let built = GUEST.get_or_init(|| {
+        if let Support::Absent { why } = vmm::kvm::probe() {
+            return Err(format!("no KVM: {why}"));
+        }
+        if !rustix::process::getuid().is_root() {
+            return Err("needs root".into());
+        }
+        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
+        let (elf, source) = (dir.path().join("guest"), Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest"));
+        let mut command = Command::new("rustc");
+        command.args(["--edition", "2024", "--crate-name", "guest", "-o"]).arg(&elf);
+        // emulated kernel code knows no SSE
+        let flags = "panic=abort opt-level=1 strip=symbols relocation-model=static no-redzone=yes \
+             target-feature=-sse2,-sse,+soft-float linker=ld linker-flavor=ld link-arg=-static link-arg=--gc-sections \
+             link-self-contained=no default-linker-libraries=no";
+        for flag in flags.split_whitespace() {
+            command.args(["-C", flag]);
+        }
+        command.arg("-C").arg(format!("link-arg=-T{}", source.join("link.ld").display())).arg(source.join("kernel.rs"));
+        let output = command.output().map_err(|e| format!("rustc: {e}"))?;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok((elf, dir))
+    });
+    built.as_ref().map(|(elf, _)| elf.as_path()).map_err(String::as_str)
+}
+
+/// Says why this test cannot run here.
+macro_rules! guest_or_skip {
+    () => {
+        match guest() {
+            Ok(guest) => guest,
+            Err(why) => {
+                println!("SKIPPED: {why}");
+                return;
+            }
+        }
+    };
+}
+
+fn disk(dir: &Path, name: &str, content: &[u8], read_only: bool) -> Disk {
+    let path = dir.join(name);
+    let mut bytes = content.to_vec();
+    bytes.resize(64 << 10, 0);
+    std::fs::write(&path, bytes).unwrap();
+    let (serial, bus) = (name.to_owned(), "virtio".to_owned());
+    Disk { name: name.into(), path, format: DiskFormat::Raw, read_only, bus, serial, boot_order: None, overlay: false }
+}
+
+fn machine(dir: &Path, kernel: &Path, args: &str) -> Machine {
+    Machine {
+        id: "test".into(),
+        vcpus: 2,
+        memory_bytes: 64 << 20,
+        kernel: Some(kernel.into()),
+        initrd: None,
+        kernel_args: args.into(),
+        disks: vec![disk(dir, "data", b"atoll test disk", false), disk(dir, "fixed", b"read only", true)],
+        seed: None,
+        link: None,
+        uid: UID,
+        run_dir: dir.join("run"),
+        state_dir: dir.join("state"),
+        console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
+        engine: Choice::Kvm,
+    }
+}
+
+fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + Duration::from_secs(120);
+    loop {
+        if let Some(value) = found() {
+            return value;
+        }
+        assert!(Instant::now() < until, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn console(machine: &Machine) -> String {
+    std::fs::read_to_string(&machine.console.log_path).unwrap_or_default()
+}
+
+fn end(machine: &Machine) -> Exit {
+    let what = format!("the end; the console says\n{}", console(machine));
+    wait_for(&what, || client::recorded(&machine.state_dir)?.exit)
+}
+
+fn run(kernel: &Path, args: &str) -> (String, Exit) {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path(), kernel, args);
+    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let exit = end(&machine);
+    (console(&machine), exit)
+}
+
+fn assert_good(text: &str, exit: &Exit) {
+    assert_eq!((exit.code, exit.message.as_str()), (0, ""), "{text}");
+    assert!(text.contains("done") && !text.contains("FAILED"), "{text}");
+}
+
+#[test]
+fn every_device_works_from_inside() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path(), kernel, "");
+    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let (exit, text) = (end(&machine), console(&machine));
+    assert_good(&text, &exit);
+    assert!(text.matches(" ok ").count() > 20 && text.contains("through the virtio console"), "{text}");
+    let written = std::fs::read(&machine.disks[0].path).unwrap();
+    assert!(written[5 * 512..].starts_with(b"written by the guest"));
+}
+
+#[test]
+fn a_reset_starts_anew_and_keeps_the_disk() {
+    let (text, exit) = run(guest_or_skip!(), "reset");
+    assert_good(&text, &exit);
+    assert_eq!(text.matches("guest").count(), 2, "{text}");
+}
+
+/// (what the guest does, what the machine's status says of it)
+const ATTACKS: &[(&str, &str)] = &[
+    ("loop", "block: chain 0: loops"),
+    ("outside", "block: descriptor of chain 0: 4096 bytes at 0x7ffffffff000 are not memory"),
+    ("gap", "block: descriptor of chain 0: 4096 bytes at 0xd0000000 are not memory"),
+    ("wrap", "are not memory"),
+    ("length", "are not memory"),
+    ("next", "leaves its table"),
+    ("order", "a readable descriptor after a writable one"),
+    ("short", "without room for its status"),
+    ("indirect", "block: chain 0"),
+    ("nested", "block: chain 0"),
+    ("head", "leaves its table"),
+    ("index", "available ring"),
+    ("used", "queue 0 does not lie in memory"),
+    ("features", "driver ready without agreeing on features"),
+    ("kick", "queue 77 kicked; there are 1"),
+    ("status", "a bit taken back"),
+    ("resize", "set up at status 0xf"),
+    ("config", "read-only configuration"),
+    ("balloon", "page at 0xfffff000"),
+    ("vsock", "a packet says 4294967295 bytes"),
+    ("probe", "triple fault"),
+];
+
+#[test]
+fn a_guest_that_breaks_protocol_loses_its_machine_with_the_reason() {
+    let kernel = guest_or_skip!();
+    for (attack, expected) in ATTACKS {
+        let (text, exit) = run(kernel, &format!("attack={attack}"));
+        assert_eq!((exit.code, exit.signal), (1, None), "{attack}: {exit:?}\n{text}");
+        assert!(exit.message.starts_with("the guest broke its machine: "), "{attack}: {exit:?}\n{text}");
+        assert!(exit.message.contains(expected), "{attack}: {}", exit.message);
+        assert!(!text.contains("FAILED"), "{attack}: {text}");
+    }
+}
+
+#[test]
+fn storms_of_accesses_harm_no_one() {
+    let (text, exit) = run(guest_or_skip!(), "attack=storm");
+    assert_good(&text, &exit);
+}
+
+#[test]
+fn streams_reach_the_guest_over_vsock() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path(), kernel, "vsock");
+    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    wait_for("the guest listens", || console(&machine).contains("vsock ready").then_some(()));
+    let mut stream = UnixStream::connect(machine.run_dir.join("vsock.sock")).unwrap();
+    stream.write_all(b"CONNECT 7\n").unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line}");
+    stream.write_all(b"hello").unwrap();
+    let mut echo = [0u8; 5];
+    reader.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"hello");
+    stream.shutdown(std::net::Shutdown::Both).unwrap();
+    let exit = end(&machine);
+    assert_good(&console(&machine), &exit);
+}
+
+#[test]
+fn the_network_takes_only_the_machines_own_frames() {
+    let kernel = guest_or_skip!();
+    let netns = format!("vmmtest{}", std::process::id());
+    let ip = |args: &str| Command::new("ip").args(args.split(' ')).output().is_ok_and(|o| o.status.success());
+    if !ip(&format!("netns add {netns}")) {
+        println!("SKIPPED: cannot make a network namespace with ip");
+        return;
+    }
+    for args in ["tuntap add tap0 mode tap vnet_hdr", "addr add 10.9.0.1/24 dev tap0", "link set tap0 up"] {
+        assert!(ip(&format!("-n {netns} {args}")), "{args}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path(), kernel, "net");
+    machine.link = Some(vmm::machine::Link {
+        tap: "tap0".into(),
+        netns: Some(format!("/run/netns/{netns}").into()),
+        mac: "52:54:00:00:00:01".into(),
+        mtu: 1500,
+        addresses: vec!["10.9.0.2".parse().unwrap()],
+    });
+    let launched = vmm::launch(&role(), &machine, |_| Ok(()));
+    let exit = launched.as_ref().ok().map(|_| end(&machine));
+    assert!(ip(&format!("netns del {netns}")));
+    assert_good(&console(&machine), &exit.unwrap_or_else(|| panic!("{launched:?}")));
+}
+
+#[test]
+fn the_engine_holds_nothing_but_its_machine() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let machine = machine(dir.path(), kernel, "hold");
+    let state = vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    wait_for("the guest runs", || console(&machine).contains("guest").then_some(()));
+    assert_eq!(state.engine, "kvm");
+    let proc = PathBuf::from(format!("/proc/{}", state.engine_pid));
+    let mut threads = 0;
+    for task in std::fs::read_dir(proc.join("task")).unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let field = |name: &str| {
+            let line = status.lines().find(|l| l.starts_with(name)).unwrap_or_default();
+            line.split_whitespace().nth(1).unwrap_or_default().to_owned()
+        };
+        assert_eq!((field("Uid:"), field("Gid:")), (UID.to_string(), UID.to_string()));
+        assert_eq!((field("CapEff:").as_str(), field("CapBnd:").is_empty()), ("0000000000000000", false));
+        assert_eq!((field("NoNewPrivs:").as_str(), field("Seccomp:").as_str()), ("1", "2"), "{}", field("Name:"));
+        threads += 1;
+    }
+    assert!(threads >= 4, "owner, control, two vCPUs: {threads}");
+    for ns in ["net", "pid", "mnt", "ipc", "uts"] {
+        let of = |pid: &Path| std::fs::read_link(pid.join("ns").join(ns)).unwrap();
+        assert_ne!(of(&proc), of(Path::new("/proc/self")), "{ns}");
+    }
+    assert_eq!(std::fs::read_dir(proc.join("root")).unwrap().count(), 0, "an empty root");
+    let held: Vec<String> = std::fs::read_dir(proc.join("fd"))
+        .unwrap()
+        .filter_map(|fd| Some(std::fs::read_link(fd.ok()?.path()).ok()?.display().to_string()))
+        .collect();
+    let known = |path: &String| {
+        let kinds = ["socket:", "anon_inode:", "/dev/null", "/dev/kvm", "/memfd:engine-stderr"];
+        let files = [&machine.disks[0].path, &machine.disks[1].path, kernel];
+        kinds.iter().any(|kind| path.starts_with(kind)) || files.iter().any(|f| path == &f.display().to_string())
+    };
+    assert!(held.iter().all(known), "{held:?}");
+
+    // the disk is locked while it runs
+    let other = tempfile::tempdir().unwrap();
+    let mut second = machine.clone();
+    (second.run_dir, second.state_dir) = (other.path().join("run"), other.path().join("state"));
+    second.console.log_path = other.path().join("log/0.log");
+    let error = vmm::launch(&role(), &second, |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("in use by another machine"), "{error}");
+
+    let mut client = Client::connect(&machine.run_dir).unwrap();
+    let ticks = || {
+        let stat = std::fs::read_to_string(proc.join("stat")).unwrap();
+        let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    assert!(client.request(Request::Pause).unwrap().paused);
+    let at_pause = ticks();
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(ticks() <= at_pause + 1, "a paused machine uses no processor");
+    assert!(!client.request(Request::Resume).unwrap().paused);
+    wait_for("it goes on", || (ticks() > at_pause + 2).then_some(()));
+    client.request(Request::Kill).unwrap();
+    drop(client);
+    assert_eq!(end(&machine).signal, Some(9));
+}
+
+#[test]
+fn what_cannot_be_booted_is_named() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let refused = |spoil: &dyn Fn(&mut Machine)| {
+        let mut machine = machine(dir.path(), kernel, "");
+        spoil(&mut machine);
+        vmm::launch(&role(), &machine, |_| Ok(())).unwrap_err().to_string()
+    };
+    let junk = dir.path().join("junk");
+    std::fs::write(&junk, vec![7u8; 100_000]).unwrap();
+    let big = dir.path().join("big");
+    std::fs::File::create(&big).unwrap().set_len(1 << 30).unwrap();
+    type Spoil<'a> = &'a dyn Fn(&mut Machine);
+    let cases: [(Spoil, &str); 4] = [
+        (&|m| m.kernel = Some(junk.clone()), "neither a bzImage nor a 64-bit ELF file"),
+        (&|m| m.initrd = Some(big.clone()), "initrd: 1073741824 bytes do not fit"),
+        (&|m| m.memory_bytes = 1 << 60, "memory_bytes"),
+        (&|m| m.disks[0].bus = "sata".into(), "not on virtio"),
+    ];
+    for (spoil, expected) in cases {
+        let error = refused(spoil);
+        assert!(error.contains(expected), "{error}");
+    }
+}
