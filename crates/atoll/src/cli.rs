@@ -53,7 +53,7 @@ enum Command {
     },
     /// Images in the local store
     #[command(subcommand)]
-    Image(Image),
+    Image(crate::images::Image),
 }
 
 #[derive(Args, Clone)]
@@ -112,80 +112,6 @@ impl From<NetworkDefault> for network::Isolation {
             NetworkDefault::Open => network::Isolation::Open,
         }
     }
-}
-
-#[derive(Subcommand)]
-pub enum Image {
-    /// Take a file into the store: docker-archive, OCI layout, rootfs tar, .wasm component, raw or qcow2 disk
-    #[command(
-        after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12"
-    )]
-    Import(Import),
-    /// List images
-    Ls {
-        #[command(flatten)]
-        data: DataDir,
-        #[arg(short, long, default_value = "table")]
-        output: Format,
-    },
-    /// Remove images by name; what nothing else uses is freed
-    Rm {
-        #[command(flatten)]
-        data: DataDir,
-        #[arg(required = true)]
-        names: Vec<String>,
-    },
-    /// Show an image's digest, platform, configuration and layers
-    Inspect {
-        #[command(flatten)]
-        data: DataDir,
-        name: String,
-        #[arg(short, long, default_value = "json")]
-        output: Format,
-    },
-    /// Write an image to a file as an OCI layout tar
-    #[command(after_help = "Example:\n  atoll image export shop/web:1 web.tar && skopeo inspect oci-archive:web.tar")]
-    Export {
-        #[command(flatten)]
-        data: DataDir,
-        name: String,
-        file: PathBuf,
-    },
-    /// Fetch an image from a registry
-    #[command(after_help = "Example:\n  atoll image pull registry.example.com/team/app:2")]
-    Pull {
-        #[command(flatten)]
-        data: DataDir,
-        reference: String,
-        /// Platform to choose from a multi-platform image
-        #[arg(long, value_name = "OS/ARCH")]
-        platform: Option<String>,
-    },
-}
-
-#[derive(Args)]
-pub struct Import {
-    #[command(flatten)]
-    pub data: DataDir,
-    pub file: PathBuf,
-    /// Name to give it; needed where the file carries none
-    #[arg(long, value_name = "NAME[:TAG]")]
-    pub tag: Option<String>,
-    /// Default arguments; once for each (rootfs tar only)
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
-    pub cmd: Vec<String>,
-    /// Entry point; once for each word (rootfs tar only)
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
-    pub entrypoint: Vec<String>,
-    /// Environment, NAME=VALUE (rootfs tar only)
-    #[arg(long, value_name = "NAME=VALUE")]
-    pub env: Vec<String>,
-    /// User or uid[:gid] to run as (rootfs tar only)
-    #[arg(long)]
-    pub user: Option<String>,
-    /// Working directory (rootfs tar only)
-    #[arg(long, value_name = "DIR")]
-    pub workdir: Option<String>,
 }
 
 pub fn run(cli: Cli) -> Outcome {

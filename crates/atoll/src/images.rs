@@ -1,8 +1,15 @@
 //! `atoll image`: the local store from the command line. Works whether `atoll up` runs or not.
 
-use crate::cli::{DataDir, Failure, Image, Import, Outcome, explain};
+mod build;
+mod cli;
+mod sandbox;
+
+pub use cli::Image;
+
+use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
 use crate::output::{self, Format};
+use cli::{Import, Registry};
 use image::{ImportOptions, Platform, Progress, PullOptions, Store};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
@@ -11,7 +18,9 @@ use std::time::{Duration, Instant};
 
 pub fn run(command: Image) -> Outcome {
     match command {
+        Image::Build(options) => build::run(&options),
         Image::Import(options) => import(&options),
+        Image::Tag { data, image, name } => open(&data)?.tag(&image, &name).map_err(explain),
         Image::Ls { data, output } => list(&data, output),
         Image::Rm { data, names } => remove(&data, &names),
         Image::Inspect { data, name, output } => {
@@ -24,12 +33,15 @@ pub fn run(command: Image) -> Outcome {
             println!("{name} ({digest}) written to {}", file.display());
             Ok(())
         }
-        Image::Pull { data, reference, platform } => pull(&data, &reference, platform.as_deref()),
+        Image::Pull { data, reference, platform, registry } => pull(&data, &reference, platform.as_deref(), &registry),
     }
 }
 
 fn open(data: &DataDir) -> Result<Store, Failure> {
-    let instance = Instance::open(&data.data_dir)?;
+    open_with(&Instance::open(&data.data_dir)?)
+}
+
+fn open_with(instance: &Instance) -> Result<Store, Failure> {
     Store::open(instance.data_dir.join("images")).map_err(explain)
 }
 
@@ -88,9 +100,18 @@ fn remove(data: &DataDir, names: &[String]) -> Outcome {
     Ok(())
 }
 
-fn pull(data: &DataDir, reference: &str, platform: Option<&str>) -> Outcome {
+fn pull_options(registry: &Registry) -> Result<PullOptions, Failure> {
+    Ok(PullOptions {
+        docker_config: registry.authfile.clone(),
+        insecure_hosts: registry.insecure.clone(),
+        ca_certificates: registry.ca.clone(),
+        ..PullOptions::default()
+    })
+}
+
+fn pull(data: &DataDir, reference: &str, platform: Option<&str>, registry: &Registry) -> Outcome {
     let platform = platform.map(Platform::parse).transpose().map_err(explain)?;
-    let options = PullOptions { platform, ..PullOptions::default() };
+    let options = PullOptions { platform, ..pull_options(registry)? };
     let digest = open(data)?.pull(reference, &options, &|p| show(p)).map_err(explain)?;
     println!("{reference} ({digest})");
     Ok(())

@@ -3,6 +3,7 @@
 //! whose name contains FILTER; `--list` lists them.
 
 mod bad_input;
+mod build;
 mod cluster;
 mod images;
 mod kubectl;
@@ -23,7 +24,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 
 fn main() {
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: Vec<Test> = [images::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
+    let tests: Vec<Test> = [images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
         .concat()
         .into_iter()
         .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))

@@ -17,7 +17,7 @@ mod server;
 mod state;
 
 pub use log::MAX_LINE;
-pub(crate) use state::directory as container_directory;
+pub use state::directory as container_directory;
 
 use crate::error::{During, Error, Result};
 use crate::sys::{self, Cloned, MountAttr, SingleThreaded, mount_setattr};

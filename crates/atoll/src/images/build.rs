@@ -1,0 +1,89 @@
+//! `atoll image build`.
+
+use super::cli::{Build, BuildNetwork};
+use super::sandbox::Sandboxes;
+use super::{open_with, show};
+use crate::cli::{Failure, Outcome, explain};
+use crate::instance::Instance;
+use image::{BuildOptions, Platform, Secret};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub fn run(options: &Build) -> Outcome {
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure("image build: needs root: sudo atoll image build ...".into()));
+    }
+    let instance = Instance::open(&options.data.data_dir)?;
+    let store = open_with(&instance)?;
+    let exe = std::env::current_exe().map_err(explain)?;
+    let sandboxes = Arc::new(Sandboxes::new(exe, instance.run_dir));
+    sandboxes.sweep();
+    stop_on_signals(&sandboxes)?;
+    let pairs = options.build_arg.iter().map(|text| argument(text)).collect::<Result<Vec<_>, _>>()?;
+    let build = BuildOptions {
+        context: options.context.clone(),
+        file: options.file.clone(),
+        names: options.tag.clone(),
+        epoch: epoch(&pairs)?,
+        args: pairs,
+        target: options.target.clone(),
+        secrets: options.secret.iter().map(|s| Secret::parse(s)).collect::<Result<_, _>>().map_err(Failure)?,
+        no_cache: options.no_cache,
+        platform: options.platform.as_deref().map(Platform::parse).transpose().map_err(explain)?,
+        network: options.network == BuildNetwork::Host,
+        pull: super::pull_options(&options.registry)?,
+    };
+    let built = store.build(&build, &*sandboxes, &|p| show(p)).map_err(explain)?;
+    println!("{} ({})", built.names.join(", "), built.digest);
+    Ok(())
+}
+
+/// `NAME=value`, or a name alone for what the environment has.
+fn argument(text: &str) -> Result<(String, String), Failure> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        Some(_) => Err(Failure(format!("--build-arg {text:?}: write it as NAME=value"))),
+        None => std::env::var(text).map(|value| (text.to_owned(), value)).map_err(|_| {
+            Failure(format!("--build-arg {text}: the environment has no such variable; write NAME=value"))
+        }),
+    }
+}
+
+/// <https://reproducible-builds.org/specs/source-date-epoch/>: a build argument, else the environment.
+fn epoch(args: &[(String, String)]) -> Result<Option<u64>, Failure> {
+    const NAME: &str = "SOURCE_DATE_EPOCH";
+    let given = args.iter().rev().find(|(name, _)| name == NAME).map(|(_, value)| value.clone());
+    match given.or_else(|| std::env::var(NAME).ok()).filter(|text| !text.is_empty()) {
+        None => Ok(None),
+        Some(text) => match text.parse() {
+            Ok(seconds) => Ok(Some(seconds)),
+            Err(_) => Err(Failure(format!("{NAME}={text:?}: a number of seconds since 1970"))),
+        },
+    }
+}
+
+/// The first signal ends the build and takes its sandboxes away; a second one ends this process at once.
+fn stop_on_signals(sandboxes: &Arc<Sandboxes>) -> Outcome {
+    use tokio::signal::unix::{SignalKind, signal};
+    let sandboxes = sandboxes.clone();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(explain)?;
+    let (mut interrupt, mut terminate) = {
+        let _inside = runtime.enter();
+        (signal(SignalKind::interrupt()).map_err(explain)?, signal(SignalKind::terminate()).map_err(explain)?)
+    };
+    let wait = move || {
+        runtime.block_on(async {
+            loop {
+                tokio::select! {
+                    _ = interrupt.recv() => {}
+                    _ = terminate.recv() => {}
+                }
+                if sandboxes.cancelled.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(explain)?;
+    Ok(())
+}
