@@ -6,6 +6,7 @@
 //! - [`rootfs`], [`namespaces`], [`cgroup`], [`process`], [`seccomp`]: its parts.
 //! - [`shim`]: the small process that is the parent of a pod's containers and outlives the daemon.
 //! - [`client`]: how the daemon talks to it.
+//! - [`oci`]: the same runtime under other people's engines, without a shim.
 //!
 //! `unsafe` is in `sys` alone.
 #![deny(unsafe_code)]
@@ -16,6 +17,7 @@ mod console;
 mod error;
 pub mod hooks;
 pub mod namespaces;
+pub mod oci;
 pub mod process;
 pub mod rootfs;
 pub mod runtime;

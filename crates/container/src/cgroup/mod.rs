@@ -12,6 +12,7 @@ pub use stats::Stats;
 use crate::error::{During, Error, Result};
 use crate::spec::Resources;
 use rustix::process::{Pid, Signal};
+use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,19 +26,19 @@ const V2_CONTROLLERS: &[&str] = &["cpu", "memory", "pids"];
 const MORE_CONTROLLERS: &[&str] = &["cpuset", "blkio", "hugetlb", "net_cls", "net_prio", "rdma"];
 
 /// The mounted trees of this host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hierarchies {
     pub v1: Vec<V1>,
     pub v2: Option<V2>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct V1 {
     pub controllers: Vec<String>,
     pub mount: PathBuf,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct V2 {
     pub controllers: Vec<String>,
     pub mount: PathBuf,
@@ -109,6 +110,10 @@ impl Hierarchies {
             }
         }
         found
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.v1.is_empty() && self.v2.is_none()
     }
 
     fn v1(&self, controller: &str) -> Option<&Path> {
@@ -282,6 +287,43 @@ impl Cgroup {
 
     pub fn thaw(&self) {
         let _ = self.set_frozen(false);
+    }
+
+    pub fn is_frozen(&self) -> bool {
+        if let Some(v2) = &self.hierarchies.v2
+            && let Ok(text) = fs::read_to_string(v2.mount.join(&self.path).join("cgroup.freeze"))
+        {
+            return text.trim() == "1";
+        }
+        self.hierarchies
+            .v1("freezer")
+            .and_then(|mount| fs::read_to_string(mount.join(&self.path).join("freezer.state")).ok())
+            .is_some_and(|text| text.trim() != "THAWED")
+    }
+
+    /// Freezes and waits until every process stands still.
+    pub fn freeze_whole(&self, patience: Duration) -> Result<()> {
+        self.freeze()?;
+        let deadline = Instant::now() + patience;
+        while !self.stands_still() {
+            if Instant::now() >= deadline {
+                self.thaw();
+                return Err(Error::Refused(format!("not all processes stopped within {patience:?}; none is now")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    fn stands_still(&self) -> bool {
+        if let Some(v2) = &self.hierarchies.v2
+            && let Ok(text) = fs::read_to_string(v2.mount.join(&self.path).join("cgroup.events"))
+            && text.contains("frozen ")
+        {
+            return text.lines().any(|l| l == "frozen 1");
+        }
+        let state = |mount: &Path| fs::read_to_string(mount.join(&self.path).join("freezer.state"));
+        self.hierarchies.v1("freezer").is_some_and(|mount| state(mount).is_ok_and(|t| t.trim() == "FROZEN"))
     }
 
     fn set_frozen(&self, frozen: bool) -> Result<()> {

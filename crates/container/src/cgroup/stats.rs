@@ -48,6 +48,14 @@ impl Cgroup {
             .unwrap_or_default()
     }
 
+    /// Bytes; none where there is no limit, or nobody to hold to it.
+    pub fn memory_limit(&self) -> Option<u64> {
+        const NO_LIMIT: u64 = 1 << 62;
+        self.v1_number("memory", "memory.limit_in_bytes")
+            .or_else(|| self.v2_number("memory", "memory.max"))
+            .filter(|limit| *limit < NO_LIMIT)
+    }
+
     fn v1_text(&self, controller: &str, file: &str) -> Option<String> {
         fs::read_to_string(self.hierarchies.v1(controller)?.join(&self.path).join(file)).ok()
     }

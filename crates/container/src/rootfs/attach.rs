@@ -222,6 +222,12 @@ fn mask(root: BorrowedFd<'_>, paths: &[PathBuf]) -> Result<()> {
         let stat = fstat(&target).during(what)?;
         let cover = if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
             let null = existing(root, Path::new("/dev/null")).during(what)?.ok_or(Errno::NOENT).during(what)?;
+            // Whoever else can write to this `/dev` may have put anything there.
+            let found = fstat(&null).during(what)?;
+            let device = FileType::from_raw_mode(found.st_mode) == FileType::CharacterDevice;
+            if !device || found.st_rdev != rustix::fs::makedev(1, 3) {
+                return Err(Error::Refused(format!("{}: /dev/null of the container is another file", what())));
+            }
             open_tree(&null, "", flags).during(what)?
         } else if let Some(attached) = &empty {
             open_tree(attached, "", flags).during(what)?

@@ -152,7 +152,7 @@ fn action(field: &str, name: &str, errno: Option<u32>) -> Result<u32> {
 
 fn calls(profile: &Seccomp) -> Result<BTreeMap<&str, Call<'_>>> {
     let mut calls: BTreeMap<&str, Call<'_>> = BTreeMap::new();
-    for name in profile.architectures.iter().filter(|a| !a.starts_with("SCMP_ARCH_")) {
+    if let Some(name) = profile.architectures.iter().find(|a| !a.starts_with("SCMP_ARCH_")) {
         return Err(Error::Refused(format!("linux.seccomp.architectures: {name:?}: no such architecture")));
     }
     let total: usize = profile.syscalls.iter().map(|r| r.names.len()).sum();

@@ -115,10 +115,10 @@ impl Log {
     }
 }
 
-const STAMP: usize = 30;
+pub const STAMP: usize = 30;
 
 /// RFC 3339 with nanoseconds, UTC. Days to a date after H. Hinnant's "chrono-compatible low-level date algorithms".
-fn time_stamp(nanos: i64, out: &mut [u8; STAMP]) {
+pub fn time_stamp(nanos: i64, out: &mut [u8; STAMP]) {
     let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
     let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
     let shifted = days + 719_468;
