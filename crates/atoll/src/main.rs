@@ -28,8 +28,13 @@ fn main() -> ExitCode {
 
 /// The roles, before anything else is set up: they must stay small.
 fn role(args: &[String]) -> Option<i32> {
-    let (role, rest) = args.get(1..)?.split_first()?;
+    let (name, rest) = args.split_first()?;
+    if name.rsplit('/').next() == Some(container::oci::NAME) {
+        return Some(container::oci::main(rest));
+    }
+    let (role, rest) = rest.split_first()?;
     match role.as_str() {
+        "oci" => Some(container::oci::main(rest)),
         "shim" => Some(container::shim::main(rest)),
         "vmm" => Some(vmm::monitor::main(rest)),
         "function-host" => Some(function::host::main(rest)),
