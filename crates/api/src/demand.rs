@@ -65,7 +65,6 @@ impl Load {
     /// A request that has an endpoint. It may only be sent if the load is not held *after* this.
     pub fn enter(self: &Arc<Load>) -> Share {
         self.active.fetch_add(1, SeqCst);
-        self.arrived.fetch_add(1, SeqCst);
         Share { load: self.clone(), waits: false }
     }
 
@@ -94,8 +93,10 @@ impl Load {
         self.managed.load(SeqCst)
     }
 
-    pub fn manage(&self) {
-        self.managed.store(true, SeqCst);
+    pub fn manage(&self, managed: bool) {
+        if self.managed.swap(managed, SeqCst) && !managed {
+            self.notify();
+        }
     }
 
     pub fn is_held(&self) -> bool {
@@ -133,6 +134,13 @@ impl Load {
     }
 }
 
+impl Share {
+    /// The request is sent.
+    pub fn arrive(&self) {
+        self.load.arrived.fetch_add(1, SeqCst);
+    }
+}
+
 impl Drop for Share {
     fn drop(&mut self) {
         let counter = if self.waits { &self.load.waiting } else { &self.load.active };
@@ -149,6 +157,7 @@ mod tests {
         let demand = Demand::default();
         let load = demand.of("n", "s");
         let share = load.enter();
+        share.arrive();
         assert!(!load.hold_if_idle() && !load.is_held());
         drop(share);
         assert!(load.hold_if_idle() && demand.of("n", "s").is_held());

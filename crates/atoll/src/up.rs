@@ -177,7 +177,9 @@ async fn serve(
     let boundaries = boundaries(instance, config.host_netns.clone())?;
     let agent = node::Agent::new(config, client.clone(), images.clone(), router, boundaries).with_dns(dns);
     server.set_streams(agent.streams());
+    let demand: Arc<api::demand::Demand> = Arc::default();
     let gateway = gateway::Config {
+        demand: demand.clone(),
         tls_listener: Some(listeners.gateway_tls),
         proxy_protocol: options.gateway_proxy_protocol,
         ..gateway::Config::new(listeners.gateway)
@@ -186,6 +188,7 @@ async fn serve(
     let controllers = controllers::Config {
         gateway_port: options.gateway_addr.port(),
         gateway_address: Some(options.gateway_addr.ip().to_string()),
+        demand,
         ..controllers::Config::default()
     };
 

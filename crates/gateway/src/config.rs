@@ -1,6 +1,8 @@
 //! Settings and limits of the gateway.
 
+use api::demand::Demand;
 use std::net::TcpListener;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How the gateway listens and what it bounds. [`Config::new`] has sensible values for all but the socket.
@@ -16,6 +18,8 @@ pub struct Config {
     pub class: String,
     /// Bytes of a request's head.
     pub max_head: usize,
+    /// What requests want of Services, for who scales them.
+    pub demand: Arc<Demand>,
     /// Header lines of a request.
     pub max_headers: usize,
     /// Client connections at a time; further ones wait in the kernel's queue.
@@ -43,6 +47,7 @@ impl Config {
             proxy_protocol: false,
             class: "atoll".to_owned(),
             max_head: 64 << 10,
+            demand: Arc::default(),
             max_headers: 100,
             max_connections: 16 << 10,
             max_streams: 128,

@@ -89,7 +89,12 @@ impl Gateway {
             counters: counters.clone(),
             cut: watch::Sender::new(false),
         });
-        let settings = Settings { counters, connect_timeout: config.connect_timeout, idle: config.upstream_idle };
+        let settings = Settings {
+            counters,
+            demand: config.demand,
+            connect_timeout: config.connect_timeout,
+            idle: config.upstream_idle,
+        };
         let following = tokio::spawn(follow::run(shared.clone(), client, config.class, Upstreams::new(settings)));
         serve::run(shared, doors, limits, shutdown).await;
         following.abort();

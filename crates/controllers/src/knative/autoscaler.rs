@@ -101,6 +101,12 @@ impl Scaled {
     fn release(&self) {
         self.loads.iter().for_each(|load| load.release());
     }
+
+    /// It is scaled by requests no longer.
+    fn leave(&self) {
+        self.loads.iter().for_each(|load| load.manage(false));
+        self.release();
+    }
 }
 
 /// One whose number of pods is not fixed. A function serves as many requests as it may with one pod.
@@ -137,7 +143,7 @@ impl Autoscaler {
             let still = |r: &SharedObject| r.name() == &*key.name && r.uid() == scaled.uid;
             let stays = &*key.namespace != namespace || revisions.iter().any(still);
             if !stays {
-                scaled.release();
+                scaled.leave();
             }
             stays
         });
@@ -150,7 +156,7 @@ impl Autoscaler {
             let key = Key::of(&revision);
             if !is_scalable(&revision, &rules) {
                 if let Some(gone) = self.scaled.remove(&key) {
-                    gone.release();
+                    gone.leave();
                 }
                 continue;
             }
@@ -160,7 +166,7 @@ impl Autoscaler {
                 .filter(|service| leads_to(service, &revision))
                 .map(|service| demand.of(namespace, service.name()))
                 .collect();
-            loads.iter().for_each(|load| load.manage());
+            loads.iter().for_each(|load| load.manage(true));
             let scaled = self.scaled.entry(key).or_insert_with(|| Scaled {
                 uid: revision.uid().to_owned(),
                 rules: rules.clone(),

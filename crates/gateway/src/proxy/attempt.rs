@@ -8,6 +8,7 @@ use crate::request::{self, Length, Outgoing};
 use crate::routing::{Retry, Rule};
 use crate::tunnel;
 use crate::upstream::{Endpoint, Exchange, Kept, Lease, RequestBody, Upstream, exchange, exchange_http2};
+use api::demand::Share;
 use http::header::{CONNECTION, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
@@ -159,12 +160,9 @@ impl Visit<'_> {
         let mut stale = false;
         upstream.deposit();
         loop {
-            let endpoint = match pinned.take() {
-                Some(endpoint) => endpoint,
-                None => self.pick(upstream, tried.as_ref())?,
-            };
+            let (endpoint, share) = self.endpoint(upstream, pinned.take(), tried.as_ref()).await?;
             *served = Some(endpoint.id);
-            let once = self.once(upstream.http2, &endpoint, outgoing, body.take(), (idempotent, stale));
+            let once = self.once(upstream.http2, (&endpoint, share), outgoing, body.take(), (idempotent, stale));
             let result = match rule.backend_timeout {
                 None => once.await,
                 Some(limit) => tokio::time::timeout(limit, once).await.unwrap_or_else(|_| {
@@ -213,12 +211,12 @@ impl Visit<'_> {
     async fn once(
         &self,
         http2: bool,
-        endpoint: &Arc<Endpoint>,
+        (endpoint, share): (&Arc<Endpoint>, Share),
         outgoing: &Outgoing<'_>,
         body: Option<RequestBody>,
         (idempotent, fresh): (bool, bool),
     ) -> Result<Answer, Miss> {
-        let lease = Lease::take(endpoint.clone());
+        let lease = Lease::of(endpoint.clone(), share);
         if http2 {
             return self.once_http2(lease, outgoing, body).await;
         }
@@ -262,11 +260,33 @@ impl Visit<'_> {
         }
     }
 
-    fn pick(&self, upstream: &Upstream, avoid: Option<&Arc<Endpoint>>) -> Result<Arc<Endpoint>, Box<Reply>> {
-        upstream.pick(random(), avoid).ok_or_else(|| {
-            Counters::add(&self.shared.counters.no_endpoint_total);
-            Box::new(reply::text(StatusCode::SERVICE_UNAVAILABLE, "the service has no ready endpoint"))
-        })
+    /// An endpoint to send to, and the request's share of the Service's load. Where endpoints come and go with requests,
+    /// this waits for one to come.
+    async fn endpoint(
+        &self,
+        upstream: &Upstream,
+        pinned: Option<Arc<Endpoint>>,
+        avoid: Option<&Arc<Endpoint>>,
+    ) -> Result<(Arc<Endpoint>, Share), Box<Reply>> {
+        let load = &upstream.load;
+        loop {
+            let mut changed = std::pin::pin!(load.changed());
+            changed.as_mut().enable();
+            let share = load.enter();
+            let held = load.is_held();
+            let found = if held { None } else { pinned.clone().or_else(|| upstream.pick(random(), avoid)) };
+            if let Some(endpoint) = found {
+                return Ok((endpoint, share));
+            }
+            drop(share);
+            let place = if held || load.is_managed() { load.stand_in_line() } else { None };
+            if place.is_none() {
+                Counters::add(&self.shared.counters.no_endpoint_total);
+                let text = "the service has no ready endpoint";
+                return Err(Box::new(reply::text(StatusCode::SERVICE_UNAVAILABLE, text)));
+            }
+            changed.await;
+        }
     }
 
     fn failed(&self, upstream: &Upstream, kind: Kind, error: &io::Error) -> Box<Reply> {

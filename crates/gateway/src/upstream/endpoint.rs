@@ -3,6 +3,7 @@
 use super::Settings;
 use super::request_body::RequestBody;
 use crate::counters::Counters;
+use api::demand::Share;
 use bytes::BytesMut;
 use hyper::client::conn::http2::SendRequest;
 use std::io;
@@ -50,12 +51,18 @@ pub struct Connection {
 
 /// A request's share of an endpoint's load, until its response has ended.
 #[derive(Debug)]
-pub struct Lease(Arc<Endpoint>);
+pub struct Lease(Arc<Endpoint>, #[allow(dead_code)] Option<Share>);
 
 impl Lease {
     pub fn take(endpoint: Arc<Endpoint>) -> Lease {
         endpoint.active.fetch_add(1, Relaxed);
-        Lease(endpoint)
+        Lease(endpoint, None)
+    }
+    /// With the request's share of its Service's load.
+    pub fn of(endpoint: Arc<Endpoint>, share: Share) -> Lease {
+        share.arrive();
+        endpoint.active.fetch_add(1, Relaxed);
+        Lease(endpoint, Some(share))
     }
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.0

@@ -19,6 +19,7 @@ pub use request_body::{KEEP, Kept, RequestBody};
 pub use slices::addresses;
 
 use crate::counters::Counters;
+use api::demand::{Demand, Load};
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
@@ -50,6 +51,7 @@ struct Wanted {
 #[derive(Debug, Default)]
 pub struct Settings {
     pub counters: Arc<Counters>,
+    pub demand: Arc<Demand>,
     pub connect_timeout: Duration,
     pub idle: Duration,
 }
@@ -98,6 +100,8 @@ pub struct Upstream {
     pub http2: bool,
     endpoints: RwLock<Arc<[Arc<Endpoint>]>>,
     settings: Arc<Settings>,
+    /// Of the whole Service.
+    pub load: Arc<Load>,
     /// Thousandths of retries that may still be made.
     budget: AtomicU32,
 }
@@ -121,6 +125,7 @@ impl Upstream {
             port_name: port_name.to_owned(),
             http2,
             endpoints: RwLock::new(Arc::from([])),
+            load: settings.demand.of(namespace, service),
             settings,
             budget: AtomicU32::new(BUDGET_AT_START),
         }
@@ -152,6 +157,7 @@ impl Upstream {
             gone.retire();
         }
         *self.endpoints.write().unwrap_or_else(PoisonError::into_inner) = new.into();
+        self.load.notify();
     }
 
     /// A request begins.
