@@ -70,8 +70,8 @@ say "What this machine offers"
 shown "$ATOLL" doctor
 
 say "Real inputs (made once, kept in .cache/shop)"
-note "catalog: Python from Debian packages, as a root file system"
-examples/shop/catalog/build.sh "$CACHE" || give_up "catalog image"
+note "catalog: its base, Python from Debian packages, as a root file system"
+examples/shop/catalog/build.sh "$CACHE" || give_up "catalog base"
 note "pricing: a wasi:http component built from JavaScript"
 examples/shop/pricing/build.sh || give_up "pricing component"
 note "orders: Debian with PostgreSQL on a disk image of its own, with its kernel"
@@ -86,8 +86,8 @@ printf '%s$ atoll up --data-dir %s%s\n' "$bold" "$DATA" "$off"
 start_up
 
 say "Images into the store"
-shown "$ATOLL" image import --data-dir "$DATA" "$CACHE/catalog.tar" --tag "$REGISTRY/shop/catalog:1" \
-    --entrypoint /usr/bin/python3 --cmd /srv/catalog.py --user 10001 --workdir /srv
+shown "$ATOLL" image import --data-dir "$DATA" "$CACHE/python.tar" --tag shop/python:1
+shown "$ATOLL" image build --data-dir "$DATA" -t "$REGISTRY/shop/catalog:1" examples/shop/catalog
 shown "$ATOLL" image import --data-dir "$DATA" examples/shop/pricing/pricing.wasm --tag "$REGISTRY/shop/pricing:1"
 shown "$ATOLL" image import --data-dir "$DATA" "$CACHE/orders.raw" --tag shop/orders:1
 shown "$ATOLL" image import --data-dir "$DATA" "$CACHE/orders-kernel.tar" --tag shop/orders-kernel:1
