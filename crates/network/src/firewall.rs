@@ -30,7 +30,7 @@ use std::net::Ipv4Addr;
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -138,8 +138,8 @@ fn sets(transaction: &mut Transaction) {
     transaction.add_set(SERVICES, &[Field::Address, Field::Protocol, Field::Port], &Value::Verdict);
     transaction.add_set(EGRESS, &[Field::Address], &Value::Verdict);
     transaction.add_set(INGRESS, &[Field::Address], &Value::Verdict);
-    transaction.add_set(NAMESPACES, &[Field::Address], &Value::Data(&[Field::Integer]));
-    transaction.add_set(MEMBERS, &[Field::Integer, Field::Address], &Value::None);
+    transaction.add_set(NAMESPACES, &[Field::Address], &Value::Data(&[Field::Mark]));
+    transaction.add_set(MEMBERS, &[Field::Mark, Field::Address], &Value::None);
     transaction.family(Family::Arp);
     transaction.add_set(SENDERS, &own, &Value::None);
     transaction.family(Family::Ip);
@@ -214,8 +214,8 @@ pub fn defaults(t: &mut Transaction, private: bool) {
     for chain in [EGRESS_DEFAULT, INGRESS_DEFAULT] {
         t.flush_chain(chain);
         let same = if private {
-            let number = Rule::new().load_source(R0).load_mapped(NAMESPACES, R0, R0);
-            number.load_destination(R1).if_in_set(MEMBERS, R0).comment("the same namespace")
+            let number = Rule::new().load_source(R0).load_mapped(NAMESPACES, R0, R0).set_mark(R0);
+            number.load_mark(R0).load_destination(R1).if_in_set(MEMBERS, R0).comment("the same namespace")
         } else {
             Rule::new()
         };

@@ -131,7 +131,6 @@ impl Router {
         let mut firewall = guard(&self.firewall);
         let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
         policies.workloads.retain(|address, _| live.contains(address));
-        policies.groups.values_mut().for_each(|group| group.retain(|address| live.contains(address)));
         let Firewall { socket, policies: programmed, .. } = &mut *firewall;
         programmed.sync(socket, policies)
     }

@@ -1,6 +1,6 @@
 //! Policies as the kernel holds them. A chain for each profile, a set for each group, and for each workload its elements
-//! in the maps of `firewall.rs`. Only what differs is written, all of it in one transaction: no packet ever meets half of a
-//! change, and a process killed in the middle leaves either the old state or the new one.
+//! in the maps of `firewall.rs`. Only what differs is written, in up to three transactions ([`Work`]): a process killed
+//! between them leaves what the next one replaces.
 
 use super::{Allow, Direction, Flow, Isolation, Policies, Profile, Workload};
 use crate::error::Result;
@@ -71,23 +71,24 @@ impl Programmed {
         if self.current.as_ref() == Some(&wanted) {
             return Ok(Changed::default());
         }
-        let mut work = Work { t: Transaction::new(TABLE), numbers: self.numbers.clone(), objects: 0, tighter: false };
-        let empty = Policies::default();
-        let old = match &self.current {
+        let mut work = Work::new(self.numbers.clone());
+        // Should a step fail, what the kernel holds is unknown.
+        let known = self.current.take();
+        let old = match &known {
             Some(old) => old,
             None => {
-                work.forget_everything(socket)?;
-                &empty
+                work.replace_everything(socket)?;
+                &Policies::default()
             }
         };
         work.difference(old, &wanted);
-        let Work { t, numbers, objects, tighter } = work;
-        // A failed transaction leaves the kernel as it was, and us knowing it.
-        t.commit(socket)?;
-        let first = self.current.is_none();
+        let Work { add, switch, remove, numbers, objects, tighter, .. } = work;
         self.numbers = numbers;
+        for step in [add, switch, remove] {
+            step.commit(socket)?;
+        }
         self.numbers.prune(&wanted);
-        let ended = if tighter || first { end_connections(socket, &wanted)? } else { 0 };
+        let ended = if tighter || known.is_none() { end_connections(socket, &wanted)? } else { 0 };
         self.current = Some(wanted);
         Ok(Changed { objects, ended })
     }
@@ -137,39 +138,57 @@ fn member(namespace: u32, address: Ipv4Addr) -> Vec<u8> {
     concat(&[&namespace.to_ne_bytes(), &address.octets()])
 }
 
-/// One transaction in the making.
+/// A change in the making, as three transactions. A packet on its way reads rules of one generation, but elements of sets
+/// as they are at that moment; so what is new is there before anything leads to it, and what is old goes when nothing does
+/// any more. A packet that is allowed before and after is allowed throughout.
 struct Work {
-    t: Transaction,
+    add: Transaction,
+    switch: Transaction,
+    remove: Transaction,
     numbers: Numbers,
     objects: usize,
     /// Something may be refused that was allowed before.
     tighter: bool,
+    /// Elements of [`MEMBERS`] that an unknown earlier state left.
+    strays: BTreeSet<Vec<u8>>,
 }
 
 impl Work {
-    /// Empties what an earlier process left.
-    fn forget_everything(&mut self, socket: &mut Socket) -> Result<()> {
-        for set in [EGRESS, INGRESS, NAMESPACES, MEMBERS] {
-            self.t.flush_set(set);
+    fn new(numbers: Numbers) -> Work {
+        let [add, switch, remove] = [(); 3].map(|()| Transaction::new(TABLE));
+        Work { add, switch, remove, numbers, objects: 0, tighter: false, strays: BTreeSet::new() }
+    }
+
+    /// Makes way for a state that is written anew beside what an earlier process left, under numbers of its own.
+    fn replace_everything(&mut self, socket: &mut Socket) -> Result<()> {
+        let (chains, sets) = (nft::chains(socket, TABLE)?, nft::sets(socket, TABLE)?);
+        let chains: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
+        let sets: Vec<&String> = sets.iter().filter(|name| name.starts_with(SET_PREFIX)).collect();
+        let members = nft::keys(socket, TABLE, MEMBERS)?;
+        let number = |name: &&String| name.rsplit('/').next().and_then(|n| n.parse::<u32>().ok());
+        let namespace = |key: &Vec<u8>| key.get(..4).and_then(|n| n.try_into().ok()).map(u32::from_ne_bytes);
+        let used = chains.iter().chain(&sets).filter_map(number).chain(members.iter().filter_map(namespace));
+        self.numbers = Numbers { next: used.max().unwrap_or(0), ..Numbers::default() };
+        for map in [EGRESS, INGRESS, NAMESPACES] {
+            self.switch.flush_set(map);
         }
-        let chains = nft::chains(socket, TABLE)?;
-        let ours: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
-        for chain in &ours {
-            self.t.flush_chain(chain);
+        firewall::defaults(&mut self.switch, true);
+        for chain in &chains {
+            self.remove.flush_chain(chain);
         }
-        for chain in ours {
-            self.t.delete_chain(chain);
+        for chain in chains {
+            self.remove.delete_chain(chain);
         }
-        for set in nft::sets(socket, TABLE)?.iter().filter(|name| name.starts_with(SET_PREFIX)) {
-            self.t.delete_set(set);
+        for set in sets {
+            self.remove.delete_set(set);
         }
-        firewall::defaults(&mut self.t, true);
+        self.strays = members.into_iter().collect();
         Ok(())
     }
 
     fn difference(&mut self, old: &Policies, wanted: &Policies) {
         if old.isolation != wanted.isolation {
-            firewall::defaults(&mut self.t, wanted.isolation == Isolation::Private);
+            firewall::defaults(&mut self.switch, wanted.isolation == Isolation::Private);
             self.tighter |= wanted.isolation == Isolation::Private;
             self.objects += 1;
         }
@@ -182,15 +201,17 @@ impl Work {
         self.workloads(old, wanted);
         for key in old.profiles.keys().filter(|key| !wanted.profiles.contains_key(*key)) {
             let chain = self.numbers.profile(key);
-            self.t.flush_chain(&chain);
-            self.t.delete_chain(&chain);
+            self.remove.flush_chain(&chain);
+            self.remove.delete_chain(&chain);
             self.objects += 1;
         }
         for key in old.groups.keys().filter(|key| !wanted.groups.contains_key(*key)) {
             let set = self.numbers.group(key);
-            self.t.delete_set(&set);
+            self.remove.delete_set(&set);
             self.objects += 1;
         }
+        let strays: Vec<Element> = std::mem::take(&mut self.strays).into_iter().map(Element::key).collect();
+        self.remove.delete_elements(MEMBERS, &strays);
     }
 
     fn group(&mut self, key: &Arc<str>, old: Option<&BTreeSet<Ipv4Addr>>, wanted: &BTreeSet<Ipv4Addr>) {
@@ -201,15 +222,15 @@ impl Work {
         let none = BTreeSet::new();
         let before = old.unwrap_or(&none);
         if old.is_none() {
-            self.t.add_set(&name, &[Field::Address], &nft::Value::None);
+            self.add.add_set(&name, &[Field::Address], &nft::Value::None);
         }
         let keys = |some: Vec<&Ipv4Addr>| -> Vec<Element> {
             some.into_iter().map(|address| Element::key(address.octets().to_vec())).collect()
         };
         let gone: Vec<&Ipv4Addr> = before.difference(wanted).collect();
         self.tighter |= !gone.is_empty();
-        self.t.delete_elements(&name, &keys(gone));
-        self.t.add_elements(&name, &keys(wanted.difference(before).collect()));
+        self.remove.delete_elements(&name, &keys(gone));
+        self.add.add_elements(&name, &keys(wanted.difference(before).collect()));
         self.objects += 1;
     }
 
@@ -218,69 +239,34 @@ impl Work {
             return;
         }
         let chain = self.numbers.profile(key);
-        if old.is_none() {
-            self.t.add_chain(&chain);
+        let numbers = &mut self.numbers;
+        // A new chain, to which nothing leads yet; or new rules of one, all of which take effect at once.
+        let t = if old.is_none() {
+            self.add.add_chain(&chain);
+            &mut self.add
         } else {
-            self.t.flush_chain(&chain);
+            self.switch.flush_chain(&chain);
+            &mut self.switch
+        };
+        for one in &wanted.allows {
+            allow(t, numbers, &chain, wanted.direction, one);
         }
-        for allow in &wanted.allows {
-            self.allow(&chain, wanted.direction, allow);
-        }
-        let refused = Rule::new().goto(REFUSED).comment(&wanted.origin);
-        self.t.add_rule(&chain, refused);
+        t.add_rule(&chain, Rule::new().goto(REFUSED).comment(&wanted.origin));
         self.tighter = true;
         self.objects += 1;
     }
 
-    fn allow(&mut self, chain: &str, direction: Direction, allow: &Allow) {
-        let peer = |rule: Rule| match direction {
-            Direction::Egress => rule.load_destination(R0),
-            Direction::Ingress => rule.load_source(R0),
-        };
-        if allow.anyone {
-            return self.rule(chain, direction, allow, Rule::new());
-        }
-        if let Some(key) = &allow.group {
-            let set = self.numbers.group(key);
-            self.rule(chain, direction, allow, peer(Rule::new()).if_in_set(&set, R0));
-        }
-        if !allow.blocks.is_empty() {
-            let set = self.t.add_anonymous_ranges(&allow.blocks);
-            self.rule(chain, direction, allow, peer(Rule::new()).if_in(set, R0));
-        }
-    }
-
-    /// The rule that goes on from matched peers: ports, then the verdict.
-    fn rule(&mut self, chain: &str, direction: Direction, allow: &Allow, matched: Rule) {
-        let matched = match allow.ports.as_slice() {
-            [] => matched,
-            [one] if one.first == one.last => matched.if_protocol(one.protocol.number()).if_destination_port(one.first),
-            many => {
-                let ports = merged(many);
-                let set = self.t.add_anonymous_ports(&ports);
-                matched.load_protocol(R0).load_destination_port(R1).if_in(set, R0)
-            }
-        };
-        let rule = match direction {
-            Direction::Egress => matched.goto(TO_INGRESS),
-            Direction::Ingress => matched.accept(),
-        };
-        self.t.add_rule(chain, rule.comment(&allow.origin));
-    }
-
     fn workloads(&mut self, old: &Policies, wanted: &Policies) {
-        let mut gone: BTreeMap<&str, Vec<Element>> = BTreeMap::new();
-        let mut new: BTreeMap<&str, Vec<Element>> = BTreeMap::new();
+        let (mut gone, mut new) = (Batches::new(), Batches::new());
         for (address, workload) in &old.workloads {
             let next = wanted.workloads.get(address);
             if next == Some(workload) {
                 continue;
             }
             let next = next.map(|next| self.elements(*address, next));
-            for (set, element, value) in self.elements(*address, workload) {
-                if !next.as_ref().is_some_and(|next| next.iter().any(|(s, e, v)| (s, e, v) == (&set, &element, &value)))
-                {
-                    gone.entry(set).or_default().push(Element::key(element));
+            for one in self.elements(*address, workload) {
+                if !next.as_ref().is_some_and(|next| next.contains(&one)) {
+                    gone.entry(one.0).or_default().push(Element::key(one.1));
                 }
             }
             self.tighter = true;
@@ -291,23 +277,26 @@ impl Work {
                 continue;
             }
             let before = before.map(|before| self.elements(*address, before));
-            for (set, element, value) in self.elements(*address, workload) {
-                if !before.as_ref().is_some_and(|b| b.iter().any(|(s, e, v)| (s, e, v) == (&set, &element, &value))) {
-                    new.entry(set).or_default().push(Element::new(element, value.into_element()));
+            for one in self.elements(*address, workload) {
+                if !before.as_ref().is_some_and(|before| before.contains(&one)) {
+                    self.strays.remove(&one.1);
+                    new.entry(one.0).or_default().push(Element::new(one.1, one.2.into_element()));
                 }
             }
         }
         self.objects += gone.values().chain(new.values()).map(Vec::len).sum::<usize>();
         for (set, elements) in gone {
-            self.t.delete_elements(set, &elements);
+            let t = if set == MEMBERS { &mut self.remove } else { &mut self.switch };
+            t.delete_elements(set, &elements);
         }
         for (set, elements) in new {
-            self.t.add_elements(set, &elements);
+            let t = if set == MEMBERS { &mut self.add } else { &mut self.switch };
+            t.add_elements(set, &elements);
         }
     }
 
-    /// All elements of a workload: set, key, value.
-    fn elements(&mut self, address: Ipv4Addr, workload: &Workload) -> [(&'static str, Vec<u8>, Held); 4] {
+    /// All elements of a workload.
+    fn elements(&mut self, address: Ipv4Addr, workload: &Workload) -> [OneElement; 4] {
         let octets = address.octets().to_vec();
         let number = self.numbers.namespace(&workload.namespace);
         let mut chain = |key: &Option<Arc<str>>, default: &str| {
@@ -321,6 +310,46 @@ impl Work {
             (MEMBERS, member(number, address), Held::Nothing),
         ]
     }
+}
+
+/// Elements by set.
+type Batches = BTreeMap<&'static str, Vec<Element>>;
+/// Set, key, value.
+type OneElement = (&'static str, Vec<u8>, Held);
+
+fn allow(t: &mut Transaction, numbers: &mut Numbers, chain: &str, direction: Direction, allow: &Allow) {
+    let peer = |rule: Rule| match direction {
+        Direction::Egress => rule.load_destination(R0),
+        Direction::Ingress => rule.load_source(R0),
+    };
+    if allow.anyone {
+        return rule(t, chain, direction, allow, Rule::new());
+    }
+    if let Some(key) = &allow.group {
+        let set = numbers.group(key);
+        rule(t, chain, direction, allow, peer(Rule::new()).if_in_set(&set, R0));
+    }
+    if !allow.blocks.is_empty() {
+        let set = t.add_anonymous_ranges(&allow.blocks);
+        rule(t, chain, direction, allow, peer(Rule::new()).if_in(set, R0));
+    }
+}
+
+/// The rule that goes on from matched peers: ports, then the verdict.
+fn rule(t: &mut Transaction, chain: &str, direction: Direction, allow: &Allow, matched: Rule) {
+    let matched = match allow.ports.as_slice() {
+        [] => matched,
+        [one] if one.first == one.last => matched.if_protocol(one.protocol.number()).if_destination_port(one.first),
+        many => {
+            let set = t.add_anonymous_ports(&merged(many));
+            matched.load_protocol(R0).load_destination_port(R1).if_in(set, R0)
+        }
+    };
+    let rule = match direction {
+        Direction::Egress => matched.goto(TO_INGRESS),
+        Direction::Ingress => matched.accept(),
+    };
+    t.add_rule(chain, rule.comment(&allow.origin));
 }
 
 #[derive(PartialEq, Eq)]

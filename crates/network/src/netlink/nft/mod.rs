@@ -25,6 +25,7 @@ const NEWSET: u16 = 9;
 const GETSET: u16 = 10;
 const DELSET: u16 = 11;
 const NEWSETELEM: u16 = 12;
+const GETSETELEM: u16 = 13;
 const DELSETELEM: u16 = 14;
 
 const NFPROTO_IPV4: u8 = 2;
@@ -112,13 +113,15 @@ pub enum Field {
     Ether = 9,
     Protocol = 12,
     Port = 13,
+    /// Any 32 bits, in host byte order.
+    Mark = 19,
     InterfaceName = 41,
 }
 
 impl Field {
     fn length(self) -> u32 {
         match self {
-            Field::Integer | Field::Address => 4,
+            Field::Integer | Field::Address | Field::Mark => 4,
             Field::Protocol => 1,
             Field::Port => 2,
             Field::Ether => 6,
@@ -467,6 +470,27 @@ fn names(
         let Some(attributes) = payload.get(4..) else { return };
         if kind == SUBSYSTEM | new && Attributes::get(attributes, 1).map(text) == Some(table) {
             all.extend(Attributes::get(attributes, attribute).map(|name| text(name).to_owned()));
+        }
+    })?;
+    Ok(all)
+}
+
+/// Keys of all elements of a set or map in family `ip`.
+pub fn keys(socket: &mut Socket, table: &str, set: &str) -> Result<Vec<Vec<u8>>> {
+    let mut batch = Batch::new();
+    batch.request("list the elements", SUBSYSTEM | GETSETELEM, NLM_F_DUMP, &[], |w| {
+        w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
+        w.string(1, table);
+        w.string(2, set);
+    });
+    let mut all = Vec::new();
+    socket.query(batch, |kind, payload| {
+        let list = payload.get(4..).and_then(|attributes| Attributes::get(attributes, 3));
+        if kind == SUBSYSTEM | NEWSETELEM
+            && let Some(list) = list
+        {
+            let key = |element| Attributes::get(Attributes::get(element, 1)?, DATA_VALUE);
+            all.extend(Attributes::new(list).filter_map(|(_, element)| key(element)).map(<[u8]>::to_vec));
         }
     })?;
     Ok(all)

@@ -38,6 +38,16 @@ impl Rule {
     pub fn load_protocol(self, to: Reg) -> Rule {
         self.meta(16, to)
     }
+    pub fn load_mark(self, to: Reg) -> Rule {
+        self.meta(3, to)
+    }
+    /// Marks the packet with what is in the register.
+    pub fn set_mark(self, from: Reg) -> Rule {
+        self.expression("meta", |w| {
+            w.be32(2, 3);
+            w.be32(3, from.number());
+        })
+    }
     fn payload(self, base: u32, offset: u32, length: u32, to: Reg) -> Rule {
         self.expression("payload", |w| {
             w.be32(1, to.number());
