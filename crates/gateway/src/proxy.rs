@@ -21,8 +21,13 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use std::cell::Cell;
 use std::hash::{BuildHasher, RandomState};
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
+
+/// Bytes and time for which the rest of a body is read that nobody wants.
+const UNREAD: usize = 64 << 10;
+const UNREAD_TIME: Duration = Duration::from_millis(50);
 
 type Reply = Response<ReplyBody>;
 
@@ -47,8 +52,12 @@ pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<I
         }
         Ok(place) => {
             let visit = Visit { shared: &shared, peer: &peer, parts: &parts, place: &place };
-            let mut response = visit.answer(body, upgrade, &mut route).await;
+            let mut body = Some(body);
+            let mut response = visit.answer(&mut body, upgrade, &mut route).await;
             reply::speak_grpc(&parts, &mut response);
+            if let Some(unread) = body.filter(|body| parts.version == Version::HTTP_2 && !body.is_end_stream()) {
+                forget(unread).await;
+            }
             response
         }
     };
@@ -65,6 +74,14 @@ pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<I
         "request"
     );
     response
+}
+
+/// Takes the rest of a small body. Clients of HTTP/2 take an answer for broken when the stream is reset before they have
+/// said all; but none is waited for, and a large body is reset.
+async fn forget(body: Incoming) {
+    let mut body = pin!(http_body_util::Limited::new(body, UNREAD));
+    let rest = async { while let Some(Ok(_)) = std::future::poll_fn(|cx| body.as_mut().poll_frame(cx)).await {} };
+    let _ = tokio::time::timeout(UNREAD_TIME, rest).await;
 }
 
 fn wants_upgrade(request: &Request<Incoming>) -> bool {
@@ -91,7 +108,13 @@ struct Chosen<'r> {
 }
 
 impl Visit<'_> {
-    async fn answer(&self, body: Incoming, upgrade: Option<OnUpgrade>, route: &mut Option<Arc<str>>) -> Reply {
+    /// Answers. What is left in `body` was not read.
+    async fn answer(
+        &self,
+        body: &mut Option<Incoming>,
+        upgrade: Option<OnUpgrade>,
+        route: &mut Option<Arc<str>>,
+    ) -> Reply {
         let counters = &self.shared.counters;
         let Some(table) = self.shared.table() else {
             return reply::text(StatusCode::SERVICE_UNAVAILABLE, "the gateway has not read its routes yet");
@@ -140,7 +163,7 @@ impl Visit<'_> {
         found.filter(|entry| entry.rule.filters.cors.is_some())
     }
 
-    async fn serve(&self, entry: &Entry, body: Incoming, upgrade: Option<OnUpgrade>) -> Reply {
+    async fn serve(&self, entry: &Entry, body: &mut Option<Incoming>, upgrade: Option<OnUpgrade>) -> Reply {
         let rule = &entry.rule;
         let prefix = match &entry.condition.path {
             PathMatch::Prefix(prefix) => prefix.as_str(),
@@ -177,11 +200,11 @@ impl Visit<'_> {
             client_host: place.authority,
             client: self.peer.client.ip(),
             secure: self.peer.secure,
-            length: self.length(&body),
+            length: body.as_ref().map_or(Length::None, |body| self.length(body)),
             upgrade: upgrade.as_ref().and_then(|_| self.parts.headers.get(UPGRADE)),
         };
         let mut served = None;
-        let body = RequestBody::new(body).stalls_after(self.shared.body_timeout);
+        let body = body.take().map_or_else(RequestBody::empty, RequestBody::new).stalls_after(self.shared.body_timeout);
         let mut response = match self.send(rule, &chosen, &outgoing, body, upgrade, &mut served).await {
             Ok(response) => response,
             Err(reply) => return *reply,

@@ -12,12 +12,6 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 
-async fn curl(args: &[&str]) -> String {
-    let output = tokio::process::Command::new("curl").args(["-sS", "--max-time", "20"]).args(args).output().await;
-    let output = output.unwrap();
-    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
-}
-
 #[tokio::test]
 async fn a_request_reaches_its_service_and_says_who_asked() {
     let (lab, server) = (lab().await, echo().await);

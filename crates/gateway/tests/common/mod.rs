@@ -17,6 +17,8 @@ use tokio::task::JoinHandle;
 pub struct Lab {
     pub client: Arc<MemoryClient>,
     pub address: SocketAddr,
+    /// Of the socket for TLS.
+    pub tls: SocketAddr,
     pub counters: Arc<Counters>,
     pub shutdown: Option<oneshot::Sender<()>>,
     pub running: JoinHandle<()>,
@@ -44,7 +46,9 @@ pub async fn lab_with(change: impl FnOnce(&mut Config)) -> Lab {
     let client = MemoryClient::new();
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut config = Config::new(listener);
+    let tls_listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let tls = tls_listener.local_addr().unwrap();
+    let mut config = Config { tls_listener: Some(tls_listener), ..Config::new(listener) };
     config.drain = Duration::from_secs(5);
     change(&mut config);
     let gateway = Gateway::new(config, client.clone());
@@ -58,12 +62,23 @@ pub async fn lab_with(change: impl FnOnce(&mut Config)) -> Lab {
             .await
             .unwrap();
     });
-    let lab = Lab { client, address, counters, shutdown: Some(shutdown), running };
+    let lab = Lab { client, address, tls, counters, shutdown: Some(shutdown), running };
     lab.gateway("gw", json!([{"name": "http", "port": 80, "protocol": "HTTP"}])).await;
     lab
 }
 
+/// `curl` with these arguments: what it said on both channels.
+pub async fn curl(args: &[&str]) -> String {
+    let output = tokio::process::Command::new("curl").args(["-sS", "--max-time", "20"]).args(args).output().await;
+    let output = output.unwrap();
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
+}
+
 impl Lab {
+    /// Any object, in namespace `shop`.
+    pub async fn create(&self, group: &str, plural: &str, object: Value) {
+        self.client.create(&Resource::new(group, "v1", plural), "shop", object).await.unwrap();
+    }
     pub async fn gateway(&self, name: &str, listeners: Value) {
         let gateway = json!({"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway",
             "metadata": {"name": name}, "spec": {"gatewayClassName": "atoll", "listeners": listeners}});
