@@ -32,6 +32,9 @@ counters! {
     /// Requests that were malformed or ambiguous.
     refused_total,
     no_route_total,
+    rate_limited_total,
+    /// Requests that a policy refused for another reason.
+    denied_total,
     no_endpoint_total,
     invalid_backend_total,
     upstream_connects_total,

@@ -1,6 +1,7 @@
 //! Follows the API: a changed EndpointSlice changes its Service's endpoints at once, everything else makes a new table.
 
 use crate::gateway::Shared;
+use crate::policy::{Attached, Limiters};
 use crate::routing::{Objects, build};
 use crate::tls::{self, Cache};
 use crate::upstream::{Upstream, Upstreams, addresses};
@@ -33,6 +34,14 @@ struct Informers {
     grants: Informer,
     secrets: Informer,
     config_maps: Informer,
+    policies: Informer,
+}
+
+/// What outlives a table.
+#[derive(Default)]
+struct State {
+    certificates: Cache,
+    limiters: Limiters,
 }
 
 /// What changed since the last look.
@@ -48,8 +57,8 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
     let mut subscriptions = informers.subscribe();
     let mut slices = informers.slices.subscribe();
     informers.synced().await;
-    let mut cache = Cache::default();
-    rebuild(&shared, &informers, &class, &mut upstreams, &mut cache);
+    let mut state = State::default();
+    rebuild(&shared, &informers, &class, &mut upstreams, &mut state);
     let mut tidy = tokio::time::interval(TIDY);
     loop {
         let mut dirty = Dirty::default();
@@ -72,7 +81,7 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
             }
         }
         if dirty.table {
-            rebuild(&shared, &informers, &class, &mut upstreams, &mut cache);
+            rebuild(&shared, &informers, &class, &mut upstreams, &mut state);
         } else {
             for upstream in upstreams.iter() {
                 if dirty.services.contains(&(upstream.namespace.clone(), upstream.service.clone())) {
@@ -108,7 +117,7 @@ impl Dirty {
     }
 }
 
-fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut Upstreams, cache: &mut Cache) {
+fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut Upstreams, state: &mut State) {
     let objects = Objects {
         classes: informers.classes.list(),
         gateways: informers.gateways.list(),
@@ -122,10 +131,12 @@ fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut 
         ingress_classes: informers.ingress_classes.list(),
         secrets: informers.secrets.list(),
         config_maps: informers.config_maps.list(),
+        policies: informers.policies.list(),
     };
     upstreams.begin();
-    let table = build(&objects, class, upstreams);
-    let sites = tls::build(&objects, class, upstreams, cache);
+    let policies = Attached::read(&objects, &mut state.limiters);
+    let table = build(&objects, class, upstreams, &policies);
+    let sites = tls::build(&objects, class, upstreams, &mut state.certificates);
     upstreams.retire();
     for upstream in upstreams.iter() {
         refresh(informers, upstream);
@@ -163,11 +174,12 @@ impl Informers {
             grants: follow(GROUP, "v1", "referencegrants"),
             secrets: follow("", "v1", "secrets"),
             config_maps: follow("", "v1", "configmaps"),
+            policies: follow("gateway.atoll.dev", "v1alpha1", "trafficpolicies"),
         }
     }
 
     /// All whose changes make a new table.
-    fn all(&self) -> [&Informer; 12] {
+    fn all(&self) -> [&Informer; 13] {
         [
             &self.classes,
             &self.gateways,
@@ -181,6 +193,7 @@ impl Informers {
             &self.grants,
             &self.secrets,
             &self.config_maps,
+            &self.policies,
         ]
     }
 

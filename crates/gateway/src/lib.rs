@@ -5,6 +5,7 @@
 //! - [`upstream`] knows the endpoints of a Service port, keeps connections to them and speaks HTTP with them.
 //! - `proxy` carries one request from the one to the other; `serve` holds the client's connections, `tls` knows whose
 //!   certificate each is for.
+//! - `policy` is what is asked of a request before its rule sees it.
 //! - `follow` watches the API and swaps the table when something changed.
 //!
 //! No tenant code runs in here. What clients and upstreams send is parsed with limits, framed anew, and never trusted to
@@ -25,6 +26,7 @@ mod tls;
 mod tunnel;
 mod wire;
 
+pub mod policy;
 pub mod routing;
 pub mod upstream;
 

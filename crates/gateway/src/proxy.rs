@@ -9,6 +9,7 @@ mod mirror;
 use crate::counters::{Counters, Level};
 use crate::gateway::Shared;
 use crate::peer::Peer;
+use crate::policy::Grant;
 use crate::reply::{self, ReplyBody};
 use crate::request::{self, Length, Outgoing, Place};
 use crate::routing::{Backend, Came, Entry, PathMatch, Rule, Seen, Table, Target, is_preflight};
@@ -132,6 +133,15 @@ impl Visit<'_> {
         };
         let rule = &entry.rule;
         *route = Some(rule.route.clone());
+        let mut grant = Grant::default();
+        if !entry.policies.is_empty() {
+            let now = unix_now();
+            for policy in entry.policies.iter() {
+                if let Err(refusal) = policy.check(self.peer, self.parts, &rule.route, now, counters, &mut grant) {
+                    return *refusal;
+                }
+            }
+        }
         if let Some(why) = &rule.invalid {
             return self.invalid(rule, why);
         }
@@ -139,7 +149,7 @@ impl Visit<'_> {
             Some(cors) if is_preflight(&self.parts.method, &self.parts.headers) => {
                 return reply::empty(StatusCode::NO_CONTENT, cors.preflight(&self.parts.headers));
             }
-            _ => self.serve(entry, body, upgrade).await,
+            _ => self.serve(entry, &grant, body, upgrade).await,
         };
         rule.filters.response.apply(response.headers_mut());
         if let Some(cors) = &rule.filters.cors
@@ -163,7 +173,13 @@ impl Visit<'_> {
         found.filter(|entry| entry.rule.filters.cors.is_some())
     }
 
-    async fn serve(&self, entry: &Entry, body: &mut Option<Incoming>, upgrade: Option<OnUpgrade>) -> Reply {
+    async fn serve(
+        &self,
+        entry: &Entry,
+        grant: &Grant,
+        body: &mut Option<Incoming>,
+        upgrade: Option<OnUpgrade>,
+    ) -> Reply {
         let rule = &entry.rule;
         let prefix = match &entry.condition.path {
             PathMatch::Prefix(prefix) => prefix.as_str(),
@@ -185,6 +201,7 @@ impl Visit<'_> {
         };
         let filters = &chosen.backend.filters;
         let headers = request::changed(&self.parts.headers, [&rule.filters.request, &filters.request]);
+        let headers = request::granted(headers, grant);
         let path = rule.filters.rewrite.path.as_ref().map(|change| change.apply(&place.path, prefix));
         let host = rule.filters.rewrite.host.as_ref().map(HeaderValue::as_bytes);
         let outgoing = Outgoing {
@@ -205,6 +222,10 @@ impl Visit<'_> {
         };
         let mut served = None;
         let body = body.take().map_or_else(RequestBody::empty, RequestBody::new).stalls_after(self.shared.body_timeout);
+        let body = match entry.policies.iter().filter_map(|policy| policy.max_body).min() {
+            Some(most) => body.at_most(most),
+            None => body,
+        };
         let mut response = match self.send(rule, &chosen, &outgoing, body, upgrade, &mut served).await {
             Ok(response) => response,
             Err(reply) => return *reply,

@@ -1,5 +1,6 @@
 //! A request as it came in, checked once: whose it is, which path it means, and how it is written for an endpoint.
 
+use crate::policy::Grant;
 use crate::routing::{HeaderChanges, Seen};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
@@ -85,18 +86,18 @@ fn authority(parts: &Parts) -> Result<&str, Refusal> {
     Ok(host)
 }
 
-/// Resolves `.` and `..` segments, also when they are escaped, so that a rule for `/public` cannot be walked out of.
+/// The path as RFC 3986, section 6.2.2, makes equal ones alike: escapes of unreserved characters are undone, `.` and `..`
+/// segments resolved, so that a rule for `/public` cannot be walked out of and one for `/private` not walked around.
 fn normalise(path: &str) -> Cow<'_, str> {
-    let suspicious = path.contains("/.") || path.contains("%2e") || path.contains("%2E");
-    if !suspicious {
-        return Cow::Borrowed(path);
+    let plain = if path.contains('%') { Cow::Owned(unescape(path)) } else { Cow::Borrowed(path) };
+    if !plain.contains("/.") {
+        return plain;
     }
     let mut kept: Vec<&str> = Vec::new();
-    let mut segments = path.split('/').skip(1).peekable();
+    let mut segments = plain.split('/').skip(1).peekable();
     while let Some(segment) = segments.next() {
-        let plain = segment.replace("%2e", ".").replace("%2E", ".");
         let last = segments.peek().is_none();
-        match plain.as_str() {
+        match segment {
             "." => {}
             ".." => {
                 kept.pop();
@@ -111,6 +112,34 @@ fn normalise(path: &str) -> Cow<'_, str> {
         }
     }
     Cow::Owned(format!("/{}", kept.join("/")))
+}
+
+/// Undoes escapes of unreserved characters; a `%` that escapes nothing is escaped itself.
+fn unescape(path: &str) -> String {
+    let mut plain = String::with_capacity(path.len() + 8);
+    let mut rest = path;
+    while let Some((before, after)) = rest.split_once('%') {
+        plain.push_str(before);
+        let code = after.get(..2).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        let byte = code.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        rest = match (byte, code) {
+            (Some(byte), _) if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') => {
+                plain.push(char::from(byte));
+                after.get(2..).unwrap_or_default()
+            }
+            (Some(_), Some(digits)) => {
+                plain.push('%');
+                plain.push_str(digits);
+                after.get(2..).unwrap_or_default()
+            }
+            _ => {
+                plain.push_str("%25");
+                after
+            }
+        };
+    }
+    plain.push_str(rest);
+    plain
 }
 
 /// Headers that concern one connection only, or that the gateway writes itself.
@@ -294,6 +323,16 @@ pub fn changed<'a>(headers: &'a HeaderMap, changes: [&HeaderChanges; 2]) -> Cow<
     Cow::Owned(headers)
 }
 
+/// Applies what a policy changes; it has the last word over what a route says.
+pub fn granted<'a>(headers: Cow<'a, HeaderMap>, grant: &Grant) -> Cow<'a, HeaderMap> {
+    if grant.is_empty() {
+        return headers;
+    }
+    let mut headers = headers.into_owned();
+    grant.apply(&mut headers);
+    Cow::Owned(headers)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,6 +354,10 @@ mod tests {
             ("/../../x", "/x"),
             ("/a/.b/..c", "/a/.b/..c"),
             ("/a//b", "/a//b"),
+            ("/%70rivate/%7E", "/private/~"),
+            ("/a%2Fb%20%zz%", "/a%2Fb%20%25zz%25"),
+            ("/%252e%252e/a", "/%252e%252e/a"),
+            ("/%%32e%%32e/a", "/%252e%252e/a"),
         ] {
             assert_eq!(normalise(path), wanted, "{path}");
         }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use api::object::SharedObject;
+use gateway::policy::Attached;
 use gateway::routing::{Objects, Seen, Table, Target, build};
 use gateway::upstream::{Settings, Upstreams};
 use http::{HeaderMap, HeaderName, Method};
@@ -45,7 +46,7 @@ fn table(gateways: Vec<SharedObject>, routes: Vec<SharedObject>) -> Table {
     services.extend(["a", "b", "c", "d", "e"].map(|name| service("shop", name)));
     let namespaces = vec![Arc::new(json!({"metadata": {"name": "shop", "labels": {"team": "x"}}}))];
     let objects = Objects { gateways, routes, services, namespaces, ..Objects::default() };
-    build(&objects, "atoll", &mut Upstreams::new(Settings::default()))
+    build(&objects, "atoll", &mut Upstreams::new(Settings::default()), &Attached::default())
 }
 
 struct Ask<'a> {
@@ -189,9 +190,9 @@ fn other_classes_are_not_served_and_our_controller_is() {
     let mut objects =
         Objects { gateways: vec![Arc::new(other)], routes, services: vec![service("shop", "a")], ..Objects::default() };
     let mut upstreams = Upstreams::new(Settings::default());
-    assert!(build(&objects, "atoll", &mut upstreams).is_empty());
+    assert!(build(&objects, "atoll", &mut upstreams, &Attached::default()).is_empty());
     objects.classes = vec![object("", "nginx", 0, json!({"controllerName": "atoll.dev/gateway-controller"}))];
-    assert_eq!(build(&objects, "atoll", &mut upstreams).len(), 1);
+    assert_eq!(build(&objects, "atoll", &mut upstreams, &Attached::default()).len(), 1);
 }
 
 #[test]
@@ -225,7 +226,7 @@ fn bad_references_are_invalid_backends() {
         grants: vec![grant],
         ..Objects::default()
     };
-    let table = build(&objects, "atoll", &mut Upstreams::new(Settings::default()));
+    let table = build(&objects, "atoll", &mut Upstreams::new(Settings::default()), &Attached::default());
     assert_eq!(backend(&table, &ask("h", "/")), "a");
 }
 

@@ -153,6 +153,14 @@ pub fn reference_grant() -> Vec<Column> {
     paths(&[("Age", "date", 0, CREATED)])
 }
 
+pub fn traffic_policy() -> Vec<Column> {
+    paths(&[
+        ("Targets", "string", 0, ".spec.targetRefs[*].name"),
+        ("Accepted", "string", 0, ".status.conditions[?(@.type=='Accepted')].status"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
 pub fn ingress() -> Vec<Column> {
     paths(&[
         ("Class", "string", 0, ".spec.ingressClassName"),

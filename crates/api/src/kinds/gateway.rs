@@ -64,6 +64,15 @@ pub(super) fn entries() -> Vec<Entry> {
             reference_grant
         ),
         entry!(
+            ("gateway.atoll.dev", "v1alpha1", "trafficpolicies", "TrafficPolicy"),
+            &[],
+            CATEGORIES,
+            Namespaced,
+            Full,
+            "dev.atoll.gateway.v1alpha1.TrafficPolicy",
+            traffic_policy
+        ),
+        entry!(
             (INGRESS, "v1", "ingresses", "Ingress"),
             &["ing"],
             &[],

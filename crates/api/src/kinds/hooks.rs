@@ -14,6 +14,7 @@ mod metadata;
 mod network;
 mod pod;
 mod pod_spec;
+mod policy;
 mod probe;
 mod service;
 mod volume;
@@ -123,6 +124,10 @@ pub fn tls_route() -> Hooks {
 
 pub fn reference_grant() -> Hooks {
     Hooks::default()
+}
+
+pub fn traffic_policy() -> Hooks {
+    Hooks { validate: Some(policy::validate), ..Default::default() }
 }
 
 pub fn ingress() -> Hooks {

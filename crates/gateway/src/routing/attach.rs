@@ -79,6 +79,8 @@ pub struct Served {
     pub role: Role,
     /// Hosts that other listeners of the Gateway take.
     pub hidden: Arc<[HostPattern]>,
+    /// Namespace and name of the Gateway.
+    pub gateway: (String, String),
 }
 
 /// Under which hostnames the route is served, each with the hosts that other listeners of that Gateway take.
@@ -110,7 +112,8 @@ pub fn hosts(
             .cloned()
             .collect();
         for host in wanted.iter().filter_map(|host| intersect(host, own)) {
-            let served = Served { host, role: bound.role, hidden: hidden.clone() };
+            let gateway = (gateway.namespace.clone(), gateway.name.clone());
+            let served = Served { host, role: bound.role, hidden: hidden.clone(), gateway };
             if !hosts.contains(&served) {
                 hosts.push(served);
             }

@@ -10,6 +10,7 @@ use super::references::References;
 use super::rules::{self, Owner};
 use super::table::{Entry, Hosts, Table};
 use super::wire::{GrpcRouteSpec, IngressSpec, RouteSpec, RuleSpec};
+use crate::policy::{Attached, Policy};
 use crate::upstream::Upstreams;
 use api::object::{Meta, SharedObject};
 use serde::de::DeserializeOwned;
@@ -37,6 +38,8 @@ pub struct Objects {
     pub grants: Vec<SharedObject>,
     pub secrets: Vec<SharedObject>,
     pub config_maps: Vec<SharedObject>,
+    /// TrafficPolicies.
+    pub policies: Vec<SharedObject>,
 }
 
 #[derive(Clone, Copy)]
@@ -49,13 +52,14 @@ enum Kind {
 struct Builder<'a> {
     objects: &'a Objects,
     references: References<'a>,
+    policies: &'a Attached,
     plain: Vec<(HostPattern, Entry)>,
     secure: Vec<(HostPattern, Entry)>,
 }
 
 /// Builds the table for Gateways of `class` (or of a class that names Atoll as its controller). `upstreams` is told
 /// which Service ports are in use.
-pub fn build(objects: &Objects, class: &str, upstreams: &mut Upstreams) -> Table {
+pub fn build(objects: &Objects, class: &str, upstreams: &mut Upstreams, policies: &Attached) -> Table {
     let gateways = attach::gateways(objects, class);
     let ingresses = ingresses(objects, class);
     let of = |kind: Kind| move |route| (kind, route);
@@ -66,7 +70,7 @@ pub fn build(objects: &Objects, class: &str, upstreams: &mut Upstreams) -> Table
     // Ties between equal matches: the oldest route, then the first by name.
     routes.sort_by_key(|(_, r)| (r.str_at("/metadata/creationTimestamp").to_owned(), r.namespace(), r.name()));
     let references = References::new(objects, upstreams);
-    let mut builder = Builder { objects, references, plain: Vec::new(), secure: Vec::new() };
+    let mut builder = Builder { objects, references, policies, plain: Vec::new(), secure: Vec::new() };
     for (kind, route) in routes {
         match kind {
             Kind::Http => builder.attach("HTTPRoute", false, route, spec::<RouteSpec>(route), &gateways),
@@ -125,8 +129,12 @@ impl Builder<'_> {
         let name: Arc<str> = format!("{namespace}/{}", ingress.name()).into();
         for spec in convert::ingress(spec, namespace, &self.references) {
             let host = spec.hostnames.first().map_or(HostPattern::Any, |host| HostPattern::parse(host));
-            let hosts =
-                [Role::Plain, Role::Secure].map(|role| Served { host: host.clone(), role, hidden: Arc::from([]) });
+            let hosts = [Role::Plain, Role::Secure].map(|role| Served {
+                host: host.clone(),
+                role,
+                hidden: Arc::from([]),
+                gateway: (String::new(), String::new()),
+            });
             let owner = Owner { name: name.clone(), namespace, kind: "Ingress", http2: false };
             self.rules(&owner, &spec, &hosts);
         }
@@ -136,14 +144,27 @@ impl Builder<'_> {
         if hosts.is_empty() {
             return;
         }
+        let name = owner.name.split_once('/').map_or("", |(_, name)| name);
+        let policies: Vec<Arc<[Arc<Policy>]>> = hosts
+            .iter()
+            .map(|served| {
+                let (namespace, gateway) = &served.gateway;
+                let of_gateway = self.policies.of("Gateway", namespace, gateway);
+                of_gateway.iter().chain(self.policies.of(owner.kind, owner.namespace, name)).cloned().collect()
+            })
+            .collect();
         let everything = [RuleSpec::default()];
         for spec in spec.rules.as_deref().unwrap_or(&everything) {
             let (conditions, bad) = rules::conditions(spec);
             let rule = Arc::new(rules::rule(owner, spec, bad, &mut self.references));
             for condition in conditions {
-                for served in hosts {
-                    let entry =
-                        Entry { condition: condition.clone(), rule: rule.clone(), hidden: served.hidden.clone() };
+                for (served, policies) in hosts.iter().zip(&policies) {
+                    let entry = Entry {
+                        condition: condition.clone(),
+                        rule: rule.clone(),
+                        hidden: served.hidden.clone(),
+                        policies: policies.clone(),
+                    };
                     let list = if served.role == Role::Plain { &mut self.plain } else { &mut self.secure };
                     list.push((served.host.clone(), entry));
                 }

@@ -4,6 +4,7 @@ use super::filter::Filters;
 use super::host::HostPattern;
 use super::matching::{Match, Seen};
 use super::session::Session;
+use crate::policy::Policy;
 use crate::upstream::Upstream;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -76,6 +77,8 @@ pub struct Entry {
     pub rule: Arc<Rule>,
     /// Hosts that a more specific listener of the same Gateway takes for itself.
     pub hidden: Arc<[HostPattern]>,
+    /// Of the Gateway, then of the route.
+    pub policies: Arc<[Arc<Policy>]>,
 }
 
 /// All routes: those of HTTP listeners and those of HTTPS listeners.
