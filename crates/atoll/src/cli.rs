@@ -54,6 +54,9 @@ enum Command {
     /// Images in the local store
     #[command(subcommand)]
     Image(crate::images::Image),
+    /// Functions: serve a component, call it, read its log
+    #[command(subcommand)]
+    Function(crate::function::Function),
 }
 
 #[derive(Args, Clone)]
@@ -120,5 +123,6 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Down(data) => crate::down::run(&data.data_dir),
         Command::Doctor { output } => crate::doctor::run(output),
         Command::Image(command) => crate::images::run(command),
+        Command::Function(command) => crate::function::run(command),
     }
 }

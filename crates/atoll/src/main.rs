@@ -4,6 +4,7 @@
 mod cli;
 mod doctor;
 mod down;
+mod function;
 mod images;
 mod instance;
 mod output;
@@ -37,8 +38,8 @@ fn role(args: &[String]) -> Option<i32> {
         "oci" => Some(container::oci::main(rest)),
         "shim" => Some(container::shim::main(rest)),
         "vmm" => Some(vmm::monitor::main(rest)),
-        "function-host" => Some(function::host::main(rest)),
-        "function-compile" => Some(function::compile::main(rest)),
+        "function-host" => Some(::function::host::main(rest)),
+        "function-compile" => Some(::function::compile::main(rest)),
         _ => None,
     }
 }

@@ -5,6 +5,7 @@
 mod bad_input;
 mod build;
 mod cluster;
+mod functions;
 mod images;
 mod kubectl;
 mod life;
@@ -24,11 +25,12 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 
 fn main() {
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: Vec<Test> = [images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
-        .concat()
-        .into_iter()
-        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
-        .collect();
+    let tests: Vec<Test> =
+        [functions::TESTS, images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
+            .concat()
+            .into_iter()
+            .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
+            .collect();
     if std::env::args().any(|a| a == "--list") {
         tests.iter().for_each(|(name, _)| println!("{name}: test"));
         return;

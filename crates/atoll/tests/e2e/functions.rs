@@ -1,0 +1,213 @@
+//! Functions from the command line, and revisions that sleep and wake.
+
+use crate::cluster::{Cluster, Said, json};
+use crate::{Outcome, Test};
+use std::path::PathBuf;
+use std::process::{Child, Stdio};
+
+pub const TESTS: &[Test] = &[
+    ("function_deploy_invoke_logs_rm", life),
+    ("function_bad_input", bad_input),
+    ("function_limits_of_its_service", limits),
+    ("function_container_sleeps_and_wakes_under_a_herd", herd),
+    ("function_sleeps_and_wakes_without_a_loss", sleeper),
+    ("function_projects", projects),
+];
+
+const ANSWER: &str = "(call $answer (local.get $out))";
+/// Prints `hello!` and answers.
+const GREET: &str = "(i64.store (i32.const 1024) (i64.const 0x000a216f6c6c6568)) (local.set $request (call $stdout))
+    (call $write (local.get $request) (i32.const 1024) (i32.const 7) (i32.const 96)) (call $answer (local.get $out))";
+
+fn component(c: &Cluster, name: &str, body: &str) -> PathBuf {
+    let text = include_str!("../../../function/tests/handler.wat").replace("@HANDLER@", body);
+    let path = c.scratch(name);
+    std::fs::write(&path, wat::parse_str(text).unwrap()).unwrap();
+    path
+}
+
+fn function(c: &Cluster, ns: &str, args: &[&str]) -> Said {
+    let data = c.data().to_string_lossy().into_owned();
+    let (command, rest) = args.split_first().unwrap();
+    c.atoll(&[&["function", command, "--data-dir", &data, "-n", ns], rest].concat())
+}
+
+fn status(c: &Cluster, host: &str, path: &str) -> String {
+    let url = format!("http://127.0.0.1:8080{path}");
+    let args = ["-s", "-o", "/dev/null", "-w", "%{http_code}", "-H", &format!("Host: {host}"), &url];
+    Said::of(c.inside("curl").args(args).output().unwrap()).good()
+}
+
+fn life(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-function");
+    c.kubectl(&["create", "secret", "generic", "-n", &ns, "keys", "--from-literal=a=1"]).good();
+    let file = component(c, "greet.wasm", GREET);
+    let file = file.to_str().unwrap();
+    let more = ["--route", "greet.localhost/hi", "--env", "A=1", "--secret", "keys", "--secret", "B=keys/a"];
+    let deploy = function(c, &ns, &[&["deploy", "greet", file], more.as_slice()].concat()).good();
+    assert!(deploy.contains("127.0.0.1:5000/functions/t-function/greet:"), "{deploy}");
+    assert!(deploy.contains("http://greet.t-function."), "{deploy}");
+    let list = function(c, &ns, &["ls"]).good();
+    assert!(list.lines().nth(1).unwrap().starts_with("t-function   greet   wasm       True    greet-00001"), "{list}");
+    function(c, &ns, &["invoke", "greet", "--data", "x"]).good();
+    c.until("the route leads to it", || status(c, "greet.localhost", "/hi/there") == "200");
+    assert_eq!(status(c, "greet.localhost", "/"), "404", "only its path");
+    c.until("its log says so", || function(c, &ns, &["logs", "greet"]).good().contains("hello!"));
+
+    // The same again changes nothing; other content is another revision; a route not asked for any more goes.
+    function(c, &ns, &[&["deploy", "greet", file], more.as_slice()].concat()).good();
+    assert!(function(c, &ns, &["ls"]).good().contains("greet-00001"));
+    let other = component(c, "other.wasm", ANSWER);
+    function(c, &ns, &["deploy", "greet", other.to_str().unwrap()]).good();
+    assert!(function(c, &ns, &["ls"]).good().contains("greet-00002"));
+    c.until("the route is gone", || status(c, "greet.localhost", "/hi") == "404");
+
+    // By its image's name, too; what the log follows is what comes.
+    let image = deploy.split_whitespace().next().unwrap();
+    function(c, &ns, &["deploy", "again", image]).good();
+    let out = c.scratch("follow.log");
+    let mut following = follow(c, &ns, "again", &out);
+    function(c, &ns, &["invoke", "again"]).good();
+    c.until("the log is followed", || std::fs::read_to_string(&out).unwrap().contains("hello!"));
+    following.kill().unwrap();
+    following.wait().unwrap();
+
+    function(c, &ns, &["rm", "greet", "again"]).good();
+    assert!(function(c, &ns, &["invoke", "greet"]).bad().contains("\"greet\" not found"));
+    c.until("nothing is left", || {
+        c.kubectl(&["get", "-n", &ns, "pods,httproutes,services", "-o", "name"]).good().trim().is_empty()
+    });
+    Outcome::Passed
+}
+
+fn follow(c: &Cluster, ns: &str, name: &str, out: &PathBuf) -> Child {
+    let mut command = c.inside(env!("CARGO_BIN_EXE_atoll"));
+    command.args(["function", "logs", "-f", "-n", ns, name]).stdout(std::fs::File::create(out).unwrap());
+    command.stderr(Stdio::null()).spawn().unwrap()
+}
+
+fn bad_input(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-function-bad");
+    let refused = |args: &[&str]| function(c, &ns, args).bad();
+    let core = c.scratch("core.wasm");
+    std::fs::write(&core, b"\0asm\x01\0\0\0").unwrap();
+    let core = core.to_str().unwrap();
+    assert!(refused(&["deploy", "f", core]).contains("a core module, not a component"));
+    assert!(refused(&["deploy", "f", "./missing.wasm"]).contains("no such file"));
+    assert!(refused(&["deploy", "f", "/proc"]).contains("run its build.sh first"));
+    let good = component(c, "fine.wasm", ANSWER);
+    let good = good.to_str().unwrap();
+    assert!(refused(&["deploy", "Not_A_Name", good]).contains("Not_A_Name"));
+    assert!(refused(&["deploy", "f", good, "--env", "novalue"]).contains("--env novalue: NAME=VALUE"));
+    assert!(refused(&["deploy", "f", good, "--secret", "V=s"]).contains("VARIABLE=SECRET/KEY"));
+    assert!(refused(&["deploy", "f", good, "--route", "/x"]).contains("HOST/PATH"));
+    let told = function(c, "no-such-namespace", &["deploy", "f", good]).bad();
+    assert!(told.contains("kubectl create namespace no-such-namespace"), "{told}");
+    assert!(refused(&["rm", "nobody"]).contains("not found"));
+    assert!(refused(&["invoke", "nobody"]).contains("not found"));
+    assert!(refused(&["logs", "nobody"]).contains("not found"));
+
+    // What a component asks for and there is not, the message names.
+    let text = r#"(component (import "shop:db/query@1.0.0" (instance (export "run" (func)))))"#;
+    let asking = c.scratch("asking.wasm");
+    std::fs::write(&asking, wat::parse_str(text).unwrap()).unwrap();
+    let told = refused(&["deploy", "asking", asking.to_str().unwrap()]);
+    assert!(told.contains("shop:db/query"), "{told}");
+    Outcome::Passed
+}
+
+fn limits(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-function-limits");
+    let file = component(c, "endless.wasm", "(loop (br 0))");
+    function(c, &ns, &["deploy", "endless", file.to_str().unwrap(), "--timeout", "1", "--concurrency", "2"]).good();
+    let pods = json(&c.kubectl(&["get", "pods", "-n", &ns, "-o", "json"]).good());
+    let annotations = &pods["items"][0]["metadata"]["annotations"];
+    assert_eq!(annotations["functions.atoll.dev/timeout-seconds"], "1");
+    assert_eq!(annotations["functions.atoll.dev/concurrency"], "2");
+    let told = function(c, &ns, &["invoke", "endless"]).bad();
+    assert!(told.contains("504"), "{told}");
+    function(c, &ns, &["rm", "endless"]).good();
+    Outcome::Passed
+}
+
+fn web(ns: &str, name: &str, window: &str) -> String {
+    format!(
+        "apiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {{name: {name}, namespace: {ns}}}\nspec:\n  template:\n    \
+         metadata:\n      annotations: {{autoscaling.knative.dev/min-scale: '0', autoscaling.knative.dev/window: {window}}}\n    \
+         spec:\n      timeoutSeconds: 10\n      containers:\n      - image: 127.0.0.1:5000/test/busybox:1\n        \
+         command: [sh, -c, 'echo up > /tmp/index.html; exec httpd -f -p 8080 -h /tmp']\n"
+    )
+}
+
+fn replicas(c: &Cluster, ns: &str, name: &str) -> String {
+    let deployment = format!("deployment/{name}-00001-deployment");
+    c.kubectl(&["get", "-n", ns, &deployment, "-o", "jsonpath={.spec.replicas}"]).good()
+}
+
+fn sleeps(c: &Cluster, ns: &str, name: &str) {
+    c.until("it sleeps", || {
+        let pods = c.kubectl(&["get", "pods", "-n", ns, "-o", "name"]).good();
+        replicas(c, ns, name) == "0" && pods.trim().is_empty()
+    });
+}
+
+/// Answers of so many requests at once, by status.
+fn at_once(c: &Cluster, host: &str, count: usize) -> Vec<String> {
+    let url = format!("http://127.0.0.1:8080/?[1-{count}]");
+    let parallel = count.to_string();
+    let args =
+        ["-s", "-Z", "--parallel-immediate", "--parallel-max", &parallel, "-o", "/dev/null", "-w", "%{http_code}\n"];
+    let said = Said::of(c.inside("curl").args(args).args(["-H", &format!("Host: {host}"), &url]).output().unwrap());
+    said.out.lines().map(str::to_owned).collect()
+}
+
+fn herd(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-herd");
+    c.apply(&web(&ns, "web", "6s"));
+    c.wait_ready(&ns, "ksvc/web");
+    sleeps(c, &ns, "web");
+    let active = "jsonpath={.status.conditions[?(@.type==\"Active\")].reason}";
+    c.until("its revision says so", || {
+        c.kubectl(&["get", "-n", &ns, "revision/web-00001", "-o", active]).good() == "NoTraffic"
+    });
+    c.wait_ready(&ns, "ksvc/web");
+
+    let answers = at_once(c, "web.t-herd.atoll.local", 150);
+    assert_eq!(answers.len(), 150);
+    assert!(answers.iter().all(|status| status == "200"), "{answers:?}");
+    assert_ne!(replicas(c, &ns, "web"), "0");
+    c.kubectl(&["delete", "ksvc", "web", "-n", &ns]).good();
+    Outcome::Passed
+}
+
+/// Around the moment of falling asleep no request is lost, again and again.
+fn sleeper(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-sleeper");
+    let file = component(c, "short.wasm", ANSWER);
+    function(c, &ns, &["deploy", "short", file.to_str().unwrap(), "--min-scale", "0"]).good();
+    let patch = r#"{"spec":{"template":{"metadata":{"annotations":{"autoscaling.knative.dev/window":"6s"}}}}}"#;
+    c.kubectl(&["patch", "ksvc", "short", "-n", &ns, "--type=merge", "-p", patch]).good();
+    let newest = ["get", "ksvc", "short", "-n", &ns, "-o", "jsonpath={.status.latestReadyRevisionName}"];
+    c.until("the patch is served", || c.kubectl(&newest).good() == "short-00002");
+    let zero = ["get", "-n", &ns, "deployment/short-00002-deployment", "-o", "jsonpath={.spec.replicas}"];
+    for _ in 0..3 {
+        // The first moment at which it is to have no pods: some of them may still be going.
+        c.until("it is told to sleep", || c.kubectl(&zero).good() == "0");
+        for _ in 0..5 {
+            assert_eq!(status(c, "short.t-sleeper.atoll.local", "/"), "200");
+        }
+    }
+    function(c, &ns, &["rm", "short"]).good();
+    Outcome::Passed
+}
+
+fn projects(c: &Cluster) -> Outcome {
+    for lang in ["js", "python", "rust", "c"] {
+        let dir = c.scratch(&format!("project-{lang}"));
+        let dir = dir.to_str().unwrap();
+        c.atoll(&["function", "new", dir, "--lang", lang]).good();
+        assert!(c.atoll(&["function", "new", dir, "--lang", lang]).bad().contains("not empty"));
+        assert!(c.atoll(&["function", "deploy", "x", dir]).bad().contains("build.sh"));
+    }
+    Outcome::Passed
+}
