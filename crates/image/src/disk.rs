@@ -42,7 +42,7 @@ impl DiskImage {
 
 /// Checks a qcow2 header (QEMU's docs/interop/qcow2) and gives the virtual size. A backing file or an external data
 /// file would let a stranger's image name any file of this machine.
-fn check_qcow2(head: &[u8]) -> std::result::Result<u64, String> {
+pub(crate) fn check_qcow2(head: &[u8]) -> std::result::Result<u64, String> {
     let u32_at = |at: usize| head.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_be_bytes);
     let u64_at = |at: usize| head.get(at..at + 8).and_then(|b| b.try_into().ok()).map(u64::from_be_bytes);
     let short = || "its header is cut off".to_owned();

@@ -32,6 +32,8 @@ mod digest;
 mod disk;
 mod error;
 mod export;
+#[doc(hidden)]
+pub mod fuzz;
 mod gc;
 mod import;
 mod inspect;

@@ -3,7 +3,7 @@
 //! The stream passes, in this order: a counter of compressed bytes, the decompressor, a guard that hashes (the diff id)
 //! and stops bombs, the tar reader, the [`tree::Tree`] that makes files beneath one directory descriptor.
 
-mod tree;
+pub(crate) mod tree;
 
 use crate::blob::touch;
 use crate::digest::{Digest, Hasher};

@@ -15,6 +15,8 @@ mod core;
 mod custom;
 mod discovery;
 mod history;
+#[doc(hidden)]
+pub mod fuzz;
 mod http;
 mod kinds;
 mod local;

@@ -12,6 +12,7 @@ pub(crate) mod cache;
 mod copy;
 mod diff;
 mod entries;
+pub(crate) mod fuzz;
 mod health;
 mod ignore;
 mod layer;

@@ -26,7 +26,7 @@ const NAME_MAX: usize = 255;
 const BUFFER: usize = 128 * 1024;
 const HOLE: usize = 4096;
 
-pub(super) struct Tree {
+pub(crate) struct Tree {
     root: OwnedFd,
     layer: String,
     /// The directory the last entry was in: most archives go directory by directory.

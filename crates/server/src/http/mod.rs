@@ -4,7 +4,7 @@
 //! they (`Permit`) -> the handler, which is handed the permit.
 
 mod connection;
-mod decode;
+pub(crate) mod decode;
 mod logs;
 mod negotiate;
 mod objects;
