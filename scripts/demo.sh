@@ -96,7 +96,7 @@ shown "$ATOLL" image ls --data-dir "$DATA"
 
 say "One YAML runs a VM, containers and a function"
 shown kubectl apply -f examples/shop
-until_true 60 "the function" kubectl wait -n shop ksvc/pricing --for=condition=Ready --timeout=1s
+until_true 300 "the function" kubectl wait -n shop ksvc/pricing --for=condition=Ready --timeout=1s
 until_true 300 "the virtual machine" kubectl wait -n shop vm/orders --for=condition=Ready --timeout=1s
 until_true 300 "the catalog" kubectl rollout status -n shop deployment/catalog --timeout=1s
 until_true 60 "the route" shop /catalog
