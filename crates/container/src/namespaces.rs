@@ -123,7 +123,10 @@ fn hold(alone: SingleThreaded, flags: i32, wanted: &Wanted<'_>) -> Result<Pinned
 }
 
 fn furnish(wanted: &Wanted<'_>) -> Result<()> {
-    if !wanted.uid_mappings.is_empty() {
+    // Mappings for a mount alone need not have a root.
+    if wanted.uid_mappings.iter().any(|m| m.container_id == 0)
+        && wanted.gid_mappings.iter().any(|m| m.container_id == 0)
+    {
         become_root()?;
     }
     if wanted.ipc_and_uts {

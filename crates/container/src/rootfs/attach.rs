@@ -41,8 +41,14 @@ pub fn attach<T>(
     let place_of_root = if bundle.is_some() { "." } else { "root" };
     move_mount(&root, "", CWD, place_of_root, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .during(|| "attaching the root".into())?;
-    if bundle.is_some() {
-        set_propagation(root.as_fd(), spec.linux.rootfs_propagation.as_deref())?;
+    let propagation = match bundle {
+        Some(_) => Some(root_propagation(spec.linux.rootfs_propagation.as_deref())?),
+        None => None,
+    };
+    if let Some((kind, _)) = propagation {
+        // What is mounted from here on must not show on the host.
+        let now = if kind == libc::MS_SLAVE { libc::MS_SLAVE } else { libc::MS_PRIVATE };
+        set_propagation(root.as_fd(), now, true)?;
     }
     let mut own_dev = true;
     for mount in &mounts {
@@ -78,6 +84,10 @@ pub fn attach<T>(
             .during(|| "making the root read-only".into())?;
     }
     change_root(&root, bundle.is_some_and(|b| b.no_pivot))?;
+    // A shared one cannot be pivoted to.
+    if let Some((kind @ (libc::MS_SHARED | libc::MS_UNBINDABLE), below)) = propagation {
+        set_propagation(root.as_fd(), kind, below)?;
+    }
     Ok(terminal)
 }
 
@@ -95,11 +105,11 @@ fn change_root(root: &OwnedFd, no_pivot: bool) -> Result<()> {
     rustix::process::chdir("/").during(|| "entering /".into())
 }
 
-/// `linux.rootfsPropagation`; private where nothing is said.
-fn set_propagation(root: BorrowedFd<'_>, wanted: Option<&str>) -> Result<()> {
-    let (propagation, below) = match wanted {
-        None | Some("") | Some("rprivate") => (libc::MS_PRIVATE, true),
-        Some("private") => (libc::MS_PRIVATE, false),
+/// `linux.rootfsPropagation`, and whether it is of all mounts below; private where nothing is said.
+fn root_propagation(wanted: Option<&str>) -> Result<(u64, bool)> {
+    Ok(match wanted {
+        None | Some("" | "private") => (libc::MS_PRIVATE, false),
+        Some("rprivate") => (libc::MS_PRIVATE, true),
         Some("slave") => (libc::MS_SLAVE, false),
         Some("rslave") => (libc::MS_SLAVE, true),
         Some("shared") => (libc::MS_SHARED, false),
@@ -109,7 +119,10 @@ fn set_propagation(root: BorrowedFd<'_>, wanted: Option<&str>) -> Result<()> {
         Some(other) => {
             return Err(Error::Refused(format!("linux.rootfsPropagation: {other:?}: no such propagation")));
         }
-    };
+    })
+}
+
+fn set_propagation(root: BorrowedFd<'_>, propagation: u64, below: bool) -> Result<()> {
     mount_setattr(root, below, &MountAttr { propagation, ..Default::default() })
         .during(|| "linux.rootfsPropagation".into())
 }
@@ -143,7 +156,10 @@ fn attach_one(
         }
     }
     match (&mount.source, mount.kind.as_str()) {
-        (Some(source), _) => place(&source.mount, &target).during(|| "attaching".into()),
+        (Some(source), _) => {
+            place(&source.mount, &target).during(|| "attaching".into())?;
+            if bundle.is_some() { propagate(source.mount.as_fd(), mount) } else { Ok(()) }
+        }
         (None, "cgroup") => super::cgroups::mount(root, mount, hierarchies, own_cgroup_view(spec, bundle)),
         (None, kind) => {
             let tree = make(kind, mount, bundle.is_some())?;
@@ -154,14 +170,19 @@ fn attach_one(
                 mount_setattr(tree.as_fd(), false, &MountAttr { set: MOUNT_ATTR_RDONLY, ..Default::default() })
                     .during(|| "making it read-only".into())?;
             }
-            if mount.options.propagation != 0 {
-                let propagation = mount.options.propagation;
-                mount_setattr(tree.as_fd(), false, &MountAttr { propagation, ..Default::default() })
-                    .during(|| "setting its propagation".into())?;
-            }
-            place(&tree, &target).during(|| "attaching".into())
+            place(&tree, &target).during(|| "attaching".into())?;
+            // Only here: below a shared mount it has just become one.
+            propagate(tree.as_fd(), mount)
         }
     }
+}
+
+fn propagate(tree: BorrowedFd<'_>, mount: &PreparedMount) -> Result<()> {
+    if mount.options.propagation == 0 {
+        return Ok(());
+    }
+    let attr = MountAttr { propagation: mount.options.propagation, ..Default::default() };
+    mount_setattr(tree, mount.options.propagation_below, &attr).during(|| "setting its propagation".into())
 }
 
 /// Files of `/proc` that others put a container's own view over.
