@@ -120,7 +120,7 @@ fn manifests_must_be_whole() {
 fn lists_come_in_pages() {
     let registry = Registry::start();
     let (layer, config) = small_image("1");
-    for tag in ["c", "a", "b", "A"] {
+    for tag in ["c", "a", "B", "A"] {
         registry.push_image("shop/app", tag, &config, &layer);
     }
     registry.push_image("zoo", "1", &config, &layer);
@@ -128,12 +128,12 @@ fn lists_come_in_pages() {
         let reply = registry.get(&format!("/v2/shop/app/tags/list{query}"));
         (reply.json()["tags"].clone(), reply.header("link").to_owned())
     };
-    assert_eq!(tags("").0, serde_json::json!(["A", "a", "b", "c"]));
+    assert_eq!(tags("").0, serde_json::json!(["A", "a", "B", "c"]), "case does not order");
     assert_eq!(
         tags("?n=2"),
         (serde_json::json!(["A", "a"]), "</v2/shop/app/tags/list?n=2&last=a>; rel=\"next\"".into())
     );
-    assert_eq!(tags("?n=2&last=a"), (serde_json::json!(["b", "c"]), String::new()));
+    assert_eq!(tags("?n=2&last=a"), (serde_json::json!(["B", "c"]), String::new()));
     assert_eq!(tags("?n=0").0, serde_json::json!([]));
     assert_eq!(registry.get("/v2/_catalog").json()["repositories"], serde_json::json!(["shop/app", "zoo"]));
     assert_eq!(registry.get("/v2/_catalog?n=x").status, 400);
