@@ -64,7 +64,12 @@ pub enum Error {
     Registry { host: String, why: String },
     #[error("registry {host} does not know {what} (404); check the name and the tag")]
     RegistryNotFound { host: String, what: String },
-    #[error("registry {host} refuses access to {what} ({status}); give credentials that may pull it")]
+    /// Said again it would be refused again.
+    #[error("registry {host} refused {what} ({status}): {said}")]
+    Refused { host: String, what: String, status: u16, said: String },
+    #[error(
+        "registry {host} refuses access to {what} ({status}); give credentials that may (docker login, or --authfile)"
+    )]
     Unauthorized { host: String, what: String, status: u16 },
 }
 

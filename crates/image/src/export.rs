@@ -12,13 +12,21 @@ use std::io::BufWriter;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+/// What an image consists of, each part once.
+pub(crate) struct Exported {
+    pub root: Descriptor,
+    /// Indexes before what they name.
+    pub manifests: Vec<Descriptor>,
+    pub blobs: Vec<Descriptor>,
+}
+
 impl Store {
     /// Exports to a file: temporary name, synced, renamed. An index of which some platforms are missing here is
     /// exported as this machine's image alone.
     pub fn export(&self, reference: &str, to: &Path, progress: ProgressFn) -> Result<Digest> {
         let found = self.find(reference)?;
-        let mut blobs = Vec::new();
-        let root = self.export_root(&found, &mut blobs)?;
+        let Exported { root, manifests, blobs } = self.exported(&found)?;
+        let blobs: Vec<Digest> = manifests.iter().chain(&blobs).map(|d| d.digest).collect();
         let mut named = root.clone();
         named
             .annotations
@@ -46,42 +54,41 @@ impl Store {
         Ok(root.digest)
     }
 
-    fn export_root(&self, found: &crate::lookup::Found, blobs: &mut Vec<Digest>) -> Result<Descriptor> {
-        let mut seen = BTreeSet::new();
+    /// All of an image, or where some platforms of an index are missing here, this machine's image alone.
+    pub(crate) fn exported(&self, found: &crate::lookup::Found) -> Result<Exported> {
         let whole = Descriptor::new(&found.record.media_type, found.record.digest, found.record.size);
-        if self.gather(&whole, blobs, &mut seen).is_ok() {
-            return Ok(whole);
+        if let Ok(exported) = self.gather(&whole) {
+            return Ok(exported);
         }
-        blobs.clear();
-        seen.clear();
         let (digest, manifest) = self.manifest_for(found, &Platform::host())?;
         let bytes = self.blob_read(&digest, MANIFEST_LIMIT)?;
         let kind = manifest.media_type.as_deref().unwrap_or(media::OCI_MANIFEST);
-        let one = Descriptor::of(kind, &bytes);
-        self.gather(&one, blobs, &mut seen)?;
-        Ok(one)
+        self.gather(&Descriptor::of(kind, &bytes))
     }
 
-    /// Lists the blobs of an image, each once.
-    fn gather(&self, root: &Descriptor, blobs: &mut Vec<Digest>, seen: &mut BTreeSet<Digest>) -> Result<()> {
+    fn gather(&self, root: &Descriptor) -> Result<Exported> {
+        let mut exported = Exported { root: root.clone(), manifests: Vec::new(), blobs: Vec::new() };
+        let mut seen = BTreeSet::new();
         let mut todo = vec![root.clone()];
         while let Some(descriptor) = todo.pop() {
-            let mut named = vec![descriptor.digest];
+            if !seen.insert(descriptor.digest) {
+                continue;
+            }
+            self.blob_claim(&descriptor.digest)?.ok_or(Error::BlobUnknown(descriptor.digest))?;
             match self.document(&descriptor.digest, Some(&descriptor.media_type))?.0 {
                 Document::Manifest(manifest) => {
-                    named.push(manifest.config.digest);
-                    named.extend(manifest.layers.iter().filter(|l| !l.is_foreign()).map(|l| l.digest));
+                    for blob in manifest.layers.into_iter().filter(|l| !l.is_foreign()).chain([manifest.config]) {
+                        self.blob_claim(&blob.digest)?.ok_or(Error::BlobUnknown(blob.digest))?;
+                        if seen.insert(blob.digest) {
+                            exported.blobs.push(blob);
+                        }
+                    }
                 }
                 Document::Index(index) => todo.extend(index.manifests),
             }
-            for digest in named {
-                self.blob_claim(&digest)?.ok_or(Error::BlobUnknown(digest))?;
-                if seen.insert(digest) {
-                    blobs.push(digest);
-                }
-            }
+            exported.manifests.push(descriptor);
         }
-        Ok(())
+        Ok(exported)
     }
 
     fn write_layout(&self, to: &Path, index: &[u8], blobs: &[Digest], progress: ProgressFn) -> Result<()> {

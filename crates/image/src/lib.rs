@@ -41,6 +41,7 @@ mod links;
 mod lookup;
 mod manifest;
 mod pull;
+mod push;
 mod reference;
 mod refs;
 mod resolve;

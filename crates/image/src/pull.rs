@@ -4,7 +4,8 @@
 //! stopped, and a blob only when its digest fits. The name is given last.
 
 mod auth;
-mod client;
+pub(crate) mod client;
+mod follow;
 mod tls;
 
 pub use auth::Credentials;
@@ -18,14 +19,16 @@ use crate::resolve::KindName;
 use crate::spec::{Descriptor, Document, Manifest, Platform, media};
 use crate::store::{Progress, ProgressFn, Store};
 use client::Client;
+use follow::{EndOnDrop, Watch};
 use futures::stream;
 use http_body_util::BodyExt;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-mod futures {
+pub(crate) mod futures {
     /// Runs futures, at most `width` at once; the first error ends all.
     pub async fn stream<F, E>(tasks: Vec<F>, width: usize) -> Result<(), E>
     where
@@ -64,12 +67,19 @@ pub struct PullOptions {
     pub insecure_hosts: Vec<String>,
     /// PEM certificates trusted besides the system's.
     pub ca_certificates: Option<PathBuf>,
+    /// Registries to ask first: for a host, `host[:port][/prefix]`, in this order.
+    pub mirrors: Vec<(String, String)>,
+    /// How long a registry may send or take nothing. Default: a minute.
+    pub silence: Option<std::time::Duration>,
 }
+
+/// Begins to unpack a layer that is on its way.
+type Unpack<'a> = &'a dyn Fn(Descriptor, Digest) -> Arc<Watch>;
 
 /// Blobs downloaded at once.
 const PARALLEL: usize = 3;
 /// Tries to continue one blob after the connection broke.
-const TRIES: u32 = 4;
+pub(crate) const TRIES: u32 = 4;
 /// Between looks at a blob that another process is downloading.
 const LOCK_POLL: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -88,8 +98,20 @@ impl Store {
             .enable_all()
             .build()
             .map_err(io("start a runtime for", reference))?;
-        let (manifest, digest) = runtime.block_on(self.pull_async(&remote, options, progress))?;
-        drop(runtime);
+        let (manifest, digest) = std::thread::scope(|scope| {
+            let unpack = |layer: Descriptor, diff_id: Digest| {
+                let watch = Arc::new(Watch::default());
+                let followed = watch.clone();
+                let work = move || self.unpack_following(&layer, &diff_id, &followed);
+                if let Err(error) = std::thread::Builder::new().name("unpack".into()).spawn_scoped(scope, work) {
+                    tracing::debug!(%error, "layers are unpacked once they are here");
+                }
+                watch
+            };
+            let pulled = runtime.block_on(self.pull_from_any(&remote, options, progress, &unpack));
+            drop(runtime);
+            pulled
+        })?;
         let wanted = options.platform.clone().unwrap_or_else(Platform::host);
         self.check_and_unpack(&remote.to_string(), &manifest, &wanted, progress)?;
         progress(Progress::Step("done".into()));
@@ -100,24 +122,51 @@ impl Store {
         reference.split_once('/').is_some_and(|(first, _)| self.local_hosts().iter().any(|h| h == first))
     }
 
-    async fn pull_async(
+    /// From the first mirror that has it, else from the registry itself. Blobs that one has given stay.
+    async fn pull_from_any(
         &self,
         remote: &Reference,
         options: &PullOptions,
         progress: ProgressFn<'_>,
+        unpack: Unpack<'_>,
     ) -> Result<(Manifest, Digest)> {
         let host = remote.repository.host.clone().unwrap_or_else(|| DOCKER_HUB.into());
-        let client = Client::new(&host, &remote.repository.path, options)?;
+        for (_, mirror) in options.mirrors.iter().filter(|(of, _)| *of == host) {
+            let (at, prefix) = mirror.split_once('/').unwrap_or((mirror, ""));
+            let path = format!("{prefix}/{}", remote.repository.path);
+            // The registry's credentials are not the mirror's.
+            let options = PullOptions { credentials: None, ..options.clone() };
+            let client = Client::new(at, path.trim_start_matches('/'), &options, "pull")?;
+            match self.pull_async(&client, at, remote, &options, progress, unpack).await {
+                Ok(pulled) => return Ok(pulled),
+                Err(error @ (Error::Io { .. } | Error::Platform { .. } | Error::TooLarge { .. })) => return Err(error),
+                Err(error) => progress(Progress::Step(format!("mirror {at}: {}", error.chain()))),
+            }
+        }
+        let client = Client::new(&host, &remote.repository.path, options, "pull")?;
+        self.pull_async(&client, &host, remote, options, progress, unpack).await
+    }
+
+    async fn pull_async(
+        &self,
+        client: &Client,
+        host: &str,
+        remote: &Reference,
+        options: &PullOptions,
+        progress: ProgressFn<'_>,
+        unpack: Unpack<'_>,
+    ) -> Result<(Manifest, Digest)> {
         progress(Progress::Step(format!("asking {host} for {remote}")));
         let selector = remote.selector();
-        let top = self.fetch_manifest(&client, &selector, remote).await?;
+        let top = retried("manifest", progress, || self.fetch_manifest(client, &selector, remote)).await?;
         let wanted = options.platform.clone().unwrap_or_else(Platform::host);
         let (document, _) = Document::parse(Some(&top.media_type), &top.bytes)?;
         let (manifest, child) = match document {
             Document::Manifest(manifest) => (manifest, None),
             Document::Index(index) => {
                 let chosen = choose(&remote.to_string(), &index.manifests, &wanted)?;
-                let fetched = self.fetch_manifest(&client, &Selector::Digest(chosen.digest), remote).await?;
+                let selector = Selector::Digest(chosen.digest);
+                let fetched = retried("manifest", progress, || self.fetch_manifest(client, &selector, remote)).await?;
                 match Document::parse(Some(&fetched.media_type), &fetched.bytes)?.0 {
                     Document::Manifest(manifest) => (manifest, Some(fetched)),
                     Document::Index(_) => return Err(Error::invalid(remote.to_string(), "an index within an index")),
@@ -128,16 +177,21 @@ impl Store {
             return Err(Error::invalid(remote.to_string(), format!("more than {} layers", self.limits().layers)));
         }
         // The configuration first: an image for another machine is refused before its layers travel.
-        self.fetch_blob(&client, &manifest.config, "configuration", progress).await?;
+        self.fetch_blob(client, &manifest.config, "configuration", progress, None).await?;
         self.refuse_other_platform(remote, &manifest, &wanted)?;
+        let diff_ids = match KindName::of(&manifest) {
+            KindName::Container => self.config_of(&manifest)?.rootfs.diff_ids,
+            KindName::Component | KindName::Disk | KindName::Artifact => Vec::new(),
+        };
         let count = manifest.layers.len();
         let mut once = std::collections::BTreeSet::new();
         let layers = manifest.layers.iter().enumerate().filter(|(_, l)| !l.is_foreign() && once.insert(l.digest)).map(
             |(number, layer)| {
-                let client = &client;
+                let diff_id = diff_ids.get(number).filter(|_| diff_ids.len() == count).copied();
                 async move {
                     let label = format!("layer {} of {count}", number + 1);
-                    self.fetch_blob(client, layer, &label, progress).await
+                    let unpack = diff_id.map(|diff_id| (unpack, diff_id));
+                    self.fetch_blob(client, layer, &label, progress, unpack).await
                 }
             },
         );
@@ -201,6 +255,7 @@ impl Store {
         blob: &Descriptor,
         label: &str,
         progress: ProgressFn<'_>,
+        unpack: Option<(Unpack<'_>, Digest)>,
     ) -> Result<()> {
         if self.blob_claim(&blob.digest)? == Some(blob.size) {
             return Ok(());
@@ -218,18 +273,13 @@ impl Store {
             }
         };
         if self.blob_claim(&blob.digest)? != Some(blob.size) {
-            let mut tries = 0;
-            loop {
-                match self.fetch_into_partial(client, blob, label, progress).await {
-                    Ok(()) => break,
-                    Err(error) if error.is_transient() && tries + 1 < TRIES => {
-                        tries += 1;
-                        progress(Progress::Step(format!("{label}: {}; continuing", error.chain())));
-                        tokio::time::sleep(std::time::Duration::from_millis(300 << tries)).await;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+            let watch = match unpack {
+                Some((unpack, diff_id)) if !self.layer_claim(&diff_id)? => unpack(blob.clone(), diff_id),
+                _ => Arc::default(),
+            };
+            let _ends = EndOnDrop(&watch);
+            retried(label, progress, || self.fetch_into_partial(client, blob, label, progress, &watch)).await?;
+            watch.end(true);
         }
         self.forget_lock(&name, lock);
         Ok(())
@@ -241,6 +291,7 @@ impl Store {
         blob: &Descriptor,
         label: &str,
         progress: ProgressFn<'_>,
+        watch: &Watch,
     ) -> Result<()> {
         let path = self.root().join("partial").join(blob.digest.hex());
         let mut file = File::options()
@@ -271,6 +322,7 @@ impl Store {
             if have > 0 {
                 hasher.consume(&mut file).map_err(io("read", &path))?;
             }
+            watch.begin(&path, have);
             let mut body = response.into_body();
             while let Some(frame) = client.timed(body.frame(), label).await? {
                 let frame = frame.map_err(|e| client.failed(format!("{label}: {}", client::chain(&e))))?;
@@ -283,6 +335,7 @@ impl Store {
                 }
                 file.write_all(&data).map_err(io("write", &path))?;
                 hasher.update(&data);
+                watch.grown(have);
                 progress(Progress::Bytes { what: label.to_owned(), done: have, total: Some(blob.size) });
             }
             if have < blob.size {
@@ -297,6 +350,25 @@ impl Store {
             return Err(Error::DigestMismatch { what: label.to_owned(), expected: blob.digest, actual });
         }
         self.blob_adopt(&path, &file, &blob.digest)
+    }
+}
+
+/// Tries again, each time after twice the pause, what may go better then.
+pub(crate) async fn retried<T, F: Future<Output = Result<T>>>(
+    what: &str,
+    progress: ProgressFn<'_>,
+    mut work: impl FnMut() -> F,
+) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        match work().await {
+            Err(error) if error.is_transient() && tries + 1 < TRIES => {
+                tries += 1;
+                progress(Progress::Step(format!("{what}: {}; trying again", error.chain())));
+                tokio::time::sleep(std::time::Duration::from_millis(300 << tries)).await;
+            }
+            other => return other,
+        }
     }
 }
 

@@ -155,16 +155,31 @@ impl Store {
         let layer = blob.to_string();
         let archive_error = |why: String| Error::Archive { layer: layer.clone(), why };
         let compression = sniff(&mut file).map_err(io("read", &layer))?.map_err(|why| archive_error(why.to_owned()))?;
+        let reader = BufReader::with_capacity(256 * 1024, file);
+        let diff_id = self.unpack_reader(&layer, compression, reader, temporary, expected)?;
+        self.layer_adopt(temporary, &diff_id)?;
+        Ok(diff_id)
+    }
+
+    /// Unpacks into a directory that has no final name yet; all of it is on the disk then.
+    pub(crate) fn unpack_reader(
+        &self,
+        layer: &str,
+        compression: Compression,
+        reader: impl Read,
+        temporary: &std::path::Path,
+        expected: Option<&Digest>,
+    ) -> Result<Digest> {
+        let archive_error = |why: String| Error::Archive { layer: layer.to_owned(), why };
         let content = temporary.join("fs");
         crate::store::make_dir(&content, 0o755)?;
         let root = crate::store::open_dir(&content)?;
         // Modes are set explicitly, but `mkdir` above obeyed the umask.
         rustix::fs::fchmod(&root, rustix::fs::Mode::from_raw_mode(0o755)).map_err(io("chmod", &content))?;
 
-        let guard = guarded(BufReader::with_capacity(256 * 1024, file), compression, self.limits())
-            .map_err(|e| archive_error(e.to_string()))?;
+        let guard = guarded(reader, compression, self.limits()).map_err(|e| archive_error(e.to_string()))?;
         let mut archive = Archive::new(guard);
-        let mut tree = Tree::new(root, &layer);
+        let mut tree = Tree::new(root, layer);
         let mut entries = 0u64;
         while let Some(entry) = archive.next().map_err(|e| archive_error(chain(&e)))? {
             entries += 1;
@@ -188,11 +203,10 @@ impl Store {
             });
         }
         rustix::fs::syncfs(&root).map_err(io("sync", &content))?;
-        self.layer_adopt(temporary, &diff_id)?;
         Ok(diff_id)
     }
 
-    fn layer_adopt(&self, temporary: &std::path::Path, diff_id: &Digest) -> Result<()> {
+    pub(crate) fn layer_adopt(&self, temporary: &std::path::Path, diff_id: &Digest) -> Result<()> {
         let dir = self.layer_dir(diff_id);
         let _lock = self.shared()?;
         match fs::rename(temporary, &dir) {

@@ -1,105 +1,14 @@
 //! Pulling from registries that behave badly: ones that ask for tokens, break connections, redirect and lie.
 
+mod common;
+
+use common::{Asked, Server, answer};
 use image::{Credentials, Digest, Error, PullOptions, Store, silent};
 use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-
-/// One request as a test sees it.
-#[derive(Clone, Debug)]
-struct Asked {
-    path: String,
-    headers: HashMap<String, String>,
-}
-
-/// What a test answers: status, headers, body, and after how many bytes of the body to hang up.
-struct Answer {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: Vec<u8>,
-    cut: Option<usize>,
-}
-
-fn answer(status: u16, body: impl Into<Vec<u8>>) -> Answer {
-    Answer { status, headers: Vec::new(), body: body.into(), cut: None }
-}
-
-impl Answer {
-    fn with(mut self, name: &str, value: impl Into<String>) -> Answer {
-        self.headers.push((name.into(), value.into()));
-        self
-    }
-}
-
-/// An HTTP server on loopback that answers as it is told.
-struct Server {
-    address: SocketAddr,
-    stop: Arc<AtomicBool>,
-    asked: Arc<Mutex<Vec<Asked>>>,
-}
-
-impl Server {
-    fn start(respond: impl Fn(&Asked) -> Answer + Send + Sync + 'static) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (stop, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
-        let (stopped, seen, respond) = (stop.clone(), asked.clone(), Arc::new(respond));
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                if stopped.load(Ordering::Relaxed) {
-                    return;
-                }
-                let (seen, respond) = (seen.clone(), respond.clone());
-                std::thread::spawn(move || {
-                    let mut reader = BufReader::new(stream);
-                    let mut lines = Vec::new();
-                    loop {
-                        let mut line = String::new();
-                        if reader.read_line(&mut line).unwrap_or(0) == 0 {
-                            return;
-                        }
-                        match line.trim_end() {
-                            "" => break,
-                            line => lines.push(line.to_owned()),
-                        }
-                    }
-                    let path = lines[0].split(' ').nth(1).unwrap().to_owned();
-                    let headers = lines[1..].iter().filter_map(|l| l.split_once(": "));
-                    let headers = headers.map(|(n, v)| (n.to_lowercase(), v.to_owned())).collect();
-                    let asked = Asked { path, headers };
-                    let answer = respond(&asked);
-                    seen.lock().unwrap().push(asked);
-                    let mut head = format!("HTTP/1.1 {} X\r\nconnection: close\r\n", answer.status);
-                    for (name, value) in &answer.headers {
-                        head.push_str(&format!("{name}: {value}\r\n"));
-                    }
-                    head.push_str(&format!("content-length: {}\r\n\r\n", answer.body.len()));
-                    let mut stream = reader.into_inner();
-                    let _ = stream.write_all(head.as_bytes());
-                    let _ = stream.write_all(&answer.body[..answer.cut.unwrap_or(answer.body.len())]);
-                    if answer.cut.is_none() {
-                        let _ = stream.shutdown(std::net::Shutdown::Write);
-                        let _ = stream.read(&mut [0u8; 16]);
-                    }
-                });
-            }
-        });
-        Server { address, stop, asked }
-    }
-
-    fn asked(&self) -> Vec<Asked> {
-        self.asked.lock().unwrap().clone()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        let _ = std::net::TcpStream::connect(self.address);
-    }
-}
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// An artifact of one large blob: manifest, configuration, blob.
 struct Artifact {
@@ -120,7 +29,7 @@ fn artifact() -> Artifact {
 }
 
 impl Artifact {
-    fn answer(&self, asked: &Asked) -> Answer {
+    fn answer(&self, asked: &Asked) -> common::Answer {
         let last = asked.path.rsplit('/').next().unwrap();
         if asked.path.contains("/manifests/") {
             return answer(200, self.manifest.clone()).with("content-type", image::media::OCI_MANIFEST);

@@ -7,7 +7,7 @@ use super::{mounts, parse, words};
 pub(crate) fn containerfile(text: &str) {
     let _ = parse::parse("Containerfile", text);
     let _ = parse::trigger(text);
-    let lookup = |name: &str| (name.len() % 2 == 0).then(|| name.to_owned());
+    let lookup = |name: &str| name.len().is_multiple_of(2).then(|| name.to_owned());
     for escape in ['\\', '`'] {
         let _ = (
             words::split(text, escape),
