@@ -5,6 +5,7 @@
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
+//! - [`refused::RefusedLog`] tells which packets were refused.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
 //!
 //! A workload reaches nobody until a policy, or the default of its namespace, says so; the router refuses everything else
@@ -22,6 +23,7 @@ mod journal;
 mod ns;
 pub mod policy;
 mod probe;
+pub mod refused;
 mod router;
 mod services;
 mod sys;

@@ -273,3 +273,26 @@ fn machines_and_rules_by_the_thousand() {
     println!("500 profiles and groups in {all:?}; one member less in {:?}", begun.elapsed());
     assert!(call_from(&client, server.address, 80).is_err());
 }
+
+#[test]
+fn what_is_refused_is_told() {
+    let Some(lab) = lab() else { return };
+    let a = lab.pod("a");
+    let stranger = lab.attach(&AttachRequest { namespace: "other".into(), ..request("stranger") });
+    let log = network::refused::RefusedLog::start(lab.router()).unwrap();
+    assert!(call_from(&stranger, a.address, 80).is_err());
+    assert!(call_from(&stranger, Ipv4Addr::new(169, 254, 169, 254), 443).is_err());
+    eventually("both are told", || log.since(0).len() == 2);
+    let told: Vec<_> =
+        log.since(0).iter().map(|r| (r.flow.source, r.flow.destination, r.flow.protocol, r.flow.port)).collect();
+    let metadata = Ipv4Addr::new(169, 254, 169, 254);
+    assert_eq!(told, [(stranger.address, a.address, 6, 80), (stranger.address, metadata, 6, 443)]);
+    assert!(log.since(2).is_empty());
+    // A flood of them is cut to some tens a second.
+    let begun = Instant::now();
+    for _ in 0..400 {
+        assert!(call_from(&stranger, a.address, 80).is_err());
+    }
+    let most = 100.0 + begun.elapsed().as_secs_f64() * 50.0;
+    assert!((log.since(2).len() as f64) < most, "{} of 400 told", log.since(2).len());
+}

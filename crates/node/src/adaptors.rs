@@ -170,6 +170,10 @@ impl RouterNetworks {
         RouterNetworks { router, dns: OnceLock::new() }
     }
 
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+
     async fn run<T: Send + 'static>(
         &self,
         operation: &'static str,

@@ -7,6 +7,7 @@ use crate::down;
 use crate::etc_files::Resolver;
 use crate::events::Recorder;
 use crate::pod::{self, Update};
+use crate::policy::inspect::Inspector;
 use crate::policy::{Enforced, Enforcer};
 use crate::ports::{Images, Networks};
 use crate::proxy;
@@ -166,13 +167,15 @@ impl Running {
         let slices = follow("discovery.k8s.io", "endpointslices", ListOptions::default());
         let mut helpers = JoinSet::new();
         let mut networks = agent.networks.clone();
-        if agent.router.is_some() {
+        if let Some(router) = &agent.router {
             let policies = follow("networking.k8s.io", "networkpolicies", ListOptions::default());
             let namespaces = follow("", "namespaces", ListOptions::default());
             let inner = networks.clone();
             let enforcer = Enforcer::new(config.isolation, inner.clone(), policies, namespaces, pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
+            let inspector = Inspector::new(router.router(), enforcer.clone(), services.clone(), slices.clone());
+            helpers.spawn(inspector.run(config.run_dir.clone()));
             networks = Arc::new(Enforced { inner, enforcer });
         }
         helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));

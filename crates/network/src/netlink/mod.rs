@@ -129,6 +129,18 @@ impl Socket {
         })
     }
 
+    /// Hands over datagrams that came without being asked for, until none is queued.
+    pub(crate) fn receive(&mut self, mut each: impl FnMut(&[u8])) -> Result<()> {
+        loop {
+            match rustix::io::read(&self.fd, &mut self.buffer[..]) {
+                Ok(read) => each(self.buffer.get(..read).unwrap_or_default()),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Ok(()),
+                Err(errno) => return Err(Error::errno("receive from netlink")(errno)),
+            }
+        }
+    }
+
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         if bytes.len() > MAX_BATCH {
             return Err(Error::Protocol("more changes at once than the kernel takes"));
@@ -164,6 +176,12 @@ impl Socket {
                 }
             }
         }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> rustix::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

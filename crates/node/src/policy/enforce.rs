@@ -10,8 +10,8 @@ use network::Isolation;
 use serde_json::Value;
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::sync::Mutex;
 
@@ -28,6 +28,7 @@ pub(crate) struct Enforcer {
     pods: Informer,
     asked: AtomicU64,
     work: Mutex<Work>,
+    current: RwLock<Arc<Compiled>>,
 }
 
 #[derive(Default)]
@@ -46,7 +47,21 @@ impl Enforcer {
         namespaces: Informer,
         pods: Informer,
     ) -> Enforcer {
-        Enforcer { isolation, networks, policies, namespaces, pods, asked: AtomicU64::new(0), work: Mutex::default() }
+        Enforcer {
+            isolation,
+            networks,
+            policies,
+            namespaces,
+            pods,
+            asked: AtomicU64::new(0),
+            work: Mutex::default(),
+            current: RwLock::default(),
+        }
+    }
+
+    /// What the network enforces now.
+    pub fn current(&self) -> Arc<Compiled> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Follows the API until cancelled.
@@ -87,7 +102,8 @@ impl Enforcer {
         let upto = self.asked.load(Ordering::Acquire);
         let leases = self.networks.leases().await;
         let compiled = self.compile(&mut work, &leases);
-        self.networks.sync_policies(compiled).await?;
+        self.networks.sync_policies(compiled.clone()).await?;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(compiled);
         work.done = upto;
         Ok(())
     }

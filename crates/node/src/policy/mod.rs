@@ -3,8 +3,10 @@
 //!
 //! - [`compile`]: pure; policies, namespaces and pods in, [`network::Policies`] out.
 //! - `enforce`: follows the API, and admits each pod to the network before its first container starts.
+//! - [`inspect`]: says whether and why a connection passes, and what was refused, over a socket for the command line.
 
 mod enforce;
+pub mod inspect;
 mod parse;
 
 pub(crate) use enforce::{Enforced, Enforcer};

@@ -1,0 +1,313 @@
+//! What `atoll network` asks: a socket in the run directory, which only root can enter. One line of JSON asks, lines of
+//! JSON answer.
+
+use super::{Compiled, Enforcer};
+use crate::ports::Protocol;
+use crate::proxy;
+use api::informer::Informer;
+use network::policy::{Flow, Reason};
+use network::refused::{Refused, RefusedLog};
+use network::{Router, RouterConfig};
+use serde::{Deserialize, Serialize};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+
+/// In the run directory.
+pub const SOCKET: &str = "network.sock";
+const MAX_QUESTION: u64 = 4096;
+/// How often a follower of the log is told what is new.
+const TURN: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Question {
+    /// Whether a connection passes, and why.
+    Explain { from: String, to: String, protocol: String, port: Option<u16> },
+    /// What was refused.
+    Log { follow: bool },
+}
+
+/// One way that a connection may go; a Service has one for each endpoint.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Explained {
+    pub from: String,
+    pub to: String,
+    pub protocol: String,
+    pub port: Option<u16>,
+    pub allowed: bool,
+    /// Why the source's side lets it out, or not.
+    pub egress: String,
+    /// Why the destination's side lets it in, or not.
+    pub ingress: String,
+}
+
+/// A refused packet.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Told {
+    /// Milliseconds since 1970.
+    pub at: u64,
+    pub from: String,
+    pub to: String,
+    pub protocol: String,
+    pub port: u16,
+    pub why: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Answer {
+    Explained(Explained),
+    Refused(Told),
+    Error(String),
+}
+
+pub(crate) struct Inspector {
+    config: RouterConfig,
+    enforcer: Arc<Enforcer>,
+    services: Informer,
+    slices: Informer,
+    log: Option<RefusedLog>,
+}
+
+impl Inspector {
+    pub fn new(router: &Router, enforcer: Arc<Enforcer>, services: Informer, slices: Informer) -> Inspector {
+        let log = match RefusedLog::start(router) {
+            Ok(log) => Some(log),
+            Err(error) => {
+                tracing::warn!("atoll network log will show nothing: {error}");
+                None
+            }
+        };
+        Inspector { config: router.config().clone(), enforcer, services, slices, log }
+    }
+
+    /// Answers until cancelled.
+    pub async fn run(self, run_dir: PathBuf) {
+        let listener = match listen(&run_dir.join(SOCKET)) {
+            Ok(listener) => listener,
+            Err(error) => return tracing::warn!("atoll network cannot ask: {}: {error}", run_dir.display()),
+        };
+        let inspector = Arc::new(self);
+        let mut clients = tokio::task::JoinSet::new();
+        loop {
+            tokio::select! {
+                accepted = listener.accept() => {
+                    if let Ok((stream, _)) = accepted && clients.len() < 16 {
+                        let inspector = inspector.clone();
+                        clients.spawn(async move { inspector.serve(stream).await });
+                    }
+                }
+                Some(_) = clients.join_next() => {}
+            }
+        }
+    }
+
+    async fn serve(&self, stream: UnixStream) {
+        let (read, mut write) = stream.into_split();
+        let mut lines = BufReader::new(read.take(MAX_QUESTION)).lines();
+        let question = match lines.next_line().await {
+            Ok(Some(line)) => serde_json::from_str::<Question>(&line).map_err(|error| error.to_string()),
+            _ => return,
+        };
+        match question {
+            Ok(Question::Explain { from, to, protocol, port }) => {
+                let answers = self.explain(&from, &to, &protocol, port);
+                let answers = match answers {
+                    Ok(all) => all.into_iter().map(Answer::Explained).collect(),
+                    Err(error) => vec![Answer::Error(error)],
+                };
+                let _ = write_all(&mut write, &answers).await;
+            }
+            Ok(Question::Log { follow }) => {
+                let mut after = 0;
+                loop {
+                    let news = self.log.as_ref().map(|log| log.since(after)).unwrap_or_default();
+                    after = news.last().map_or(after, |refused| refused.number);
+                    let current = self.enforcer.current();
+                    let answers: Vec<Answer> =
+                        news.iter().map(|refused| Answer::Refused(self.told(&current, refused))).collect();
+                    if write_all(&mut write, &answers).await.is_err() || !follow {
+                        return;
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(TURN) => {}
+                        // The client says nothing more; its end of the stream is the end.
+                        _ = lines.next_line() => return,
+                    }
+                }
+            }
+            Err(error) => {
+                let _ = write_all(&mut write, &[Answer::Error(error)]).await;
+            }
+        }
+    }
+
+    fn told(&self, current: &Compiled, refused: &Refused) -> Told {
+        let flow = &refused.flow;
+        let (egress, ingress) = self.judge(current, flow);
+        let why = match (&egress, &ingress) {
+            (Err(why), _) => format!("egress: {why}"),
+            (_, Err(why)) => format!("ingress: {why}"),
+            // Policies have changed since, or a packet in the middle of a connection that was ended.
+            (Ok(_), Ok(_)) => "no longer refused".to_owned(),
+        };
+        Told {
+            at: refused.at.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            from: self.name(current, flow.source),
+            to: self.name(current, flow.destination),
+            protocol: protocol_name(flow.protocol),
+            port: flow.port,
+            why,
+        }
+    }
+
+    /// Why each side lets a flow through, or why not.
+    fn judge(&self, current: &Compiled, flow: &Flow) -> (Result<String, String>, Result<String, String>) {
+        if self.is_node(flow.source) {
+            let why = "the node, with its probes and the gateway, reaches every workload".to_owned();
+            return (Ok(why.clone()), Ok(why));
+        }
+        let decision = current.policies.decide(flow);
+        let text = |reason: &Reason| if reason.allows() { Ok(reason.to_string()) } else { Err(reason.to_string()) };
+        if self.is_node(flow.destination) {
+            let dns = flow.destination == self.config.dns_address && flow.port == 53;
+            return match dns || flow.protocol == 1 {
+                true => (Ok("names and ping are for everyone".into()), Ok("names and ping are for everyone".into())),
+                false => (Ok(String::new()), Err("the node and Atoll's own ports are closed to workloads".into())),
+            };
+        }
+        let outside = !self.config.pod_cidr.contains(flow.destination);
+        if outside && !self.config.service_cidr.contains(flow.destination) {
+            let why = "the address is outside, and there is no way outside".to_owned();
+            return (text(&decision.egress), Err(why));
+        }
+        (text(&decision.egress), text(&decision.ingress))
+    }
+
+    fn is_node(&self, address: Ipv4Addr) -> bool {
+        [self.config.router_address(), self.config.dns_address, network::GATEWAY].contains(&address)
+    }
+
+    fn name(&self, current: &Compiled, address: Ipv4Addr) -> String {
+        match current.policies.workloads.get(&address) {
+            Some(workload) => format!("{}/{} ({address})", workload.namespace, workload.name),
+            None if self.is_node(address) => format!("node ({address})"),
+            None => address.to_string(),
+        }
+    }
+
+    fn explain(&self, from: &str, to: &str, protocol: &str, port: Option<u16>) -> Result<Vec<Explained>, String> {
+        let current = self.enforcer.current();
+        let number = match protocol {
+            "tcp" => 6,
+            "udp" => 17,
+            "sctp" => 132,
+            "icmp" => 1,
+            other => return Err(format!("protocol: {other:?}: must be tcp, udp, sctp or icmp")),
+        };
+        let (source, wanted) = (self.resolve(&current, from)?, self.resolve(&current, to)?);
+        let mut destinations = vec![(wanted, port)];
+        if self.config.service_cidr.contains(wanted) && wanted != self.config.dns_address {
+            destinations = self.endpoints(wanted, number, port)?;
+        }
+        let one = |(destination, port): (Ipv4Addr, Option<u16>)| {
+            let flow = Flow { source, destination, protocol: number, port: port.unwrap_or(0) };
+            let (egress, ingress) = self.judge(&current, &flow);
+            let (allowed, text) = (egress.is_ok() && ingress.is_ok(), |side: Result<String, String>| match side {
+                Ok(why) | Err(why) => why,
+            });
+            Explained {
+                from: self.name(&current, source),
+                to: self.name(&current, destination),
+                protocol: protocol.to_owned(),
+                port,
+                allowed,
+                egress: text(egress),
+                ingress: text(ingress),
+            }
+        };
+        Ok(destinations.into_iter().map(one).collect())
+    }
+
+    /// Where connections to a Service's address go.
+    fn endpoints(
+        &self,
+        address: Ipv4Addr,
+        number: u8,
+        port: Option<u16>,
+    ) -> Result<Vec<(Ipv4Addr, Option<u16>)>, String> {
+        let (rules, _) = proxy::compute("", &self.services.list(), &self.slices.list());
+        let of: Vec<_> = rules.iter().filter(|rule| rule.cluster_ip == address).collect();
+        let Some(first) = of.first() else { return Err(format!("{address}: no Service has that address")) };
+        let name = format!("Service {}/{}", first.namespace, first.name);
+        let protocol = |rule: &Protocol| rule.number() == number;
+        let rule = of.iter().find(|rule| protocol(&rule.protocol) && port.is_none_or(|port| port == rule.port));
+        let Some(rule) = rule else {
+            return Err(format!("{name} has no such port; kubectl get service -n {} shows which", first.namespace));
+        };
+        match rule.endpoints.as_slice() {
+            [] => Err(format!("{name} has no endpoint that is ready: connections are refused")),
+            all => Ok(all.iter().map(|(address, port)| (*address, Some(*port))).collect()),
+        }
+    }
+
+    /// `NAMESPACE/POD`, `POD` (of namespace `default`), `svc/NAMESPACE/NAME`, `node` or an address.
+    fn resolve(&self, current: &Compiled, text: &str) -> Result<Ipv4Addr, String> {
+        if text == "node" {
+            return Ok(self.config.router_address());
+        }
+        if let Ok(address) = text.parse() {
+            return Ok(address);
+        }
+        if let Some((namespace, name)) = text.strip_prefix("svc/").and_then(|rest| rest.split_once('/')) {
+            let service = self.services.get(namespace, name);
+            let address = service.as_ref().and_then(|s| s.pointer("/spec/clusterIP")?.as_str()?.parse().ok());
+            return address.ok_or_else(|| format!("{text}: no Service with an address of its own"));
+        }
+        let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+        let found = current.policies.workloads.iter().find(|(_, w)| &*w.namespace == namespace && &*w.name == name);
+        found.map(|(address, _)| *address).ok_or_else(|| {
+            format!(
+                "{text}: no pod {name} with an address in namespace {namespace}; name it NAMESPACE/POD, svc/NAMESPACE/NAME, \
+                 node, or give an IPv4 address"
+            )
+        })
+    }
+}
+
+fn protocol_name(number: u8) -> String {
+    match number {
+        1 => "icmp".into(),
+        6 => "tcp".into(),
+        17 => "udp".into(),
+        132 => "sctp".into(),
+        other => other.to_string(),
+    }
+}
+
+async fn write_all(stream: &mut (impl AsyncWriteExt + Unpin), answers: &[Answer]) -> std::io::Result<()> {
+    let mut text = String::new();
+    for answer in answers {
+        text.push_str(&serde_json::to_string(answer)?);
+        text.push('\n');
+    }
+    stream.write_all(text.as_bytes()).await
+}
+
+/// Root's alone, from the moment it is there.
+fn listen(path: &Path) -> std::io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
