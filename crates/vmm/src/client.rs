@@ -19,6 +19,8 @@ pub enum Request {
     Pause,
     Resume,
     Kill,
+    /// The guest shall give up this many pages of 4 KiB in all.
+    Balloon(u32),
     /// Answered at once; the connection then is the serial console.
     Console,
 }

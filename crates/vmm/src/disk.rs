@@ -1,18 +1,21 @@
 //! A disk's bytes, whatever they are kept in, as the block device uses them.
 
+pub mod qcow2;
 pub mod raw;
 
 use crate::kvm::memory::Memory;
 use crate::kvm::virtio::queue::Segment;
-use crate::machine::{Error, Result};
+use crate::machine::{DiskFormat, Error, Machine, Result};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::RawFd;
-use std::path::Path;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::{Path, PathBuf};
 
 /// Offsets and lengths are bytes, multiples of 512, inside `len`.
 pub trait Disk: Send {
     fn len(&self) -> u64;
+    /// Into the host's own memory.
+    fn read_bytes(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     fn read(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()>;
     fn write(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()>;
     /// All that was written is on stable storage.
@@ -23,24 +26,51 @@ pub trait Disk: Send {
     fn zero(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
 }
 
-/// What a disk's bytes are kept in.
+/// What a disk's bytes are kept in, beside its own file.
 pub enum Kind {
     Raw,
+    /// With what it does not hold: an image that nobody writes.
+    Qcow2 {
+        base: Option<(File, DiskFormat)>,
+    },
 }
 
 impl Kind {
     /// Descriptors beside the disk's own file.
     pub fn descriptors(&self) -> Vec<RawFd> {
         match self {
-            Kind::Raw => Vec::new(),
+            Kind::Raw | Kind::Qcow2 { base: None } => Vec::new(),
+            Kind::Qcow2 { base: Some((file, _)) } => vec![file.as_raw_fd()],
         }
     }
 }
 
-pub fn attach(file: File, kind: &Kind) -> io::Result<Box<dyn Disk>> {
+/// In the jail: from here on the image's own bytes are read.
+pub fn attach(file: File, kind: &Kind, read_only: bool) -> io::Result<Box<dyn Disk>> {
+    let raw = |file: File| raw::Raw::open(file).map(|disk| Box::new(disk) as Box<dyn Disk>);
     match kind {
-        Kind::Raw => Ok(Box::new(raw::Raw::open(file)?)),
+        Kind::Raw => raw(file),
+        Kind::Qcow2 { base } => {
+            let base = match base {
+                None => None,
+                Some((file, DiskFormat::Raw)) => Some(raw(file.try_clone()?)?),
+                Some((file, DiskFormat::Qcow2)) => {
+                    Some(Box::new(qcow2::Qcow2::open(file.try_clone()?, None, false)?) as Box<dyn Disk>)
+                }
+            };
+            Ok(Box::new(qcow2::Qcow2::open(file, base, !read_only)?))
+        }
     }
+}
+
+/// The file that takes a machine's writes to a disk whose image must not change, made if it is not there.
+pub fn overlay(machine: &Machine, index: usize) -> Result<PathBuf> {
+    let path = machine.state_dir.join(format!("disk{index}.qcow2"));
+    if let Some(disk) = machine.disks.get(index).filter(|_| !path.exists()) {
+        let size = crate::qcow2::virtual_size(&disk.path, disk.format == DiskFormat::Qcow2)?;
+        crate::qcow2::create_overlay(&path, size, machine.uid)?;
+    }
+    Ok(path)
 }
 
 /// Opens a disk and locks it for as long as the descriptor lives, in whichever process: one writer, or any number of

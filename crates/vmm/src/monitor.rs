@@ -182,6 +182,7 @@ impl Monitor {
             Request::Reset => control.reset(),
             Request::Pause => control.pause().inspect(|()| lock(&self.state).paused = true),
             Request::Resume => control.resume().inspect(|()| lock(&self.state).paused = false),
+            Request::Balloon(pages) => control.balloon(*pages),
             Request::Kill => {
                 let pid = lock(&self.state).engine_pid as i32;
                 rustix::process::Pid::from_raw(pid).ok_or(Error::NotRunning).and_then(|pid| {

@@ -157,12 +157,10 @@ fn boot_files(b: &mut Builder, machine: &Machine) -> Result<Vec<(PathBuf, PathBu
 
 fn add_disk(b: &mut Builder, machine: &Machine, index: usize, one: &Disk) -> Result<()> {
     let node = format!("disk{index}");
-    let size = qcow2::virtual_size(&one.path, one.format == DiskFormat::Qcow2)?;
+    // refuses images that point outside themselves
+    qcow2::virtual_size(&one.path, one.format == DiskFormat::Qcow2)?;
     if one.overlay && !one.read_only {
-        let overlay = machine.state_dir.join(format!("{node}.qcow2"));
-        if !overlay.exists() {
-            qcow2::create_overlay(&overlay, size, machine.uid)?;
-        }
+        let overlay = disk::overlay(machine, index)?;
         b.node(&format!("{node}-base"), disk::open(&one.path, false)?, one.format, true, None);
         b.node(&node, disk::open(&overlay, true)?, DiskFormat::Qcow2, false, Some(&format!("{node}-base")));
     } else {

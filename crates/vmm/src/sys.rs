@@ -29,7 +29,7 @@ impl GuestPage {
     }
     pub fn write(&self, code: &[u8]) {
         assert!(code.len() <= PAGE);
-        // SAFETY: the mapping is PAGE bytes, checked above, and no guest runs yet.
+        // SAFETY: the mapping is PAGE bytes, checked above, and no vCPU runs: the caller owns it and is here.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.at.cast(), code.len()) }
     }
     pub fn give_to(

@@ -137,6 +137,24 @@ fn every_device_works_from_inside() {
 }
 
 #[test]
+fn an_image_stays_as_it_is_and_its_overlay_keeps_what_was_written() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path(), kernel, "reset");
+    machine.disks[0].overlay = true;
+    let image = std::fs::read(&machine.disks[0].path).unwrap();
+    // the second start finds what the first one wrote
+    for guests in [2, 1] {
+        let _ = std::fs::remove_file(&machine.console.log_path);
+        vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+        let (exit, text) = (end(&machine), console(&machine));
+        assert_good(&text, &exit);
+        assert_eq!(text.matches("guest").count(), guests, "{text}");
+    }
+    assert!(std::fs::read(&machine.disks[0].path).unwrap() == image);
+}
+
+#[test]
 fn a_reset_starts_anew_and_keeps_the_disk() {
     let (text, exit) = run(guest_or_skip!(), "reset");
     assert_good(&text, &exit);

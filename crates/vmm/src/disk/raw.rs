@@ -41,6 +41,9 @@ impl Disk for Raw {
     fn len(&self) -> u64 {
         self.len
     }
+    fn read_bytes(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        std::os::unix::fs::FileExt::read_exact_at(&self.file, buffer, offset)
+    }
     fn read(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()> {
         all(segments, |rest, done| sys::read_at(self.file.as_fd(), memory, rest, offset + done))
     }

@@ -15,8 +15,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 const OEM: [u8; 6] = *b"ATOLL ";
 const TABLE: [u8; 8] = *b"ATOLLVMM";
-/// IA-PC boot architecture flags: no VGA, no MSI, no PCIe ASPM.
-const BOOT_FLAGS: u16 = 0b1_1100;
+/// IA-PC boot architecture flags: no VGA, no MSI, no PCIe ASPM, no CMOS clock.
+const BOOT_FLAGS: u16 = 0b11_1100;
 const SLEEP_TYPE_OFF: u8 = 5;
 
 /// A virtio-mmio device as the guest is told of it.

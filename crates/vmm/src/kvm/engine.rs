@@ -2,9 +2,9 @@
 
 use super::run::{self, Answer, Command, DiskPart, LinkPart, Parts};
 use super::virtio::net::Filter;
-use crate::disk;
+use crate::disk::{self, Kind};
 use crate::engine::{Control, Engine, Plan, Work};
-use crate::machine::{Error, Link, Machine, Result};
+use crate::machine::{Disk, DiskFormat, Error, Link, Machine, Result};
 use crate::sys;
 use kvm_ioctls::Kvm;
 use std::fs::File;
@@ -24,9 +24,6 @@ impl KvmEngine {
         if machine.disks.iter().any(|d| d.bus != "virtio") {
             return Err("it has a disk that is not on virtio");
         }
-        if machine.disks.iter().any(|d| d.format != crate::DiskFormat::Raw || (d.overlay && !d.read_only)) {
-            return Err("it has a qcow2 disk");
-        }
         Ok(())
     }
 }
@@ -42,14 +39,12 @@ impl Engine for KvmEngine {
         let kernel = machine.kernel.as_ref().ok_or_else(|| Error::NoEngine("the KVM engine needs a kernel".into()))?;
         let kvm = Kvm::new().map_err(|e| Error::NoEngine(format!("/dev/kvm: {e}")))?;
         let mut disks = Vec::new();
-        for one in &machine.disks {
-            let file = disk::open(&one.path, !one.read_only)?;
-            let serial = one.serial.clone();
-            disks.push(DiskPart { file, kind: disk::Kind::Raw, read_only: one.read_only, serial });
+        for (index, one) in machine.disks.iter().enumerate() {
+            disks.push(disk_part(machine, index, one)?);
         }
         if let Some(seed) = &machine.seed {
             let file = disk::open(seed, false)?;
-            disks.push(DiskPart { file, kind: disk::Kind::Raw, read_only: true, serial: "cidata".into() });
+            disks.push(DiskPart { file, kind: Kind::Raw, read_only: true, serial: "cidata".into() });
         }
         let (console, their_console) = UnixStream::pair().map_err(Error::io("make channel", "console"))?;
         let (control, their_control) = UnixStream::pair().map_err(Error::io("make channel", "control"))?;
@@ -74,6 +69,22 @@ impl Engine for KvmEngine {
     fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
         Ok(Box::new(Channel::greet(channel)?))
     }
+}
+
+fn disk_part(machine: &Machine, index: usize, one: &Disk) -> Result<DiskPart> {
+    // refuses images that point outside themselves
+    crate::qcow2::virtual_size(&one.path, one.format == DiskFormat::Qcow2)?;
+    let (serial, read_only) = (one.serial.clone(), one.read_only);
+    if one.overlay && !read_only {
+        let base = Some((disk::open(&one.path, false)?, one.format));
+        let file = disk::open(&disk::overlay(machine, index)?, true)?;
+        return Ok(DiskPart { file, kind: Kind::Qcow2 { base }, read_only, serial });
+    }
+    let kind = match one.format {
+        DiskFormat::Raw => Kind::Raw,
+        DiskFormat::Qcow2 => Kind::Qcow2 { base: None },
+    };
+    Ok(DiskPart { file: disk::open(&one.path, !read_only)?, kind, read_only, serial })
 }
 
 fn link(link: &Link) -> Result<LinkPart> {

@@ -306,7 +306,7 @@ fn load(parts: &Parts, memory: &Memory) -> Result<boot::Entry, String> {
 fn devices(parts: &Parts) -> io::Result<Vec<Box<dyn Device>>> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for part in &parts.disks {
-        let disk: Box<dyn Disk> = disk::attach(part.file.try_clone()?, &part.kind)?;
+        let disk: Box<dyn Disk> = disk::attach(part.file.try_clone()?, &part.kind, part.read_only)?;
         devices.push(Box::new(Block { disk, read_only: part.read_only, serial: part.serial.clone() }));
     }
     if let Some(link) = &parts.link {

@@ -1,0 +1,130 @@
+//! Our engine on a real KVM, with Debian's kernel in it. Where the computer's own KVM cannot run Linux, a machine is made
+//! that can: QEMU translates an AMD processor with SVM, in which Debian's kernel offers a working `/dev/kvm`.
+//!
+//! ```text
+//! host    `cargo test -p vmm --test nested`: packs this program and its libraries, starts the middle machine
+//! middle  `/init` under translation: starts machines on the engine, looks at them from outside
+//! guest   in such a machine: looks from inside
+//! ```
+
+mod archive;
+mod guest;
+mod middle;
+
+use archive::Archive;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+const BUSYBOX: &str = "/usr/bin/busybox";
+const MIDDLE_MODULES: &[&str] = &["irqbypass", "ccp", "kvm", "kvm-amd", "tun"];
+
+fn main() {
+    match std::env::var("ATOLL_NESTED").as_deref() {
+        Ok("middle") => middle::main(),
+        Ok("guest") => guest::main(),
+        _ => host(),
+    }
+}
+
+fn host() {
+    let filter: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    if std::env::args().any(|a| a == "--list") || filter.iter().any(|f| !"nested_kvm".contains(f.as_str())) {
+        return;
+    }
+    match inputs() {
+        Err(why) => println!("test nested_kvm ... SKIPPED: {why}"),
+        Ok(inputs) => {
+            let good = run(&inputs);
+            println!("test nested_kvm ... {}", if good { "ok" } else { "FAILED" });
+            std::process::exit(i32::from(!good));
+        }
+    }
+}
+
+struct Inputs {
+    kernel: PathBuf,
+    modules: PathBuf,
+    role: PathBuf,
+}
+
+fn inputs() -> Result<Inputs, String> {
+    for (program, package) in [(QEMU, "qemu-system-x86"), (BUSYBOX, "busybox-static")] {
+        if !Path::new(program).exists() {
+            return Err(format!("{program} is not here; apt-get install {package}"));
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let cache = root.join(".cache/nested");
+    let made = Command::new(root.join("scripts/nested.sh")).arg(&cache).output().map_err(|e| e.to_string())?;
+    if !made.status.success() {
+        return Err(String::from_utf8_lossy(&made.stderr).trim().to_owned());
+    }
+    let exe = std::env::current_exe().map_err(|e| e.to_string())?;
+    let beside = exe.parent().and_then(Path::parent).map(|dir| dir.join("examples/vmm"));
+    let role = std::env::var_os("ATOLL_VMM").map(PathBuf::from).or(beside).filter(|p| p.exists());
+    let role = role.ok_or("examples/vmm is not built")?;
+    Ok(Inputs { kernel: cache.join("vmlinuz"), modules: cache.join("modules"), role })
+}
+
+/// The guest's file system: busybox, the modules of its devices, and this program as its agent.
+fn guest_archive(inputs: &Inputs) -> Vec<u8> {
+    let mut archive = Archive::new();
+    archive.program(&std::env::current_exe().unwrap(), "nested");
+    archive.program(Path::new(BUSYBOX), "bin/busybox");
+    archive.modules(&inputs.modules, guest::MODULES);
+    archive.file("init", guest::INIT.as_bytes(), true);
+    archive.finish()
+}
+
+fn run(inputs: &Inputs) -> bool {
+    let bench = std::env::var_os("ATOLL_BENCH").is_some();
+    let dir = tempfile::tempdir().unwrap();
+    let mut archive = Archive::new();
+    archive.program(&std::env::current_exe().unwrap(), "nested");
+    archive.program(&inputs.role, "vmm");
+    archive.program(Path::new(BUSYBOX), "bin/busybox");
+    archive.modules(&inputs.modules, MIDDLE_MODULES);
+    archive.file("guest.kernel", &std::fs::read(&inputs.kernel).unwrap(), false);
+    archive.file("guest.initrd", &guest_archive(inputs), false);
+    if bench {
+        archive.program(Path::new(QEMU), "usr/bin/qemu-system-x86_64");
+        for rom in ["bios-microvm.bin", "linuxboot_dma.bin", "pvh.bin", "kvmvapic.bin"] {
+            let found =
+                ["/usr/share/qemu", "/usr/share/seabios"].iter().map(|d| Path::new(d).join(rom)).find(|p| p.exists());
+            if let Some(path) = found {
+                archive.file(&format!("usr/share/qemu/{rom}"), &std::fs::read(path).unwrap(), false);
+            }
+        }
+    }
+    // the first file system of all cannot be left by pivot_root, as the jail does; one mounted over it can
+    let init = format!(
+        "#!/bin/busybox sh\nexport ATOLL_NESTED=middle{}\n/bin/busybox mount -o bind / /root\nexec /bin/busybox chroot /root /nested\n",
+        if bench { " ATOLL_BENCH=1" } else { "" }
+    );
+    archive.file("init", init.as_bytes(), true);
+    let initrd = dir.path().join("initrd");
+    std::fs::write(&initrd, archive.finish()).unwrap();
+    let mut child = Command::new(QEMU)
+        .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", "2", "-m", "3072", "-nodefaults"])
+        .args(["-display", "none", "-no-reboot", "-serial", "stdio", "-append"])
+        .arg("console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr")
+        .arg("-kernel")
+        .arg(&inputs.kernel)
+        .arg("-initrd")
+        .arg(&initrd)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut good = false;
+    for line in BufReader::new(child.stdout.take().unwrap()).split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line);
+        let line = line.trim_end();
+        println!("{line}");
+        good |= line == middle::ALL_GOOD;
+    }
+    let _ = child.wait();
+    good
+}

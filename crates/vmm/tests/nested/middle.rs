@@ -1,0 +1,316 @@
+//! In the middle machine, as its first process: machines on a real KVM, seen from outside.
+
+use super::guest::{self, say};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, IntoRawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+use vmm::client::{self, Request};
+use vmm::kvm::Support;
+use vmm::{Choice, Client, Console, Disk, DiskFormat, Machine};
+
+pub const ALL_GOOD: &str = "nested: all good";
+pub const STREAMED: usize = 1 << 20;
+const DISK: usize = 8 << 20;
+
+fn busybox(args: &str) -> bool {
+    Command::new("/bin/busybox").args(args.split(' ')).status().is_ok_and(|s| s.success())
+}
+
+pub fn main() -> ! {
+    for (kind, at) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp"), ("tmpfs", "/run")]
+    {
+        busybox(&format!("mount -t {kind} {kind} {at}"));
+    }
+    for module in super::MIDDLE_MODULES {
+        busybox(&format!("insmod /modules/{module}.ko"));
+    }
+    let result = std::panic::catch_unwind(|| {
+        probe();
+        whole_machine();
+        if std::env::var_os("ATOLL_BENCH").is_some() {
+            compare();
+        }
+    });
+    if result.is_ok() {
+        println!("{ALL_GOOD}");
+    }
+    let _ = std::io::stdout().flush();
+    busybox("poweroff -f");
+    std::process::exit(0)
+}
+
+fn probe() {
+    let support = vmm::kvm::probe();
+    println!("{support:?}");
+    assert!(matches!(support, Support::Hardware { .. }), "a native KVM is found");
+}
+
+fn machine(name: &str, args: &str) -> Machine {
+    let dir = PathBuf::from("/tmp").join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    Machine {
+        id: name.into(),
+        vcpus: 2,
+        memory_bytes: 256 << 20,
+        kernel: Some("/guest.kernel".into()),
+        initrd: Some("/guest.initrd".into()),
+        kernel_args: format!("console=ttyS0 quiet panic=-1 {args}"),
+        disks: Vec::new(),
+        seed: None,
+        link: None,
+        uid: 1_234_569,
+        run_dir: dir.join("run"),
+        state_dir: dir.join("state"),
+        console: Console { log_path: dir.join("logs/0.log"), log_max_bytes: 1 << 20 },
+        engine: Choice::Best,
+    }
+}
+
+fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + Duration::from_secs(120);
+    let mut shown = 0;
+    loop {
+        if let Some(value) = found() {
+            return value;
+        }
+        let text = console(machine);
+        if let Some((lines, _)) = text.get(shown..).and_then(|t| t.rsplit_once('\n')) {
+            lines.lines().for_each(|line| println!("  {line}"));
+            shown += lines.len() + 1;
+        }
+        let ended = client::recorded(&machine.state_dir);
+        assert!(Instant::now() < until, "{what} did not happen: {ended:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn console(machine: &Machine) -> String {
+    std::fs::read_to_string(&machine.console.log_path).unwrap_or_default()
+}
+
+fn printed(machine: &Machine, text: &str) {
+    let found = || {
+        if let Some(state) = client::recorded(&machine.state_dir) {
+            panic!("ended before {text:?}: {state:?}");
+        }
+        console(machine).contains(text).then_some(())
+    };
+    wait_for(machine, text, found);
+}
+
+fn whole_machine() {
+    let mut machine = machine("whole", "");
+    let path = PathBuf::from("/tmp/disk.raw");
+    let mut content = vec![0u8; DISK];
+    content[..6].copy_from_slice(b"middle");
+    content[4 << 20..6 << 20].fill(b'm');
+    std::fs::write(&path, content).unwrap();
+    let (name, bus) = ("root".to_owned(), "virtio".to_owned());
+    machine.disks.push(Disk {
+        serial: name.clone(),
+        name,
+        path: path.clone(),
+        format: DiskFormat::Raw,
+        read_only: false,
+        bus,
+        boot_order: None,
+        overlay: false,
+    });
+    tap("tap0");
+    assert!(busybox("ip addr add 10.9.0.1/24 dev tap0") && busybox("ip link set tap0 up"));
+    serve_big_file();
+    machine.link = Some(vmm::machine::Link {
+        tap: "tap0".into(),
+        netns: None,
+        mac: "52:54:00:00:00:01".into(),
+        mtu: 1500,
+        addresses: vec!["10.9.0.2".parse().unwrap()],
+    });
+    let state = vmm::launch(Path::new("/vmm"), &machine, |_| Ok(())).unwrap();
+    say("our engine is chosen", state.engine == "kvm");
+    printed(&machine, "vsock ready");
+    stream(&machine);
+    printed(&machine, "button ready");
+    let mut monitor = Client::connect(&machine.run_dir).unwrap();
+    balloon(&mut monitor, state.engine_pid);
+    assert!(monitor.request(Request::Pause).unwrap().paused);
+    assert!(!monitor.request(Request::Resume).unwrap().paused);
+    monitor.request(Request::PowerButton).unwrap();
+    drop(monitor);
+    let exit = wait_for(&machine, "the end", || client::recorded(&machine.state_dir)?.exit);
+    let text = console(&machine);
+    assert!(text.contains("power button pressed") && !text.contains("FAILED"), "see above");
+    assert_eq!((exit.code, exit.message.as_str()), (0, ""), "it turned itself off");
+    let disk = std::fs::read(&path).unwrap();
+    assert!(disk[1 << 20..2 << 20].iter().all(|b| *b == b'g'), "the guest's write is on the disk");
+    assert!(disk[4 << 20..5 << 20].iter().all(|b| *b == 0) && disk[5 << 20] == b'm', "what it discarded is not");
+}
+
+fn stream(machine: &Machine) {
+    let mut stream = UnixStream::connect(machine.run_dir.join("vsock.sock")).unwrap();
+    stream.write_all(format!("CONNECT {}\n", guest::PORT).as_bytes()).unwrap();
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    assert!(line.starts_with("OK "), "{line}");
+    let sent: Vec<u8> = (0..STREAMED).map(|n| (n % 251) as u8).collect();
+    let writer = std::thread::spawn({
+        let sent = sent.clone();
+        move || stream.write_all(&sent).map(|()| stream)
+    });
+    let mut got = vec![0u8; STREAMED];
+    reader.read_exact(&mut got).unwrap();
+    assert!(got == sent, "what went over vsock came back as it was");
+    writer.join().unwrap().unwrap().shutdown(std::net::Shutdown::Both).unwrap();
+}
+
+/// A line of `/proc/PID/status`, in bytes.
+fn status(pid: u32, field: &str) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = text.lines().find(|l| l.starts_with(field)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// What the guest freed comes back to this machine.
+fn balloon(monitor: &mut Client, pid: u32) {
+    monitor.request(Request::Balloon(128 << 8)).unwrap();
+    let most = status(pid, "VmHWM:");
+    let until = Instant::now() + Duration::from_secs(60);
+    let mut now = most;
+    while Instant::now() < until && now + (32 << 20) > most {
+        std::thread::sleep(Duration::from_millis(50));
+        now = status(pid, "VmRSS:");
+    }
+    let good = now + (32 << 20) <= most;
+    say(&format!("balloon: resident {} MiB at most, then {} MiB", most >> 20, now >> 20), good);
+    assert!(good);
+    monitor.request(Request::Balloon(0)).unwrap();
+}
+
+/// A tap that stays when its maker's descriptor is closed.
+fn tap(name: &str) {
+    const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
+    let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
+    // SAFETY: all-zero is a valid ifreq; both calls read or write what outlives them.
+    unsafe {
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as i16;
+        assert_eq!(libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &mut request), 0);
+        assert_eq!(libc::ioctl(tun.as_raw_fd(), TUNSETPERSIST, 1), 0);
+        libc::close(tun.into_raw_fd());
+    }
+}
+
+fn serve_big_file() {
+    let listener = std::net::TcpListener::bind("0.0.0.0:80").unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let _ = stream.read(&mut [0u8; 1024]);
+            let _ = stream.write_all(b"HTTP/1.0 200 OK\r\nContent-Length: 4194304\r\n\r\n");
+            let _ = stream.write_all(&vec![b'x'; 4 << 20]);
+        }
+    });
+}
+
+const RUNS: usize = 5;
+
+/// The same kernel and initrd to `/init` and off, on our engine and on QEMU's microvm; as JSON lines for `bench/vmm.sh`.
+fn compare() {
+    let mut kernel = [Vec::new(), Vec::new()];
+    let mut whole = [Vec::new(), Vec::new()];
+    let mut memory = [Vec::new(), Vec::new()];
+    for run in 0..RUNS {
+        let (k, w, m) = ours(run);
+        kernel[0].push(k);
+        whole[0].push(w);
+        memory[0].push(m);
+        let (k, w, m) = qemus();
+        kernel[1].push(k);
+        whole[1].push(w);
+        memory[1].push(m);
+    }
+    for (name, values) in [("kernel_to_init_s", kernel), ("start_to_off_s", whole), ("monitor_mib", memory)] {
+        let [ours, peer] = values.map(median);
+        println!(
+            "bench {{\"name\":\"{name}\",\"atoll\":{ours:.3},\"qemu-microvm\":{peer:.3},\"ratio\":{:.3}}}",
+            ours / peer
+        );
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Seconds of guest time at which `/init` ran.
+fn init_at(text: &str) -> f64 {
+    let at = text.find("init at ").map(|at| &text[at + 8..]).unwrap_or_else(|| panic!("no init: {text}"));
+    at.split_whitespace().next().unwrap().parse().unwrap()
+}
+
+/// Resident memory that is not the guest's: all mappings but the largest.
+fn beside_guest(pid: u32) -> f64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut mappings: Vec<(u64, u64)> = Vec::new();
+    for line in text.lines() {
+        let number = || line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        match line.split_once(':') {
+            Some(("Size", _)) => mappings.push((number(), 0)),
+            Some(("Pss", _)) => {
+                if let Some(last) = mappings.last_mut() {
+                    last.1 = number();
+                }
+            }
+            _ => {}
+        }
+    }
+    let largest = mappings.iter().map(|m| m.0).max().unwrap_or(0);
+    let sum: u64 = mappings.iter().filter(|m| m.0 != largest).map(|m| m.1).sum();
+    sum as f64 / 1024.0
+}
+
+fn ours(run: usize) -> (f64, f64, f64) {
+    let mut machine = machine(&format!("bench{run}"), "first");
+    machine.vcpus = 1;
+    let begun = Instant::now();
+    let state = vmm::launch(Path::new("/vmm"), &machine, |_| Ok(())).unwrap();
+    let mut memory: f64 = 0.0;
+    wait_for(&machine, "the end", || {
+        memory = memory.max(beside_guest(state.engine_pid));
+        client::recorded(&machine.state_dir)
+    });
+    (init_at(&console(&machine)), begun.elapsed().as_secs_f64(), memory)
+}
+
+fn qemus() -> (f64, f64, f64) {
+    let begun = Instant::now();
+    let mut child = Command::new("/usr/bin/qemu-system-x86_64")
+        .args(
+            "-M microvm,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -no-reboot"
+                .split(' '),
+        )
+        .args(["-serial", "stdio", "-kernel", "/guest.kernel", "-initrd", "/guest.initrd", "-append"])
+        .arg("console=ttyS0 quiet panic=-1 first")
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = child.stdout.take().unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        let _ = output.read_to_string(&mut text);
+        text
+    });
+    let mut memory: f64 = 0.0;
+    while child.try_wait().unwrap().is_none() {
+        memory = memory.max(beside_guest(child.id()));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    (init_at(&reader.join().unwrap()), begun.elapsed().as_secs_f64(), memory)
+}
