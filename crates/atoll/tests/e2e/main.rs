@@ -9,6 +9,7 @@ mod functions;
 mod images;
 mod kubectl;
 mod life;
+mod oci;
 mod registry;
 
 use cluster::Cluster;
@@ -26,7 +27,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 fn main() {
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let tests: Vec<Test> =
-        [functions::TESTS, images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS]
+        [functions::TESTS, images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS, oci::TESTS]
             .concat()
             .into_iter()
             .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
