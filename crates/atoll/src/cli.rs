@@ -100,6 +100,8 @@ pub struct Up {
     /// What holds where no NetworkPolicy does: a namespace is private, or everyone reaches everyone as in Kubernetes
     #[arg(long, default_value = "private", value_name = "DEFAULT")]
     pub network_default: NetworkDefault,
+    #[command(flatten)]
+    pub budget: crate::images::Budget,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

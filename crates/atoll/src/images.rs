@@ -4,13 +4,13 @@ mod build;
 mod cli;
 mod sandbox;
 
-pub use cli::Image;
+pub use cli::{Budget, Image};
 
 use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
 use crate::output::{self, Format};
-use cli::{Import, Registry};
-use image::{ImportOptions, Platform, Progress, PullOptions, Store};
+use cli::{Import, Prune, Registry};
+use image::{GcOptions, ImportOptions, Platform, Progress, PullOptions, Store};
 use serde_json::json;
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
@@ -33,6 +33,8 @@ pub fn run(command: Image) -> Outcome {
             println!("{name} ({digest}) written to {}", file.display());
             Ok(())
         }
+        Image::Push { data, image, target, registry } => push(&data, &image, target.as_deref(), &registry),
+        Image::Prune(options) => prune(&options),
         Image::Pull { data, reference, platform, registry } => pull(&data, &reference, platform.as_deref(), &registry),
     }
 }
@@ -105,8 +107,75 @@ fn pull_options(registry: &Registry) -> Result<PullOptions, Failure> {
         docker_config: registry.authfile.clone(),
         insecure_hosts: registry.insecure.clone(),
         ca_certificates: registry.ca.clone(),
+        mirrors: registry.mirror.iter().map(|text| mirror(text)).collect::<Result<_, _>>()?,
         ..PullOptions::default()
     })
+}
+
+fn mirror(text: &str) -> Result<(String, String), Failure> {
+    match text.split_once('=') {
+        Some((host, mirror)) if !host.is_empty() && !mirror.is_empty() => Ok((host.to_owned(), mirror.to_owned())),
+        _ => Err(Failure(format!("--mirror {text:?}: write it as HOST=MIRROR, such as docker.io=mirror.example"))),
+    }
+}
+
+fn push(data: &DataDir, image: &str, target: Option<&str>, registry: &Registry) -> Outcome {
+    let digest = open(data)?.push(image, target, &pull_options(registry)?, &|p| show(p)).map_err(explain)?;
+    println!("{} ({digest})", target.unwrap_or(image));
+    Ok(())
+}
+
+fn prune(options: &Prune) -> Outcome {
+    let collection = GcOptions {
+        grace: duration("--grace", &options.grace)?,
+        untagged: duration("--untagged", &options.untagged)?,
+        ..options.budget.collection()?
+    };
+    let report = open(&options.data)?.gc(&collection).map_err(explain)?;
+    if options.output != Format::Table {
+        output::value(options.output, &serde_json::to_value(&report).map_err(explain)?);
+        return Ok(());
+    }
+    println!(
+        "freed {}: {} blobs, {} layers, {} manifests; {} images and {} build steps over the budget",
+        size(report.bytes),
+        report.blobs,
+        report.layers,
+        report.manifests,
+        report.images,
+        report.steps
+    );
+    Ok(())
+}
+
+impl Budget {
+    pub fn collection(&self) -> Result<GcOptions, Failure> {
+        let bytes = |flag: &str, text: &str| {
+            let parsed = api::quantity::Quantity::parse(text).ok().and_then(|q| u64::try_from(q.value()).ok());
+            parsed.ok_or_else(|| Failure(format!("{flag} {text:?}: write it as 20Gi or 500M")))
+        };
+        Ok(GcOptions {
+            build_age: duration("--build-cache-age", &self.build_cache_age)?,
+            build_bytes: bytes("--build-cache-size", &self.build_cache_size)?,
+            image_age: self.image_age.as_ref().map(|text| duration("--image-age", text)).transpose()?,
+            image_bytes: self.image_size.as_ref().map(|text| bytes("--image-size", text)).transpose()?,
+            ..GcOptions::default()
+        })
+    }
+}
+
+/// `90s`, `30m`, `12h`, `14d`.
+fn duration(flag: &str, text: &str) -> Result<Duration, Failure> {
+    let wrong = || Failure(format!("{flag} {text:?}: write it as 30m, 12h or 14d"));
+    let scale = match text.bytes().last() {
+        Some(b's') => 1,
+        Some(b'm') => 60,
+        Some(b'h') => 3600,
+        Some(b'd') => 86_400,
+        _ => return Err(wrong()),
+    };
+    let number = text.get(..text.len() - 1).and_then(|n| n.parse::<u32>().ok()).ok_or_else(wrong)?;
+    Ok(Duration::from_secs(u64::from(number) * scale))
 }
 
 fn pull(data: &DataDir, reference: &str, platform: Option<&str>, registry: &Registry) -> Outcome {
@@ -179,6 +248,15 @@ fn ago(age: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_say_what_they_are_for() {
+        assert_eq!(duration("--x", "14d").unwrap(), Duration::from_secs(14 * 86_400));
+        assert_eq!(duration("--x", "0s").unwrap(), Duration::ZERO);
+        for bad in ["", "d", "-1d", "5", "1.5h", "5é"] {
+            assert!(duration("--x", bad).unwrap_err().0.starts_with("--x"), "{bad}");
+        }
+    }
 
     #[test]
     fn sizes_and_ages_read_well() {

@@ -152,7 +152,8 @@ async fn serve(
     let store = Arc::new(store::redb::Engine::open(&instance.data_dir.join("store")).map_err(explain)?);
     let local = [options.registry_addr.to_string(), format!("localhost:{}", options.registry_addr.port())];
     let images = image::Store::open(instance.data_dir.join("images")).map_err(explain)?.with_local_hosts(local);
-    let images = Arc::new(images.with_limits(image_limits(options)?));
+    let images = images.with_limits(image_limits(options)?).with_collection(options.budget.collection()?);
+    let images = Arc::new(images);
     let registry = registry_config(options, listeners.registry, images.clone())?;
 
     let server = server::Server::new(server::Config {

@@ -4,6 +4,8 @@
 //! touched within the grace period. Whoever relies on something first touches it under the shared lock; each removal
 //! looks at the time again under the exclusive lock, so between the two nothing can slip through.
 
+mod budget;
+
 use crate::digest::Digest;
 use crate::error::{Error, Result, io};
 use crate::manifest::now;
@@ -25,6 +27,15 @@ pub struct GcOptions {
     pub untagged: Duration,
     /// Unfinished uploads and downloads stay this long after their last byte.
     pub unfinished: Duration,
+    /// Build steps and cache directories stay this long after their last use.
+    pub build_age: Duration,
+    /// Bytes of blobs that the build cache alone may keep alive; what was not used for longest goes first.
+    pub build_bytes: u64,
+    /// Pulled images that nothing pins go so long after their last use. They can be pulled again; those that were built,
+    /// imported or pushed here stay.
+    pub image_age: Option<Duration>,
+    /// Bytes that blobs of pulled images may take; unpinned ones go, the longest unused first.
+    pub image_bytes: Option<u64>,
 }
 
 impl Default for GcOptions {
@@ -33,12 +44,20 @@ impl Default for GcOptions {
             grace: Duration::from_secs(3600),
             untagged: Duration::from_secs(14 * 24 * 3600),
             unfinished: Duration::from_secs(24 * 3600),
+            build_age: Duration::from_secs(14 * 24 * 3600),
+            build_bytes: 20 << 30,
+            image_age: None,
+            image_bytes: None,
         }
     }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct GcReport {
+    /// Images that were over the budget.
+    pub images: u64,
+    /// Build steps forgotten.
+    pub steps: u64,
     pub blobs: u64,
     pub layers: u64,
     pub manifests: u64,
@@ -48,9 +67,9 @@ pub struct GcReport {
 }
 
 #[derive(Default)]
-struct Marked {
-    blobs: BTreeSet<Digest>,
-    layers: BTreeSet<Digest>,
+pub(super) struct Marked {
+    pub blobs: BTreeSet<Digest>,
+    pub layers: BTreeSet<Digest>,
 }
 
 /// Temporary names without a living writer are garbage once this old: between creating and locking one is a moment.
@@ -61,7 +80,9 @@ impl Store {
         let _one = self.named_lock("gc")?;
         let mut report = GcReport::default();
         self.sweep_links(options.grace)?;
-        let marked = self.mark(options, &mut report)?;
+        report.images = self.evict(options)?;
+        let mut marked = self.mark(options, &mut report)?;
+        report.steps = self.mark_build_cache(options, &mut marked)?;
         self.sweep_files("blobs/sha256", &marked.blobs, options.grace, |size| {
             report.blobs += 1;
             report.bytes += size;
@@ -72,6 +93,7 @@ impl Store {
             report.unfinished += self.sweep_old(name, options.unfinished)?;
         }
         report.unfinished += self.sweep_old("tmp", TEMPORARY.min(options.unfinished))?;
+        self.sweep_old("caches", options.build_age)?;
         // Locks of work that was killed; whoever holds one keeps it.
         self.sweep_old("locks", options.unfinished)?;
         Ok(report)
@@ -141,7 +163,7 @@ impl Store {
     }
 
     /// Marks what a manifest names. A list, not recursion: indexes of indexes may be nested by a stranger.
-    fn mark_manifest(&self, digest: &Digest, marked: &mut Marked) -> Result<()> {
+    pub(super) fn mark_manifest(&self, digest: &Digest, marked: &mut Marked) -> Result<()> {
         let mut todo = vec![*digest];
         while let Some(digest) = todo.pop() {
             if !marked.blobs.insert(digest) {
@@ -203,7 +225,7 @@ impl Store {
         Ok(())
     }
 
-    fn digests_in(&self, dir: &str) -> Result<Vec<(Digest, std::path::PathBuf)>> {
+    pub(super) fn digests_in(&self, dir: &str) -> Result<Vec<(Digest, std::path::PathBuf)>> {
         let path = self.root().join(dir);
         let entries = fs::read_dir(&path).map_err(io("list", &path))?;
         Ok(entries.flatten().filter_map(|e| Some((Digest::from_hex(e.file_name().to_str()?)?, e.path()))).collect())

@@ -67,6 +67,7 @@ pub struct Store {
     root: PathBuf,
     local_hosts: Vec<String>,
     limits: Limits,
+    collection: crate::gc::GcOptions,
     /// Hash states of uploads under way, so that an upload in many pieces is read once.
     pub(crate) upload_hashers: Mutex<HashMap<String, Hasher>>,
 }
@@ -116,6 +117,7 @@ impl Store {
             root,
             local_hosts: vec!["127.0.0.1:5000".into(), "localhost:5000".into(), "localhost".into()],
             limits: Limits::default(),
+            collection: crate::gc::GcOptions::default(),
             upload_hashers: Mutex::default(),
         })
     }
@@ -129,6 +131,16 @@ impl Store {
     pub fn with_limits(mut self, limits: Limits) -> Store {
         self.limits = limits;
         self
+    }
+
+    /// How whoever collects garbage regularly is to do it.
+    pub fn with_collection(mut self, options: crate::gc::GcOptions) -> Store {
+        self.collection = options;
+        self
+    }
+
+    pub fn collection(&self) -> &crate::gc::GcOptions {
+        &self.collection
     }
 
     pub fn root(&self) -> &Path {

@@ -63,7 +63,9 @@ fn killed_importers() {
         }
         if round % 7 == 0 {
             let at_once = Duration::ZERO;
-            store.gc(&GcOptions { grace: at_once, untagged: at_once, unfinished: at_once }).unwrap();
+            store
+                .gc(&GcOptions { grace: at_once, untagged: at_once, unfinished: at_once, ..Default::default() })
+                .unwrap();
         }
     }
     assert!(killed > ROUNDS as u32 / 4, "only {killed} importers were killed in time");
@@ -73,7 +75,7 @@ fn killed_importers() {
         store.remove(&name).unwrap();
     }
     let at_once = Duration::ZERO;
-    store.gc(&GcOptions { grace: at_once, untagged: at_once, unfinished: at_once }).unwrap();
+    store.gc(&GcOptions { grace: at_once, untagged: at_once, unfinished: at_once, ..Default::default() }).unwrap();
     for kind in ["blobs/sha256", "layers", "tmp", "refs", "uploads", "partial"] {
         assert_eq!(std::fs::read_dir(images.join(kind)).unwrap().count(), 0, "{kind}");
     }

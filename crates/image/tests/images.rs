@@ -48,7 +48,9 @@ impl Bench {
     }
 }
 
-const NOW: GcOptions = GcOptions { grace: Duration::ZERO, untagged: Duration::ZERO, unfinished: Duration::ZERO };
+fn now() -> GcOptions {
+    GcOptions { grace: Duration::ZERO, untagged: Duration::ZERO, unfinished: Duration::ZERO, ..GcOptions::default() }
+}
 
 #[test]
 fn a_root_file_system_becomes_an_image() {
@@ -206,18 +208,18 @@ fn removed_images_become_garbage_unless_pinned() {
     bench.import(&bench.rootfs("two.tar", &[("b", "2")], "-p"), "two");
     store.tag("one", "uno:x").unwrap();
     assert_eq!(store.list().unwrap().len(), 3);
-    assert_eq!(store.gc(&NOW).unwrap().blobs, 0);
+    assert_eq!(store.gc(&now()).unwrap().blobs, 0);
 
     assert_eq!(store.remove("one").unwrap().deleted, None);
     store.resolve("uno:x").unwrap();
     store.pin("pod-1", &one.digest).unwrap();
     assert_eq!(store.remove(&one.digest.hex()[..10]).unwrap().untagged, ["uno:x"]);
     assert!(matches!(store.resolve("uno:x"), Err(Error::NotFound(_))));
-    assert_eq!(store.gc(&NOW).unwrap().layers, 0, "a pinned image was taken");
+    assert_eq!(store.gc(&now()).unwrap().layers, 0, "a pinned image was taken");
     store.unpin("pod-1").unwrap();
-    let young = GcOptions { grace: Duration::from_secs(3600), ..NOW };
+    let young = GcOptions { grace: Duration::from_secs(3600), ..now() };
     assert_eq!(store.gc(&young).unwrap().blobs, 0, "the grace was not kept");
-    let report = store.gc(&NOW).unwrap();
+    let report = store.gc(&now()).unwrap();
     assert_eq!((report.blobs, report.layers), (3, 1));
     store.resolve("two").unwrap();
     assert_eq!(fs::read_dir(store.root().join("layers")).unwrap().count(), 1);
@@ -232,7 +234,7 @@ fn what_a_crash_left_is_collected() {
     }
     fs::create_dir_all(bench.store.root().join("tmp/dir/fs/deep")).unwrap();
     let upload = bench.store.upload_new().unwrap();
-    assert_eq!(bench.store.gc(&NOW).unwrap().unfinished, 4, "and the living upload stays");
+    assert_eq!(bench.store.gc(&now()).unwrap().unfinished, 4, "and the living upload stays");
     assert_eq!(bench.store.upload_length(upload.id()).unwrap(), 0);
 }
 

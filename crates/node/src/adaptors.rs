@@ -6,7 +6,7 @@ use crate::ports::{
     ResolvedImage, ServiceRule,
 };
 use async_trait::async_trait;
-use image::{Digest, GcOptions, Kind, PullOptions, Reference, Store};
+use image::{Digest, Kind, PullOptions, Reference, Store};
 use network::dns::Views;
 use network::{AttachRequest, DnsServer, Isolation, LinkKind, Router};
 use std::collections::BTreeSet;
@@ -154,7 +154,7 @@ impl Images for StoreImages {
                 store.pin(new, &digest)?;
             }
             store.unpin(old)?;
-            store.gc(&GcOptions::default()).map(|report| report.bytes)
+            store.gc(store.collection()).map(|report| report.bytes)
         };
         self.run("", work).await
     }

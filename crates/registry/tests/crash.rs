@@ -196,7 +196,7 @@ fn resume(client: &Client, told: &mut Told) {
 fn collected(dir: &Path) {
     let store = Store::open(dir).unwrap();
     let now = Duration::ZERO;
-    store.gc(&GcOptions { grace: now, untagged: now, unfinished: now }).unwrap();
+    store.gc(&GcOptions { grace: now, untagged: now, unfinished: now, ..Default::default() }).unwrap();
     let names = |what: &str| -> Vec<String> {
         let entries = std::fs::read_dir(dir.join(what)).unwrap();
         entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect()

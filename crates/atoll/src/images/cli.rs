@@ -70,6 +70,58 @@ pub enum Image {
         #[command(flatten)]
         registry: Registry,
     },
+    /// Send an image to a registry; what is there already is not sent again
+    #[command(
+        after_help = "Examples:\n  atoll image push registry.example.com/team/app:2\n  atoll image push shop/web:1 registry.example.com/team/web:1"
+    )]
+    Push {
+        #[command(flatten)]
+        data: DataDir,
+        image: String,
+        /// Name to push it as; default: its own
+        target: Option<String>,
+        #[command(flatten)]
+        registry: Registry,
+    },
+    /// Free what no image, pod or recent build needs
+    #[command(
+        visible_alias = "gc",
+        after_help = "Example:\n  atoll image prune --build-cache-size 5Gi --build-cache-age 7d"
+    )]
+    Prune(Prune),
+}
+
+#[derive(Args)]
+pub struct Prune {
+    #[command(flatten)]
+    pub data: DataDir,
+    /// Blobs and layers that nothing names stay this long: a push sends them before the manifest
+    #[arg(long, default_value = "1h", value_name = "DURATION")]
+    pub grace: String,
+    /// Manifests without a tag stay this long
+    #[arg(long, default_value = "14d", value_name = "DURATION")]
+    pub untagged: String,
+    #[command(flatten)]
+    pub budget: Budget,
+    #[arg(short, long, default_value = "table")]
+    pub output: Format,
+}
+
+/// What images and build cache may take.
+#[derive(Args, Clone)]
+pub struct Budget {
+    /// Build steps and cache directories unused for so long go
+    #[arg(long, default_value = "14d", value_name = "DURATION")]
+    pub build_cache_age: String,
+    /// What the build cache alone keeps alive may take so much; the longest unused goes first
+    #[arg(long, default_value = "20Gi", value_name = "SIZE")]
+    pub build_cache_size: String,
+    /// Images pulled and not used by a pod or command for so long go; without it they stay
+    #[arg(long, value_name = "DURATION")]
+    pub image_age: Option<String>,
+    /// Blobs of images may take so much: pulled images that no pod uses go, the longest unused first
+    #[arg(long, value_name = "SIZE")]
+    pub image_size: Option<String>,
 }
 
 /// How registries are spoken to.
@@ -84,6 +136,9 @@ pub struct Registry {
     /// PEM certificates trusted besides the system's
     #[arg(long, value_name = "FILE")]
     pub ca: Option<PathBuf>,
+    /// Ask this registry before another: HOST=MIRROR[/PREFIX]; may be repeated
+    #[arg(long, value_name = "HOST=MIRROR")]
+    pub mirror: Vec<String>,
 }
 
 #[derive(Args)]

@@ -128,13 +128,7 @@ impl Store {
     }
 
     /// Whether it is in its place.
-    fn follow_into(
-        &self,
-        layer: &Descriptor,
-        diff_id: &Digest,
-        watch: &Watch,
-        temporary: &Path,
-    ) -> Result<bool> {
+    fn follow_into(&self, layer: &Descriptor, diff_id: &Digest, watch: &Watch, temporary: &Path) -> Result<bool> {
         let what = layer.digest.to_string();
         let mut head = Vec::new();
         let mut follower = Follower { watch, at: 0, size: layer.size };
