@@ -8,7 +8,7 @@
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
 //!                                map `ingress` by destination: the same -> accept. All else -> chain `refused`
-//! output        0  output        the refusal of endpointless services for the router's own connections
+//! output        0  output        the refusal of endpointless services and of the outside for the router's own connections
 //! postrouting 100  hairpin       a pod that reached itself through a Service sees the router as its peer
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
 //! ```
@@ -18,7 +18,7 @@
 //! two map look-ups and the rules of the policies that select the two workloads; how many other policies there are does
 //! not matter.
 
-use crate::config::RouterConfig;
+use crate::config::{GATEWAY, RouterConfig};
 use crate::error::Result;
 use crate::netlink::Socket;
 use crate::netlink::nft::{
@@ -30,7 +30,7 @@ use std::net::Ipv4Addr;
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -89,7 +89,7 @@ pub fn ensure(socket: &mut Socket, config: &RouterConfig, links: &[Link]) -> Res
         sets(&mut transaction);
         chains(&mut transaction, config);
         services(&mut transaction, config);
-        forward(&mut transaction);
+        forward(&mut transaction, config);
         senders(&mut transaction);
     } else {
         for set in [LINKS, HAIRPINS] {
@@ -199,7 +199,13 @@ fn services(t: &mut Transaction, config: &RouterConfig) {
     }
 }
 
-fn forward(t: &mut Transaction) {
+fn forward(t: &mut Transaction, config: &RouterConfig) {
+    // What has no other route leads to loopback: a workload's is refused below like any other, the router's own here.
+    let own = [(Ipv4Addr::new(127, 0, 0, 0), 0xff00_0000), (config.router_address(), u32::MAX), (GATEWAY, u32::MAX)];
+    for (base, mask) in own {
+        t.add_rule("output", Rule::new().if_destination_in(base, mask).accept());
+    }
+    t.add_rule("output", Rule::new().if_output("lo").reject_unreachable(PROHIBITED));
     let itself = Rule::new().load_source(R0).load_destination(R1).if_in_set(HAIRPINS, R0);
     t.add_rule("forward", itself.accept().comment("a workload always reaches itself"));
     t.add_rule("forward", Rule::new().load_source(R0).verdict_map(EGRESS, R0));

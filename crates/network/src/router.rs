@@ -218,8 +218,8 @@ fn sysctls() -> Result<()> {
     ns::sysctl("ipv4/ip_forward", "1")
 }
 
-/// Loopback with the router's addresses. Service addresses, and pod addresses that nobody has, are routed to loopback
-/// only so that they have a route: they are redirected, or refused as any other, before a packet gets there.
+/// Loopback with the router's addresses. Service addresses, pod addresses that nobody has and the outside are routed to
+/// loopback only so that they have a route: they are redirected, or refused as any other, before a packet gets there.
 fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     let (lo, router) = (route::LOOPBACK, config.router_address());
     let mut batch = Batch::new();
@@ -228,8 +228,10 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
         batch.add_address(lo, address);
     }
     let (pods, services) = (config.pod_cidr, config.service_cidr);
-    for network in [services, pods] {
-        batch.add_link_route(network.base(), network.prefix(), lo, router);
+    for (base, prefix) in
+        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (Ipv4Addr::UNSPECIFIED, 0)]
+    {
+        batch.add_link_route(base, prefix, lo, router);
     }
     route.send(batch)
 }

@@ -95,6 +95,9 @@ impl Rule {
     pub fn if_input(self, name: &str) -> Rule {
         self.load_input_name(R0).equal(R0, &interface_name(name))
     }
+    pub fn if_output(self, name: &str) -> Rule {
+        self.meta(7, R0).equal(R0, &interface_name(name))
+    }
     pub fn if_protocol(self, protocol: u8) -> Rule {
         self.load_protocol(R0).equal(R0, &[protocol])
     }
