@@ -8,12 +8,14 @@ mod attach;
 mod conflicts;
 mod ingresses;
 mod listener;
+mod policies;
 mod references;
 mod routes;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use ingresses::new as ingresses;
+pub(crate) use policies::new as policies;
 pub(crate) use routes::{grpc as grpc_routes, http as routes, tls as tls_routes};
 
 use crate::context::{Condition, Context, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, NAMESPACES, set_condition};
@@ -31,6 +33,8 @@ use std::sync::{Arc, LazyLock};
 static GRPC_ROUTES: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "grpcroutes"));
 static TLS_ROUTES: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "tlsroutes"));
 static GRANTS: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "referencegrants"));
+static POLICIES: LazyLock<Resource> =
+    LazyLock::new(|| Resource::new("gateway.atoll.dev", "v1alpha1", "trafficpolicies"));
 static SECRETS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "secrets"));
 static CONFIG_MAPS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "configmaps"));
 static INGRESSES: LazyLock<Resource> = LazyLock::new(|| Resource::new("networking.k8s.io", "v1", "ingresses"));

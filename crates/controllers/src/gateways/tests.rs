@@ -103,3 +103,122 @@ async fn gateways_of_others_are_left_alone() {
     assert_eq!(list(&world.get(&HTTP_ROUTES, "r").await.unwrap(), "/status/parents").len(), 0);
     assert!(world.get(&GATEWAYS, "g").await.unwrap().get("status").is_none());
 }
+
+fn condition(object: &Object, at: &str, kind: &str) -> (String, String) {
+    let found = list(object, at).iter().find(|condition| condition.str_at("/type") == kind);
+    let text = |field| found.map_or("", |condition| condition.str_at(field)).to_owned();
+    (text("/reason"), text("/message"))
+}
+
+const HTTP: &str = "gateway.networking.k8s.io/v1";
+
+#[tokio::test]
+async fn references_across_namespaces_need_a_grant() {
+    let world = World::new().await;
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "y"},
+                         "spec": {"ports": [{"port": 80}]}});
+    world.create(&SERVICES, service).await;
+    let parent = json!({"name": "atoll", "namespace": "default"});
+    world.create(&HTTP_ROUTES, route(parent, json!({"name": "web", "namespace": "y", "port": 80}))).await;
+    wait(&world, "Accepted", "RefNotPermitted").await;
+    let grant = json!({"apiVersion": HTTP, "kind": "ReferenceGrant", "metadata": {"name": "g", "namespace": "y"},
+        "spec": {"from": [{"group": super::GROUP, "kind": "HTTPRoute", "namespace": "x"}],
+                 "to": [{"group": "", "kind": "Service", "name": "web"}]}});
+    world.create(&super::GRANTS, grant).await;
+    wait(&world, "Accepted", "ResolvedRefs").await;
+    world.client.delete(&super::GRANTS, "y", "g", &Default::default()).await.unwrap();
+    wait(&world, "Accepted", "RefNotPermitted").await;
+}
+
+#[tokio::test]
+async fn the_younger_of_two_routes_is_told() {
+    let world = World::new().await;
+    let parent = json!({"name": "atoll", "namespace": "default"});
+    let made = |name: &str| {
+        let mut route = route(parent.clone(), json!({"name": "web", "port": 80}));
+        route["metadata"]["name"] = json!(name);
+        route["spec"]["rules"][0]["matches"] = json!([{"path": {"type": "PathPrefix", "value": "/"}}]);
+        route
+    };
+    // Of one second: the first by name wins.
+    world.create(&HTTP_ROUTES, made("a")).await;
+    world.create(&HTTP_ROUTES, made("b")).await;
+    let conflicted = |route: &Object| condition(route, "/status/parents/0/conditions", "atoll.dev/Conflicted");
+    let told = world.wait(&HTTP_ROUTES, "b", |route| conflicted(route).0 == "OlderRouteWins").await;
+    assert!(conflicted(&told).1.contains("x/a is older"), "{told:?}");
+    world.delete(&HTTP_ROUTES, "a").await;
+    world.wait(&HTTP_ROUTES, "b", |route| reasons(route).0 == "Accepted" && conflicted(route).0.is_empty()).await;
+}
+
+#[tokio::test]
+async fn certificates_that_cannot_be_used_are_told() {
+    use base64::Engine;
+    let world = World::new().await;
+    let listener =
+        json!({"name": "https", "port": 443, "protocol": "HTTPS", "tls": {"certificateRefs": [{"name": "cert"}]}});
+    let gateway = json!({"apiVersion": HTTP, "kind": "Gateway", "metadata": {"name": "g", "namespace": "x"},
+                         "spec": {"gatewayClassName": "atoll", "listeners": [listener]}});
+    world.create(&GATEWAYS, gateway).await;
+    let told = async |reason: &str, part: &str| {
+        let is = |gateway: &Object| condition(gateway, "/status/listeners/0/conditions", "ResolvedRefs");
+        let found = world.wait(&GATEWAYS, "g", |gateway| is(gateway).0 == reason && is(gateway).1.contains(part)).await;
+        let served = condition(&found, "/status/listeners/0/conditions", "Programmed").0;
+        assert_eq!(served == "Programmed", reason == "ResolvedRefs");
+    };
+    told("InvalidCertificateRef", "Secret x/cert not found").await;
+    let encode = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
+    let issue = || {
+        let made = rcgen::generate_simple_self_signed(vec!["a.test".to_owned()]).unwrap();
+        (made.cert.pem(), made.signing_key.serialize_pem())
+    };
+    let ((certificate, key), (_, other)) = (issue(), issue());
+    let secret = |key: &str| {
+        json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "cert", "namespace": "x"},
+        "type": "kubernetes.io/tls", "data": {"tls.crt": encode(&certificate), "tls.key": encode(key)}})
+    };
+    world.create(&super::SECRETS, secret(&other)).await;
+    told("InvalidCertificateRef", "tls.key is not the key of the certificate").await;
+    world.patch(&super::SECRETS, "cert", json!({"data": {"tls.key": encode(&key)}})).await;
+    told("ResolvedRefs", "").await;
+    let elsewhere = json!({"spec": {"listeners": [{"name": "https", "port": 443, "protocol": "HTTPS",
+        "tls": {"certificateRefs": [{"name": "cert", "namespace": "y"}]}}]}});
+    world.patch(&GATEWAYS, "g", elsewhere).await;
+    told("RefNotPermitted", "ReferenceGrant").await;
+}
+
+#[tokio::test]
+async fn ingresses_say_where_they_are_served() {
+    let world = World::with(Config { gateway_address: Some("127.0.0.1".into()), ..Config::default() }).await;
+    let ingress = |name: &str, class: Value| {
+        json!({"apiVersion": "networking.k8s.io/v1", "kind": "Ingress",
+        "metadata": {"name": name, "namespace": "x"}, "spec": {"ingressClassName": class,
+        "defaultBackend": {"service": {"name": "web", "port": {"number": 80}}}}})
+    };
+    world.create(&super::INGRESSES, ingress("other", json!("nginx"))).await;
+    world.create(&super::INGRESSES, ingress("ours", Value::Null)).await;
+    world.wait(&super::INGRESSES, "ours", |i| i.str_at("/status/loadBalancer/ingress/0/ip") == "127.0.0.1").await;
+    assert!(world.get(&super::INGRESSES, "other").await.unwrap().get("status").is_none());
+}
+
+#[tokio::test]
+async fn policies_say_what_is_missing() {
+    let world = World::new().await;
+    let policy = json!({"apiVersion": "gateway.atoll.dev/v1alpha1", "kind": "TrafficPolicy",
+        "metadata": {"name": "p", "namespace": "x"}, "spec": {"apiKeys": {"secretRef": {"name": "keys"}},
+        "targetRefs": [{"group": super::GROUP, "kind": "HTTPRoute", "name": "r"}]}});
+    world.create(&super::POLICIES, policy).await;
+    let told = async |reason: &str| {
+        world
+            .wait(&super::POLICIES, "p", |policy| condition(policy, "/status/conditions", "Accepted").0 == reason)
+            .await
+    };
+    told("TargetNotFound").await;
+    let parent = json!({"name": "atoll", "namespace": "default"});
+    world.create(&HTTP_ROUTES, route(parent, json!({"name": "web", "port": 80}))).await;
+    told("Invalid").await;
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "keys", "namespace": "x"}});
+    world.create(&super::SECRETS, secret).await;
+    told("Accepted").await;
+    world.delete(&HTTP_ROUTES, "r").await;
+    told("TargetNotFound").await;
+}
