@@ -2,7 +2,8 @@
 # make test   all tests
 # make bench  the figures, against named peers
 # make lint   format and lints
-.PHONY: demo test bench lint build packages
+# make fuzz   the fuzz targets, SECONDS=N each (60)
+.PHONY: demo test bench lint fuzz build packages
 
 export CARGO_TERM_COLOR ?= auto
 
@@ -23,6 +24,10 @@ test: packages
 bench: SET = bench
 bench: packages build
 	@bench/run.sh
+	@bench/registry.sh
+
+fuzz:
+	@fuzz/run.sh $(or $(SECONDS),60)
 
 lint:
 	cargo fmt --all --check

@@ -75,6 +75,9 @@ pub(crate) fn check_qcow2(head: &[u8]) -> std::result::Result<u64, String> {
     if size == 0 || size > 1 << 50 {
         return Err(format!("a virtual size of {size} bytes"));
     }
+    if !size.is_multiple_of(512) {
+        return Err(format!("a virtual size of {size} bytes, not whole sectors of 512"));
+    }
     Ok(size)
 }
 
@@ -114,6 +117,8 @@ mod tests {
         assert!(check_qcow2(&qcow2_header(512, 0, 1 << 30)).unwrap_err().contains("backing file"));
         assert!(check_qcow2(&qcow2_header(0, 4, 1 << 30)).unwrap_err().contains("another file"));
         assert!(check_qcow2(&qcow2_header(0, 0, 0)).is_err());
+        let odd = check_qcow2(&qcow2_header(0, 0, (1 << 30) + 1)).unwrap_err();
+        assert!(odd.contains("sectors"), "{odd}");
         for cut in 4..80 {
             assert!(check_qcow2(&qcow2_header(0, 0, 1 << 30)[..cut]).is_err());
         }

@@ -1,0 +1,51 @@
+//! What comes over sockets: requests to the registry, DNS, SPDY, a machine's control channel.
+
+use crate::halves;
+use network::dns::codec;
+use server::stream::spdy::frame::{Control, HEAD, Head};
+use server::stream::spdy::headers::{Headers, Inflater};
+
+pub fn registry_request(data: &[u8]) {
+    let (size, rest) = data.split_at(data.len().min(8));
+    let size = size.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
+    let (path, header) = halves(rest);
+    registry::fuzz(&String::from_utf8_lossy(path), &String::from_utf8_lossy(header), size);
+}
+
+pub fn dns(data: &[u8]) {
+    if let Ok(query) = codec::parse(data) {
+        for udp in [true, false] {
+            let reply = codec::Reply::of(codec::Code::NameError);
+            let answer = codec::write(&query, &reply, udp);
+            assert!(answer.len() <= if udp { 4096 } else { 65_535 });
+        }
+    }
+    let _ = codec::addresses(data);
+}
+
+/// Frames one after the other, their header blocks inflated by one decompressor as on a connection.
+pub fn spdy(data: &[u8]) {
+    let mut inflater = Inflater::default();
+    let mut rest = data;
+    while let Some((head, body)) = rest.split_first_chunk::<HEAD>() {
+        let Ok(head) = Head::parse(*head) else { break };
+        let length = match head {
+            Head::Data { length, .. } => length,
+            Head::Control { length, .. } => length,
+        };
+        let (body, next) = body.split_at(body.len().min(length));
+        if let Head::Control { kind, flags, .. } = head {
+            match Control::parse(kind, flags, body) {
+                Ok(Control::SynStream { headers, .. }) => drop(inflater.headers(headers)),
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        rest = next;
+    }
+    let _ = Headers::parse(data);
+}
+
+pub fn qmp(data: &[u8]) {
+    vmm::qmp::fuzz(data);
+}
