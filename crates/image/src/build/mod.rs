@@ -15,7 +15,7 @@ mod entries;
 pub(crate) mod fuzz;
 mod health;
 mod ignore;
-mod layer;
+pub(crate) mod layer;
 mod lines;
 mod mounts;
 mod parse;

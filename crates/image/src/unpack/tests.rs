@@ -258,3 +258,50 @@ fn damaged_archives_are_harmless() {
         .unwrap();
     assert_eq!(fs::read_dir(bench.store.root().join("tmp")).unwrap().count(), 0);
 }
+
+/// What layers of other builders carry besides names and contents.
+#[test]
+fn attributes_holes_and_large_ids() {
+    use crate::build::layer::Item;
+    if !is_root() {
+        return;
+    }
+    let bench = Bench::new();
+    let mut writer = bench.store.layer_writer(None).unwrap();
+    // CAP_NET_BIND_SERVICE, permitted and effective (version 2).
+    let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0].to_vec();
+    let file =
+        |path: &str| Item { path: path.into(), kind: b'0', mode: 0o4755, mtime: 1_000_000_007, ..Item::default() };
+    let attributes = vec![
+        (b"security.capability".to_vec(), capability.clone()),
+        (b"trusted.overlay.redirect".to_vec(), b"/etc".to_vec()),
+        (b"user.mime".to_vec(), b"text/plain".to_vec()),
+    ];
+    writer.add(&Item { xattrs: attributes, ..file("program") }, &[][..]).unwrap();
+    writer.add(&Item { uid: 65_535, gid: 65_536, ..file("edge") }, &[][..]).unwrap();
+    writer.add(&Item { uid: 3_000_000_000, gid: 12, ..file("huge") }, &[][..]).unwrap();
+    let mut content = vec![0u8; 16 << 20];
+    content[9 << 20] = 7;
+    writer.add(&Item { size: content.len() as u64, ..file("holes") }, &content[..]).unwrap();
+    let link = Item { kind: b'1', link: b"holes".to_vec(), ..file("linked") };
+    writer.add(&link, &[][..]).unwrap();
+    let (layer, diff_id) = writer.finish().unwrap();
+    bench.store.ensure_layer(&diff_id, &layer.digest).unwrap();
+    let fs = bench.store.layer_dir(&diff_id).join("fs");
+    let attribute = |name: &str| {
+        let mut value = vec![0u8; 64];
+        let length = rustix::fs::getxattr(fs.join("program"), name, &mut value[..]).ok()?;
+        value.truncate(length);
+        Some(value)
+    };
+    assert_eq!(attribute("security.capability"), Some(capability));
+    assert_eq!(attribute("user.mime").as_deref(), Some(&b"text/plain"[..]));
+    assert_eq!(attribute("trusted.overlay.redirect"), None);
+    let of = |name: &str| fs::metadata(fs.join(name)).unwrap();
+    assert_eq!((of("program").mode() & 0o7777, of("program").mtime()), (0o4755, 1_000_000_007));
+    assert_eq!((of("edge").uid(), of("edge").gid()), (65_535, 65_534), "what a pod's range cannot hold is nobody's");
+    assert_eq!((of("huge").uid(), of("huge").gid()), (65_534, 12));
+    assert_eq!(fs::read(fs.join("holes")).unwrap(), content);
+    assert!(of("holes").blocks() * 512 < 1 << 20, "the holes were filled");
+    assert_eq!(of("linked").ino(), of("holes").ino());
+}
