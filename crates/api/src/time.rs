@@ -1,7 +1,8 @@
 //! Time as the API writes it: RFC 3339 in whole seconds (`Time`) or with microseconds (`MicroTime`), always UTC, and
 //! ages as `kubectl` prints them.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use clock::days;
+pub use clock::rfc3339;
 
 /// Unix seconds now.
 pub fn now() -> i64 {
@@ -10,22 +11,12 @@ pub fn now() -> i64 {
 
 /// Unix microseconds now.
 pub fn now_micros() -> i64 {
-    match SystemTime::now().duration_since(UNIX_EPOCH) {
-        Ok(since) => i64::try_from(since.as_micros()).unwrap_or(i64::MAX),
-        Err(before) => -i64::try_from(before.duration().as_micros()).unwrap_or(i64::MAX),
-    }
+    clock::now_nanos().div_euclid(1000)
 }
 
 /// Now as `2006-01-02T15:04:05Z`.
 pub fn now_rfc3339() -> String {
     rfc3339(now())
-}
-
-/// Unix seconds as `2006-01-02T15:04:05Z`.
-pub fn rfc3339(seconds: i64) -> String {
-    let (year, month, day) = civil(seconds.div_euclid(86_400));
-    let rest = seconds.rem_euclid(86_400);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
 }
 
 /// Unix microseconds as `2006-01-02T15:04:05.000000Z`.
@@ -142,28 +133,6 @@ fn days_in(year: i64, month: i64) -> i64 {
         4 | 6 | 9 | 11 => 30,
         _ => 31,
     }
-}
-
-/// Days from 1970-01-01 of a proleptic Gregorian date (years counted from March, 400-year eras).
-fn days(year: i64, month: i64, day: i64) -> i64 {
-    let year = if month <= 2 { year - 1 } else { year };
-    let era = year.div_euclid(400);
-    let of_era = year.rem_euclid(400);
-    let of_year = (153 * (if month > 2 { month - 3 } else { month + 9 }) + 2) / 5 + day - 1;
-    era * 146_097 + of_era * 365 + of_era / 4 - of_era / 100 + of_year - 719_468
-}
-
-/// The inverse of [`days`].
-fn civil(days: i64) -> (i64, i64, i64) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let of_era = shifted.rem_euclid(146_097);
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let month = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    (year + era * 400 + i64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]

@@ -3,7 +3,8 @@
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-const FLOORS: [(&str, &[&str]); 5] = [
+const FLOORS: [(&str, &[&str]); 6] = [
+    ("footing", &["clock"]),
     ("ground", &["api", "store"]),
     ("mechanism", &["container", "vmm", "function", "image", "network"]),
     ("node", &["node"]),

@@ -237,12 +237,6 @@ fn read_all(file: File) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Unix nanoseconds.
-pub(crate) fn now() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -201,7 +201,7 @@ impl Store {
             architecture: platform.architecture,
             os: platform.os,
             variant: platform.variant,
-            created: Some(rfc3339(now())),
+            created: Some(clock::rfc3339(now().cast_signed())),
             config,
             rootfs: RootFs { kind: "layers".into(), diff_ids: vec![diff_id] },
             ..ImageConfig::default()
@@ -248,7 +248,7 @@ impl Store {
             progress(Progress::Bytes { what: "component".into(), done, total: None });
         })?;
         let config = serde_json::json!({
-            "created": rfc3339(now()),
+            "created": clock::rfc3339(now().cast_signed()),
             "architecture": "wasm",
             "os": "wasip2",
             "layerDigests": [digest],
@@ -268,7 +268,7 @@ impl Store {
         })?;
         let platform = options.wanted();
         let config = serde_json::json!({
-            "created": rfc3339(now()),
+            "created": clock::rfc3339(now().cast_signed()),
             "architecture": platform.architecture,
             "os": platform.os,
             "format": disk.format,
@@ -371,31 +371,4 @@ fn read_head(file: &File, head: &mut [u8]) -> std::io::Result<usize> {
 
 fn is_disk_name(path: &Path) -> bool {
     path.extension().is_some_and(|e| e == "img" || e == "raw")
-}
-
-/// Unix seconds as RFC 3339 in UTC (days to civil date: Howard Hinnant's algorithm).
-pub(crate) fn rfc3339(seconds: u64) -> String {
-    let (days, time) = ((seconds / 86400) as i64, seconds % 86400);
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", time / 3600, time / 60 % 60, time % 60)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::rfc3339;
-
-    #[test]
-    fn dates() {
-        assert_eq!(rfc3339(0), "1970-01-01T00:00:00Z");
-        assert_eq!(rfc3339(951_827_696), "2000-02-29T12:34:56Z");
-        assert_eq!(rfc3339(1_763_825_400), "2025-11-22T15:30:00Z");
-    }
 }

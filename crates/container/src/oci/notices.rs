@@ -1,7 +1,6 @@
 //! Errors and warnings: to the file that `--log` names, as engines read them, and errors to standard error.
 
 use crate::error::{During, Result};
-use crate::shim::{STAMP, time_stamp};
 use serde::Serialize;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -67,8 +66,7 @@ fn line(level: &str, text: &str) -> String {
 /// UTC, with nanoseconds.
 pub fn rfc3339(time: SystemTime) -> String {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let mut stamp = [0; STAMP];
-    time_stamp(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX), &mut stamp);
+    let stamp = clock::stamp(i64::try_from(since.as_nanos()).unwrap_or(i64::MAX));
     String::from_utf8_lossy(&stamp).into_owned()
 }
 

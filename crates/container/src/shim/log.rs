@@ -1,6 +1,7 @@
 //! A container's log in the format of the container runtime interface:
 //! `2026-11-22T15:04:05.123456789Z stdout F line`, `P` instead of `F` for a piece of a line that goes on.
 
+use clock::STAMP;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -41,8 +42,7 @@ impl Log {
 
     /// Cuts `data` into lines; `now` is unix nanoseconds.
     pub fn feed(&mut self, stream: &str, partial: &mut Partial, mut data: &[u8], now: i64) -> io::Result<()> {
-        let mut stamp = [0; STAMP];
-        time_stamp(now, &mut stamp);
+        let stamp = clock::stamp(now);
         while !data.is_empty() {
             let end = data.iter().position(|b| *b == b'\n');
             let (mut line, rest) = match end {
@@ -73,8 +73,7 @@ impl Log {
     pub fn finish(&mut self, stream: &str, partial: &mut Partial, now: i64) -> io::Result<()> {
         let rest = std::mem::take(&mut partial.0);
         if !rest.is_empty() {
-            let mut stamp = [0; STAMP];
-            time_stamp(now, &mut stamp);
+            let stamp = clock::stamp(now);
             self.line(&stamp, stream, b'P', &rest, b"")?;
         }
         self.flush()
@@ -115,42 +114,10 @@ impl Log {
     }
 }
 
-pub const STAMP: usize = 30;
-
-/// RFC 3339 with nanoseconds, UTC. Days to a date after H. Hinnant's "chrono-compatible low-level date algorithms".
-pub fn time_stamp(nanos: i64, out: &mut [u8; STAMP]) {
-    let (seconds, nanos) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
-    let (days, second) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let of_era = shifted.rem_euclid(146_097);
-    let year_of_era = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let day_of_year = of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_index = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    let _ = write!(out.as_mut_slice(), "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanos:09}Z");
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    fn stamp(nanos: i64) -> String {
-        let mut out = [0; STAMP];
-        time_stamp(nanos, &mut out);
-        String::from_utf8(out.to_vec()).expect("text")
-    }
-
-    #[test]
-    fn time_stamps() {
-        assert_eq!(stamp(0), "1970-01-01T00:00:00.000000000Z");
-        assert_eq!(stamp(1_795_359_845_123_456_789), "2026-11-22T15:04:05.123456789Z");
-        assert_eq!(stamp(951_782_400_000_000_001), "2000-02-29T00:00:00.000000001Z");
-    }
 
     /// Puts lines together again, as readers of such logs do.
     fn parse(text: &str) -> Vec<u8> {

@@ -17,7 +17,6 @@ mod server;
 mod state;
 
 pub use log::MAX_LINE;
-pub(crate) use log::{STAMP, time_stamp};
 pub use state::directory as container_directory;
 
 use crate::error::{During, Error, Result};

@@ -200,7 +200,7 @@ impl Host {
             let exit = served.unwrap_or_else(|error| Exit {
                 code: 255,
                 signal: None,
-                finished: crate::wire::now(),
+                finished: clock::now_nanos(),
                 message: format!("the host failed: {error}"),
             });
             let mut state = host.lock();

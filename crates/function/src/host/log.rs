@@ -64,11 +64,13 @@ impl Log {
         if inner.cut {
             return;
         }
-        let time = timestamp(crate::wire::now());
-        let mut record = format!("{time} {name} {} ", if whole { 'F' } else { 'P' }).into_bytes();
+        let time = clock::stamp(clock::now_nanos());
+        let tag = if whole { "F" } else { "P" };
+        let mut record = [time.as_slice(), b" ", name.as_bytes(), b" ", tag.as_bytes(), b" "].concat();
         if inner.length > self.max_bytes.saturating_mul(OVERFLOW) {
             inner.cut = true;
-            record = format!("{time} stderr F the log was not rotated in time; what follows is lost").into_bytes();
+            let lost = b" stderr F the log was not rotated in time; what follows is lost";
+            record = [time.as_slice(), lost].concat();
         } else {
             record.extend_from_slice(text);
         }
@@ -189,23 +191,6 @@ impl OutputStream for Lines {
     }
 }
 
-/// Unix nanoseconds as RFC 3339 in UTC (days to civil date: Howard Hinnant's algorithm).
-fn timestamp(nanos: i64) -> String {
-    let (seconds, fraction) = (nanos.div_euclid(1_000_000_000), nanos.rem_euclid(1_000_000_000));
-    let (days, time) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let day_of_era = z.rem_euclid(146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (time / 3600, time / 60 % 60, time % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{fraction:09}Z")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -231,7 +216,6 @@ mod tests {
         let got = logged(&[long.as_bytes(), b"\n"], 1 << 20);
         assert_eq!((got.len(), got[0].len(), got[1].as_str()), (2, LINE + 9, "stdout F xxxxxxxxxx"));
         assert!(got[0].starts_with("stdout P x"));
-        assert_eq!(timestamp(1_763_825_400_000_000_005), "2025-11-22T15:30:00.000000005Z");
     }
 
     #[test]

@@ -39,7 +39,7 @@ fn trace_and_flags(text: &str) -> Option<(String, String)> {
 
 /// Never zero; unpredictable as far as the standard library's hash keys are.
 fn identifier() -> u64 {
-    RandomState::new().hash_one(crate::wire::now()) | 1
+    RandomState::new().hash_one(clock::now_nanos()) | 1
 }
 
 #[cfg(test)]

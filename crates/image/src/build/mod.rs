@@ -269,7 +269,7 @@ impl Build<'_> {
     fn store_result(&self, names: &[Reference], result: &Snapshot) -> Result<Built> {
         (self.progress)(Progress::Step("writing the image".into()));
         let mut image: ImageConfig = result.image.clone();
-        image.created = Some(crate::import::rfc3339(self.options.epoch.unwrap_or(result.created)));
+        image.created = Some(clock::rfc3339(self.options.epoch.unwrap_or(result.created).cast_signed()));
         image.rootfs.kind = "layers".into();
         image.rootfs.diff_ids = result.layers.iter().map(|(_, diff_id)| *diff_id).collect();
         let layers = result.layers.iter().map(|(layer, _)| layer.clone()).collect();

@@ -460,7 +460,7 @@ impl Stage<'_> {
         }
         let created = self.build.options.epoch.or(created).unwrap_or(self.now.created);
         self.now.image.history.push(History {
-            created: Some(crate::import::rfc3339(created)),
+            created: Some(clock::rfc3339(created.cast_signed())),
             created_by: Some(step.text.clone()),
             comment: Some("atoll".into()),
             empty_layer: empty,

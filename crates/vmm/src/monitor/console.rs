@@ -137,7 +137,7 @@ impl Log {
 
     fn emit(&mut self, tag: &[u8]) {
         let line = std::mem::take(&mut self.line);
-        let record = [timestamp().as_bytes(), b" stdout ", tag, b" ", &line, b"\n"].concat();
+        let record = [clock::stamp(clock::now_nanos()).as_slice(), b" stdout ", tag, b" ", &line, b"\n"].concat();
         if self.written + record.len() as u64 > self.limit {
             self.rotate();
         }
@@ -164,38 +164,9 @@ fn append(dir: &OwnedFd, name: &str) -> std::io::Result<File> {
     Ok(rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o640))?.into())
 }
 
-/// RFC 3339 with nanoseconds, UTC.
-fn timestamp() -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    let (seconds, nanos) = (now.as_secs(), now.subsec_nanos());
-    let (day, of_day) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, date) = civil(day as i64);
-    let (hour, minute, second) = (of_day / 3600, of_day / 60 % 60, of_day % 60);
-    format!("{year:04}-{month:02}-{date:02}T{hour:02}:{minute:02}:{second:02}.{nanos:09}Z")
-}
-
-/// Days since 1970-01-01 to a Gregorian date (H. Hinnant, "chrono-compatible low-level date algorithms").
-fn civil(days: i64) -> (i64, i64, i64) {
-    let z = days + 719_468;
-    let era = z.div_euclid(146_097);
-    let doe = z.rem_euclid(146_097);
-    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
-    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
-    let mp = (5 * doy + 2) / 153;
-    let month = if mp < 10 { mp + 3 } else { mp - 9 };
-    (yoe + era * 400 + i64::from(month <= 2), month, doy - (153 * mp + 2) / 5 + 1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn dates() {
-        assert_eq!(civil(0), (1970, 1, 1));
-        assert_eq!(civil(11_016), (2000, 2, 29));
-        assert_eq!(civil(20_779), (2026, 11, 22));
-    }
 
     #[test]
     fn lines_are_cri_records_and_the_log_rotates() {
