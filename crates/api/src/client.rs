@@ -94,6 +94,8 @@ pub trait Client: Send + Sync + 'static {
         subresource: &str,
         patch: Patch,
     ) -> StatusResult<SharedObject>;
+    /// Answers a `TokenRequest` for a service account (`serviceaccounts/token`): the same object with its status.
+    async fn request_token(&self, namespace: &str, account: &str, request: Object) -> StatusResult<Object>;
     /// Binds a pod to a node (`pods/binding`).
     async fn bind(&self, namespace: &str, pod: &str, pod_uid: &str, node: &str) -> StatusResult<()>;
     /// Deletes, or marks as being deleted where a grace period, finalizers or propagation ask for it.

@@ -505,6 +505,13 @@ impl Client for MemoryClient {
         self.replace(&mut state, address, &old, new, subresource == "status")
     }
 
+    async fn request_token(&self, namespace: &str, account: &str, mut request: Object) -> StatusResult<Object> {
+        let account = self.get(&Resource::new("", "v1", "serviceaccounts"), namespace, account).await?;
+        let token = serde_json::json!({"token": format!("token of {}", account.uid())});
+        crate::object::object_of(&mut request).insert("status".into(), token);
+        Ok(request)
+    }
+
     async fn bind(&self, namespace: &str, pod: &str, pod_uid: &str, node: &str) -> StatusResult<()> {
         let resource = Resource::new("", "v1", "pods");
         let mut state = self.lock();

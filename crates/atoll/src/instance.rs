@@ -6,10 +6,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Format of the data directory that this program writes.
 const VERSION: u32 = 1;
 const MARK: &str = "atoll-data";
+/// How long a second `atoll up` waits for the first to go.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 pub struct Instance {
     pub data_dir: PathBuf,
@@ -86,7 +89,7 @@ impl Instance {
             .mode(0o600)
             .open(&path)
             .map_err(fail("open", &path))?;
-        if file.try_lock().is_err() {
+        if !lock_patiently(&file) {
             let mut pid = String::new();
             let _ = file.read_to_string(&mut pid);
             return Err(Failure(format!(
@@ -101,7 +104,7 @@ impl Instance {
             write!(file, "{}", std::process::id())
         };
         write(&mut file).map_err(fail("write", &path))?;
-        Ok(Lock(file))
+        last_to_close(file).map(Lock).map_err(fail("lock", &path))
     }
 
     /// The pid of the running `atoll up`, if one holds the lock.
@@ -114,6 +117,26 @@ impl Instance {
         file.read_to_string(&mut pid).ok()?;
         pid.trim().parse().ok()
     }
+}
+
+/// A process that was just killed keeps its lock for the moment that the kernel needs to clear it up.
+fn lock_patiently(file: &File) -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return true,
+            Err(_) if Instant::now() >= deadline => return false,
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// The same file under a number above those that the process will use. The kernel closes a dead process's files in the
+/// order of their numbers; so whoever gets this lock finds ports and store free too.
+fn last_to_close(file: File) -> std::io::Result<File> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1024).min(1024);
+    let high = i32::try_from(limit.saturating_sub(1)).unwrap_or(0);
+    Ok(rustix::io::fcntl_dupfd_cloexec(&file, high)?.into())
 }
 
 fn check_version(text: &str, path: &Path) -> Result<(), Failure> {

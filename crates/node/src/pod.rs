@@ -177,6 +177,7 @@ impl Worker {
         let pod = core::Pod::deserialize(&*object)?;
         let uid = object.uid().to_owned();
         let dir = shared.config.pod_dir(&uid);
+        let tokens_until = (!crate::volumes::token_projections(&pod).is_empty()).then(Instant::now);
         let empty = core::PodSpec::default();
         let spec = pod.spec.as_ref().unwrap_or(&empty);
         let slots: Vec<Slot> = plan::containers(spec).map(|(role, c)| Slot::new(role, c)).collect();
@@ -206,7 +207,7 @@ impl Worker {
             source_watch: None,
             sources_dirty: false,
             tokens: crate::volumes::Tokens::new(),
-            tokens_until: None,
+            tokens_until,
             shared,
         };
         worker.adopt(record);

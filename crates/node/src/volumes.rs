@@ -33,6 +33,8 @@ pub(crate) enum VolumeError {
     Unsupported(&'static str),
     #[error("hostPath type check failed: {path} is not {what}")]
     HostType { path: String, what: &'static str },
+    #[error("no token for service account \"{account}\": {status}")]
+    Token { account: String, status: api::Status },
     #[error("{operation} {path}")]
     Io {
         operation: &'static str,
@@ -81,18 +83,21 @@ pub(crate) struct VolumePlan {
     pub kind: VolumeKind,
 }
 
-/// A token by its projection: `None` if the API cannot make one.
+/// Tokens by `token_key`.
 pub(crate) type Tokens = BTreeMap<String, String>;
 
 pub(crate) fn token_key(projection: &ServiceAccountTokenProjection) -> String {
     format!("{}\0{}", projection.audience.as_deref().unwrap_or(""), projection.expiration_seconds.unwrap_or(3600))
 }
 
-/// All service account token projections of a pod.
-pub(crate) fn token_projections(pod: &Pod) -> Vec<ServiceAccountTokenProjection> {
+/// All service account token projections of a pod, with the volume that wants them.
+pub(crate) fn token_projections(pod: &Pod) -> Vec<(String, ServiceAccountTokenProjection)> {
     let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
-    let sources = volumes.filter_map(|v| v.projected.as_ref()).flat_map(|p| p.sources.iter().flatten());
-    sources.filter_map(|s| s.service_account_token.clone()).collect()
+    let sources = volumes.flat_map(|v| {
+        let sources = v.projected.iter().flat_map(|p| p.sources.iter().flatten());
+        sources.map(|source| (v.name.clone(), source.service_account_token.clone()))
+    });
+    sources.filter_map(|(volume, token)| Some((volume, token?))).collect()
 }
 
 pub(crate) struct PlanInput<'a> {
@@ -253,10 +258,8 @@ fn projection(
         return v.items.iter().flatten().map(|i| downward(input, i, default_mode)).collect();
     }
     if let Some(v) = &source.service_account_token {
-        // Left out, with an event, where the API makes no tokens.
-        let token = input.tokens.get(&token_key(v));
-        let file = token.map(|t| FileEntry::new(&v.path, t.clone().into_bytes(), mode(None, default_mode)));
-        return file.transpose().map(|f| f.into_iter().collect());
+        let token = input.tokens.get(&token_key(v)).cloned().unwrap_or_default();
+        return Ok(vec![FileEntry::new(&v.path, token.into_bytes(), mode(None, default_mode))?]);
     }
     Err(VolumeError::Unsupported("projected.clusterTrustBundle"))
 }

@@ -125,6 +125,11 @@ impl Client for Local {
         Ok(written.object.into())
     }
 
+    async fn request_token(&self, namespace: &str, account: &str, request: Object) -> StatusResult<Object> {
+        let target = self.target(&Resource::new("", "v1", "serviceaccounts"), namespace, account)?;
+        crate::admission::tokens::request(&self.core, &target, request).await
+    }
+
     async fn bind(&self, namespace: &str, pod: &str, pod_uid: &str, node: &str) -> StatusResult<()> {
         let target = self.target(&Resource::new("", "v1", "pods"), namespace, pod)?;
         let binding = json!({"metadata": {"name": pod, "uid": pod_uid}, "target": {"kind": "Node", "name": node}});

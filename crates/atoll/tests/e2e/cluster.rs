@@ -116,12 +116,17 @@ impl Cluster {
 
     /// Starts `atoll up` and waits for its `ready` line.
     pub fn up(&self) {
+        self.up_with(&[]);
+    }
+
+    pub fn up_with(&self, env: &[(&str, &std::ffi::OsStr)]) {
         let log = File::options().create(true).append(true).open(self.scratch("up.log")).expect("log");
         let out = File::create(self.scratch("up.out")).expect("log");
         let child = self
             .inside(env!("CARGO_BIN_EXE_atoll"))
             .args(["up", "--data-dir"])
             .arg(self.data())
+            .envs(env.iter().copied())
             .stdout(out)
             .stderr(log)
             .spawn()
@@ -138,11 +143,16 @@ impl Cluster {
 
     /// Ends `atoll up` with a signal and waits for it.
     pub fn stop(&self, signal: rustix::process::Signal) {
-        if let Some(mut child) = self.up.lock().unwrap().take() {
-            let pid = rustix::process::Pid::from_child(&child);
-            rustix::process::kill_process(pid, signal).expect("signal");
+        if let Some(mut child) = self.signal(signal) {
             child.wait().expect("wait");
         }
+    }
+
+    /// Sends `atoll up` a signal that ends it; whoever asked waits for it.
+    pub fn signal(&self, signal: rustix::process::Signal) -> Option<Child> {
+        let child = self.up.lock().unwrap().take()?;
+        rustix::process::kill_process(rustix::process::Pid::from_child(&child), signal).expect("signal");
+        Some(child)
     }
 
     pub fn up_pid(&self) -> u32 {

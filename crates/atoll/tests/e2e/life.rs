@@ -8,6 +8,8 @@ pub const TESTS: &[Test] = &[
     ("service_dns_and_cluster_ip", service),
     ("gateway_routes_to_pods", gateway),
     ("workloads_survive_kill_and_restart", survive),
+    ("systemd_is_notified", notifies),
+    ("up_right_after_a_kill", restarts_at_once),
     ("host_network_is_untouched", host_untouched),
 ];
 
@@ -108,15 +110,74 @@ fn survive(c: &Cluster) -> Outcome {
     Outcome::Passed
 }
 
-/// What `ip` and `nft` say in the instance's host namespace while it runs: nothing of Atoll's.
+/// Links, addresses, routes, rules and sysctls of the network namespace that an instance is started from.
+fn host_state(c: &Cluster) -> Vec<(&'static str, String)> {
+    let look = |program: &str, args: &[&str]| Said::of(c.inside(program).args(args).output().unwrap()).good();
+    // what the kernel itself counts in the whole machine, or draws anew at every reading
+    let moving = ["random.", "netfilter.nf_conntrack_count", "fs.", "kernel.", "vm."];
+    let sysctls = Said::of(c.inside("sysctl").arg("-a").output().unwrap()).out;
+    let sysctls: Vec<&str> = sysctls.lines().filter(|l| !moving.iter().any(|m| l.contains(m))).collect();
+    vec![
+        ("ip -d link", look("ip", &["-d", "link"])),
+        ("ip address", look("ip", &["address"])),
+        ("ip rule", look("ip", &["rule"])),
+        ("ip route", look("ip", &["route", "show", "table", "all"])),
+        ("ip neighbour", look("ip", &["neighbour"])),
+        ("nft list ruleset", look("nft", &["list", "ruleset"])),
+        ("sysctl -a", sysctls.join("\n")),
+    ]
+}
+
+/// What the host's network says before, while and after an instance runs workloads is the same, to the letter.
 fn host_untouched(c: &Cluster) -> Outcome {
-    let look = |program: &str, args: &[&str]| Said::of(c.inside(program).args(args).output().unwrap());
-    assert_eq!(look("ip", &["-o", "link"]).good().lines().count(), 1, "only lo");
-    assert_eq!(look("ip", &["route"]).good(), "");
-    let rules = look("nft", &["list", "ruleset"]);
-    assert_eq!(rules.good(), "");
-    let forward = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap();
-    let inside = look("cat", &["/proc/sys/net/ipv4/ip_forward"]).good();
-    assert!(inside == "0\n" || inside == forward);
+    let running = host_state(c);
+    assert!(running.iter().all(|(what, said)| !said.is_empty() || !what.starts_with("sysctl")), "{running:?}");
+    c.stop(Signal::TERM);
+    c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    let before = host_state(c);
+    c.up();
+    let ns = c.namespace("t-untouched");
+    c.apply(&web(&ns));
+    c.kubectl(&["rollout", "status", "-n", &ns, "deploy/web", "--timeout=60s"]).good();
+    let during = host_state(c);
+    c.stop(Signal::TERM);
+    c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    let after = host_state(c);
+    c.up();
+    for (at, (what, said)) in before.iter().enumerate() {
+        for (when, then) in [("with earlier workloads", &running), ("during", &during), ("after", &after)] {
+            assert_eq!(&then[at].1, said, "{what}, {when}");
+        }
+    }
+    Outcome::Passed
+}
+
+/// A service manager that asked to be told (sd_notify(3)) hears of readiness and of the end.
+fn notifies(c: &Cluster) -> Outcome {
+    let path = c.scratch("notify.sock");
+    let socket = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+    let heard = || {
+        let mut buffer = [0; 256];
+        let length = socket.recv(&mut buffer).expect("a notification");
+        String::from_utf8_lossy(&buffer[..length]).into_owned()
+    };
+    c.stop(Signal::TERM);
+    c.up_with(&[("NOTIFY_SOCKET", path.as_os_str())]);
+    assert_eq!(heard(), "READY=1");
+    c.stop(Signal::TERM);
+    assert_eq!(heard(), "STOPPING=1");
+    c.up();
+    Outcome::Passed
+}
+
+/// Whoever starts an instance right after killing one need not wait for the kernel to clear up.
+fn restarts_at_once(c: &Cluster) -> Outcome {
+    for _ in 0..5 {
+        let child = c.signal(Signal::KILL);
+        c.up();
+        child.map(|mut child| child.wait());
+    }
+    assert!(c.kubectl(&["get", "nodes"]).ok);
     Outcome::Passed
 }

@@ -10,6 +10,7 @@ mod images;
 mod kubectl;
 mod life;
 mod oci;
+mod pods;
 mod registry;
 
 use cluster::Cluster;
@@ -24,14 +25,26 @@ pub enum Outcome {
 
 pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 
+/// In the order they run: the last ones stop and start the instance.
+const ALL: &[&[Test]] = &[
+    functions::TESTS,
+    images::TESTS,
+    build::TESTS,
+    registry::TESTS,
+    kubectl::TESTS,
+    pods::TESTS,
+    bad_input::TESTS,
+    oci::TESTS,
+    life::TESTS,
+];
+
 fn main() {
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let tests: Vec<Test> =
-        [functions::TESTS, images::TESTS, build::TESTS, registry::TESTS, kubectl::TESTS, bad_input::TESTS, life::TESTS, oci::TESTS]
-            .concat()
-            .into_iter()
-            .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
-            .collect();
+    let tests: Vec<Test> = ALL
+        .concat()
+        .into_iter()
+        .filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(f.as_str())))
+        .collect();
     if std::env::args().any(|a| a == "--list") {
         tests.iter().for_each(|(name, _)| println!("{name}: test"));
         return;

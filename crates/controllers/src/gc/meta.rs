@@ -76,6 +76,10 @@ impl Client for MetaOnly {
         self.0.patch(resource, namespace, name, subresource, patch).await
     }
 
+    async fn request_token(&self, namespace: &str, account: &str, request: Object) -> StatusResult<Object> {
+        self.0.request_token(namespace, account, request).await
+    }
+
     async fn bind(&self, namespace: &str, pod: &str, pod_uid: &str, node: &str) -> StatusResult<()> {
         self.0.bind(namespace, pod, pod_uid, node).await
     }

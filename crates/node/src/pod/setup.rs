@@ -76,6 +76,9 @@ fn joined<T>(result: Result<Result<T, SetupError>, tokio::task::JoinError>) -> R
     result.unwrap_or_else(|e| Err(SetupError::Io { operation: "set-up", message: e.to_string() }))
 }
 
+/// How long after a refusal a token is asked for again.
+const TOKEN_RETRY: Duration = Duration::from_secs(10);
+
 impl Worker {
     pub(super) async fn step_absent(&mut self, tries: u32, retry: Option<Instant>) -> bool {
         if let Some((why, _)) = self.must_stop() {
@@ -362,7 +365,7 @@ impl Worker {
         }
         let client = self.shared.client.clone();
         let sources = Sources::fetch(client.as_ref(), self.object.namespace(), &names).await?;
-        self.fetch_tokens().await;
+        self.fetch_tokens().await?;
         self.write_volumes(network, &sources, false).await?;
         Ok(sources)
     }
@@ -396,56 +399,47 @@ impl Worker {
 
     /// A ConfigMap, Secret, label or token changed: the new content is swapped in. Errors leave the old one.
     pub(super) async fn update_volumes(&mut self, sandbox: &Sandbox) {
-        if self.tokens_until.is_some_and(|at| at <= Instant::now()) {
-            self.fetch_tokens().await;
-        }
-        let names = sources::of_volumes(&self.pod);
-        let client = self.shared.client.clone();
-        let done = match Sources::fetch(client.as_ref(), self.object.namespace(), &names).await {
-            Ok(sources) => self.write_volumes(&sandbox.spec.network, &sources, true).await,
-            Err(status) => Err(status.into()),
-        };
-        if let Err(error) = done {
+        if let Err(error) = self.renew_volumes(sandbox).await {
             self.event(Level::Warning, error.event(), error.to_string());
         }
     }
 
-    /// Asks the API for service account tokens. Where it makes none, they are left out of the volume.
-    async fn fetch_tokens(&mut self) {
+    async fn renew_volumes(&mut self, sandbox: &Sandbox) -> Result<(), SetupError> {
+        // None are known yet of a pod that an earlier process started.
+        if self.tokens_until.is_none_or(|at| at <= Instant::now()) {
+            self.fetch_tokens().await?;
+        }
+        let names = sources::of_volumes(&self.pod);
+        let client = self.shared.client.clone();
+        let sources = Sources::fetch(client.as_ref(), self.object.namespace(), &names).await?;
+        self.write_volumes(&sandbox.spec.network, &sources, true).await
+    }
+
+    /// Asks the API for the tokens that projected volumes want; they are renewed at four fifths of their life.
+    async fn fetch_tokens(&mut self) -> Result<(), SetupError> {
         let mut tokens = Tokens::new();
         let mut until = None;
-        let spec = self.spec();
-        let account = spec.service_account_name.unwrap_or_else(|| "default".into());
-        for projection in volumes::token_projections(&self.pod) {
+        let account = self.spec().service_account_name.unwrap_or_else(|| "default".into());
+        for (volume, projection) in volumes::token_projections(&self.pod) {
             let seconds = projection.expiration_seconds.unwrap_or(3600).max(600);
             let audiences: Vec<&str> = projection.audience.as_deref().filter(|a| !a.is_empty()).into_iter().collect();
             let request = serde_json::json!({
                 "apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-                "metadata": {"name": account, "namespace": self.object.namespace()},
                 "spec": {"audiences": audiences, "expirationSeconds": seconds, "boundObjectRef": {
                     "apiVersion": "v1", "kind": "Pod", "name": self.object.name(), "uid": self.uid}},
             });
-            let resource = Resource::new("", "v1", "serviceaccounts/token");
-            match self.shared.client.create(&resource, self.object.namespace(), request).await {
-                Ok(answer) if !answer.str_at("/status/token").is_empty() => {
-                    tokens.insert(volumes::token_key(&projection), answer.str_at("/status/token").to_owned());
-                    let renew = Duration::from_secs(u64::try_from(seconds).unwrap_or(3600) / 5 * 4);
-                    let at = Instant::now() + renew;
-                    until = Some(until.map_or(at, |u: Instant| u.min(at)));
-                }
-                Ok(_) | Err(_) => self.event(
-                    Level::Warning,
-                    "NoServiceAccountToken",
-                    format!(
-                        "projected serviceAccountToken \"{}\" is left out: the API makes no tokens for service account \
-                         \"{account}\"",
-                        projection.path
-                    ),
-                ),
-            }
+            let answer = self.shared.client.request_token(self.object.namespace(), &account, request).await;
+            let answer = answer.map_err(|status| {
+                self.tokens_until = Some(Instant::now() + TOKEN_RETRY);
+                SetupError::Volume { volume, error: VolumeError::Token { account: account.clone(), status } }
+            })?;
+            tokens.insert(volumes::token_key(&projection), answer.str_at("/status/token").to_owned());
+            let at = Instant::now() + Duration::from_secs(u64::try_from(seconds).unwrap_or(3600) / 5 * 4);
+            until = Some(until.map_or(at, |u: Instant| u.min(at)));
         }
         self.tokens = tokens;
         self.tokens_until = until;
+        Ok(())
     }
 
     fn sandbox_spec(&self, spec: &core::PodSpec, network: SandboxNetwork, id_base: u32) -> SandboxSpec {
