@@ -67,16 +67,28 @@ impl Hierarchies {
     }
 
     fn discover_with(more: &[&str]) -> Result<Self> {
+        const ROOT: &str = "/sys/fs/cgroup";
+        const CGROUP2_SUPER_MAGIC: u64 = 0x6367_7270;
+        // Where version 2 is all there is, the list of mounts need not be made for us, which takes the kernel a while.
+        if rustix::fs::statfs(ROOT).is_ok_and(|fs| fs.f_type as u64 == CGROUP2_SUPER_MAGIC) {
+            let mut found = Self { v1: Vec::new(), v2: Some(V2 { controllers: Vec::new(), mount: ROOT.into() }) };
+            found.read_controllers(more);
+            return Ok(found);
+        }
         let text = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
         // Mounts may be covered by others: what counts is what is found at the path.
         let mut found = Self::parse(&text, more, &|mount, file| mount.join(file).exists());
-        if let Some(v2) = &mut found.v2 {
+        found.read_controllers(more);
+        Ok(found)
+    }
+
+    fn read_controllers(&mut self, more: &[&str]) {
+        if let Some(v2) = &mut self.v2 {
             let text = fs::read_to_string(v2.mount.join("cgroup.controllers")).unwrap_or_default();
             let known =
                 |c: &&str| V2_CONTROLLERS.contains(c) || more.contains(c) || (*c == "io" && more.contains(&"blkio"));
             v2.controllers = words(&text).filter(known).map(str::to_owned).collect();
         }
-        Ok(found)
     }
 
     /// proc_pid_mountinfo(5): id, parent, device, root, mount point, options, optional fields, `-`, type, source,

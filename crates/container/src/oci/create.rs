@@ -230,7 +230,8 @@ impl run::Owner for Making<'_> {
 fn group(hierarchies: Hierarchies, spec: &Spec, id: &str, lenient: bool, context: &Context) -> Result<Option<Cgroup>> {
     let path = match &spec.linux.cgroups_path {
         Some(path) if !path.as_os_str().is_empty() => path.components().filter(|c| *c != Component::RootDir).collect(),
-        _ => Path::new("atoll-oci").join(id),
+        // One level: making a group is among the dearest steps.
+        _ => PathBuf::from(format!("atoll-oci-{id}")),
     };
     let cgroup = Cgroup::new(hierarchies, path).map_err(|e| Error::Refused(format!("linux.cgroupsPath: {e}")))?;
     if cgroup.hierarchies().is_empty() {

@@ -162,9 +162,6 @@ pub fn remove(context: &Context, home: &Home) -> Result<()> {
             return Err(Error::Refused(format!("container {}: processes that cannot be killed are left", record.id)));
         }
         cgroup.remove(PATIENCE)?;
-        if cgroup.path().starts_with("atoll-oci") {
-            cgroup.remove_empty_parents();
-        }
     }
     home.remove()?;
     if let Some(hooks) = spec?.hooks

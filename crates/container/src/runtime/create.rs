@@ -25,13 +25,15 @@ struct Inherited {
     labels: Labels,
 }
 
-/// In the set-up process, with the host's rights.
+/// In the set-up process, with the host's rights; or in the container's first process if it is `direct`ly in its
+/// namespaces.
 pub fn create(
     alone: SingleThreaded,
     plan: Plan,
     hierarchies: Hierarchies,
     socket: &UnixStream,
     mut reader: Reader,
+    direct: bool,
 ) -> Result<()> {
     let spec = &plan.spec;
     let bundle = plan.bundle.as_ref();
@@ -83,6 +85,16 @@ pub fn create(
         spaces.enter_user()?;
     }
     let has_user = spaces.user.is_some();
+    if direct {
+        if spaces.is_new(libc::CLONE_NEWCGROUP) {
+            sys::unshare_cgroup().during(|| "making a cgroup namespace".into())?;
+        }
+        drop(spaces);
+        let prepared = prepare::Prepared { root, mounts, devices, hierarchies };
+        let inherited = Inherited { prepared, stdio, has_user, fifo, labels };
+        report(socket, &first(&plan, inherited, socket, &mut reader));
+        sys::exit_now(127)
+    }
     let flags = spaces.new_flags() | libc::CLONE_PARENT as u64;
     match alone.clone(flags, None).during(|| "making the container's process".into())? {
         Cloned::Parent { pid, .. } => wire::send(socket, &Event::Created { pid }, &[]).during(|| "reporting".into()),

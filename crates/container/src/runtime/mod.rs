@@ -26,6 +26,7 @@ use crate::sys::{self, Cloned, SingleThreaded};
 use crate::wire::{self, Filled, Reader};
 use rustix::process::{WaitId, WaitIdOptions, waitid};
 use serde::{Deserialize, Serialize};
+use spaces::Spaces;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -137,8 +138,10 @@ pub struct Stage {
 pub struct Launch {
     socket: UnixStream,
     reader: Reader,
-    /// The set-up process, until it is reaped.
-    stage: OwnedFd,
+    /// The set-up process, until it is reaped; none where the container's own process is all there is.
+    stage: Option<OwnedFd>,
+    /// Made and not told of yet.
+    made: Option<u32>,
     pub pid: Option<u32>,
     pub terminal: Option<OwnedFd>,
     pub listener: Option<OwnedFd>,
@@ -165,7 +168,7 @@ impl Stage {
     /// closed in it.
     pub fn prepare(alone: SingleThreaded, cgroup: Option<&Cgroup>, keep: &[RawFd]) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
-        match clone_into(alone, cgroup).during(|| "making the set-up process".into())? {
+        match clone_into(alone, cgroup, 0).during(|| "making the set-up process".into())? {
             (Cloned::Parent { pidfd, .. }, _) => Ok(Self { socket: ours, pidfd }),
             (Cloned::Child, joined_v2) => {
                 drop(ours);
@@ -193,7 +196,7 @@ impl Stage {
             fds.extend([stdio.stdin.as_fd(), stdio.stdout.as_fd(), stdio.stderr.as_fd()]);
         }
         let sent = wire::send(&self.socket, order, &fds);
-        let mut launch = Launch::of(self.socket, self.pidfd);
+        let mut launch = Launch::of(self.socket, Some(self.pidfd), None);
         // A set-up process that failed before has said why and is gone: that is read in due course.
         if let Err(e) = sent
             && e.kind() != std::io::ErrorKind::BrokenPipe
@@ -215,11 +218,12 @@ impl Stage {
 }
 
 impl Launch {
-    fn of(socket: UnixStream, stage: OwnedFd) -> Self {
+    fn of(socket: UnixStream, stage: Option<OwnedFd>, made: Option<u32>) -> Self {
         Self {
             socket,
             reader: Reader::default(),
             stage,
+            made,
             pid: None,
             terminal: None,
             listener: None,
@@ -228,16 +232,19 @@ impl Launch {
         }
     }
 
-    /// Makes the set-up process with its order in memory: nothing is sent. `keep` as in [`Stage::prepare`].
+    /// Makes the set-up process with its order in memory: nothing is sent. `keep` as in [`Stage::prepare`]. With
+    /// `direct` it is born into these new namespaces and is the container's own process.
     fn fork(
         alone: SingleThreaded,
         cgroup: Option<&Cgroup>,
         keep: &[RawFd],
+        direct: Option<u64>,
         work: impl FnOnce(&UnixStream) -> Result<()>,
     ) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
-        match clone_into(alone, cgroup).during(|| "making the set-up process".into())? {
-            (Cloned::Parent { pidfd, .. }, _) => Ok(Self::of(ours, pidfd)),
+        match clone_into(alone, cgroup, direct.unwrap_or(0)).during(|| "making the set-up process".into())? {
+            (Cloned::Parent { pid, .. }, _) if direct.is_some() => Ok(Self::of(ours, None, Some(pid))),
+            (Cloned::Parent { pidfd, .. }, _) => Ok(Self::of(ours, Some(pidfd), None)),
             (Cloned::Child, joined_v2) => {
                 drop(ours);
                 let mut keep = keep.to_vec();
@@ -263,7 +270,10 @@ impl Launch {
         preserved: u32,
     ) -> Result<Self> {
         let keep: Vec<RawFd> = (3..3 + preserved as RawFd).collect();
-        Self::fork(alone, cgroup, &keep, |socket| create::create(alone, plan, hierarchies, socket, Reader::default()))
+        let direct = Spaces::direct(&plan.spec);
+        Self::fork(alone, cgroup, &keep, direct, |socket| {
+            create::create(alone, plan, hierarchies, socket, Reader::default(), direct.is_some())
+        })
     }
 
     /// Another process for a container of a bundle; streams as in [`Self::create`].
@@ -272,7 +282,7 @@ impl Launch {
         keep.push(target.as_raw_fd());
         let target = target.try_clone_to_owned().during(|| "sharing a pidfd".into())?;
         keep.push(target.as_raw_fd());
-        Self::fork(alone, cgroup, &keep, |socket| join::join(alone, join, target, None, socket))
+        Self::fork(alone, cgroup, &keep, None, |socket| join::join(alone, join, target, None, socket))
     }
 
     /// Hooks of the runtime have run.
@@ -286,6 +296,10 @@ impl Launch {
     }
 
     pub fn progress(&mut self) -> Progress {
+        if let Some(pid) = self.made.take() {
+            self.pid = Some(pid);
+            return Progress::Created(pid);
+        }
         loop {
             match self.reader.next::<Event>() {
                 Ok(Some(Event::Created { pid })) => {
@@ -330,8 +344,9 @@ impl Launch {
         if std::mem::replace(&mut self.reaped, true) {
             return;
         }
-        let _ = rustix::process::pidfd_send_signal(&self.stage, rustix::process::Signal::KILL);
-        let _ = waitid(WaitId::PidFd(self.stage.as_fd()), WaitIdOptions::EXITED);
+        let Some(stage) = &self.stage else { return };
+        let _ = rustix::process::pidfd_send_signal(stage, rustix::process::Signal::KILL);
+        let _ = waitid(WaitId::PidFd(stage.as_fd()), WaitIdOptions::EXITED);
     }
 }
 
@@ -371,7 +386,7 @@ fn run_stage(
                 Some(cgroup) => cgroup.hierarchies().clone(),
                 None => Hierarchies::discover()?,
             };
-            create::create(alone, *plan, hierarchies, socket, reader)
+            create::create(alone, *plan, hierarchies, socket, reader, false)
         }
         Ok(Order::Join(order)) => {
             let target = reader.take_fd().ok_or_else(|| Error::Refused("the container's process is missing".into()))?;
@@ -386,11 +401,11 @@ fn run_stage(
 }
 
 /// A child, and whether it was born in the version 2 group.
-fn clone_into(alone: SingleThreaded, cgroup: Option<&Cgroup>) -> std::io::Result<(Cloned, bool)> {
+fn clone_into(alone: SingleThreaded, cgroup: Option<&Cgroup>, flags: u64) -> std::io::Result<(Cloned, bool)> {
     let born_in = cgroup.and_then(Cgroup::v2_directory);
-    match alone.clone(0, born_in.as_ref().map(AsFd::as_fd)) {
+    match alone.clone(flags, born_in.as_ref().map(AsFd::as_fd)) {
         // A kernel or a delegation that refuses births there still lets processes move there.
-        Err(_) if born_in.is_some() => Ok((alone.clone(0, None)?, false)),
+        Err(_) if born_in.is_some() => Ok((alone.clone(flags, None)?, false)),
         other => Ok((other?, born_in.is_some())),
     }
 }

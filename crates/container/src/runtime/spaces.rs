@@ -76,6 +76,32 @@ impl Spaces {
         (self.new & !libc::CLONE_NEWTIME) as u64
     }
 
+    /// `CLONE_NEW*` of a container whose first process can be cloned right into its namespaces, with no process in
+    /// between: one without a user or time namespace, and not in the PID namespace of others.
+    pub fn direct(spec: &Spec) -> Option<u64> {
+        // Whoever maps ids has to find its helper by its number in the host's `/proc`.
+        if spec.mounts.iter().any(|m| !m.uid_mappings.is_empty()) {
+            return None;
+        }
+        let mut flags = libc::CLONE_NEWNS;
+        for namespace in &spec.linux.namespaces {
+            let shared = namespace.path.is_some();
+            flags |= match (namespace.kind, shared) {
+                (NamespaceKind::User | NamespaceKind::Time, _) | (NamespaceKind::Pid | NamespaceKind::Mount, true) => {
+                    return None;
+                }
+                (NamespaceKind::Pid, false) => libc::CLONE_NEWPID,
+                (NamespaceKind::Network, false) => libc::CLONE_NEWNET,
+                (NamespaceKind::Ipc, false) => libc::CLONE_NEWIPC,
+                (NamespaceKind::Uts, false) => libc::CLONE_NEWUTS,
+                // Its root is the group of whoever makes it: it comes when the process is in its group.
+                (NamespaceKind::Cgroup, false) | (NamespaceKind::Mount, false) => 0,
+                (NamespaceKind::Network | NamespaceKind::Ipc | NamespaceKind::Uts | NamespaceKind::Cgroup, true) => 0,
+            };
+        }
+        Some(flags as u64)
+    }
+
     pub fn is_new(&self, flag: i32) -> bool {
         self.new & flag != 0
     }

@@ -57,6 +57,12 @@ pub fn unshare_time() -> io::Result<()> {
     done(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_NEWTIME) }))
 }
 
+/// A cgroup namespace whose root is the group that this process is in.
+pub fn unshare_cgroup() -> io::Result<()> {
+    // SAFETY: changes no memory and no descriptor table.
+    done(libc::c_long::from(unsafe { libc::unshare(libc::CLONE_NEWCGROUP) }))
+}
+
 /// The processors this process may run on; those past the kernel's own count are ignored by it.
 pub fn set_affinity(processors: &[usize]) -> io::Result<()> {
     // SAFETY: `cpu_set_t` is plain data, for which all zeroes is a valid value.

@@ -9,7 +9,7 @@ mod seccomp;
 
 pub use attributes::{
     SchedAttr, join_session_keyring, set_affinity, set_domain_name, set_io_priority, set_personality, set_scheduler,
-    unshare_time,
+    unshare_cgroup, unshare_time,
 };
 pub use bpf::{BpfInstruction, attach_device_program};
 pub use landlock::{forbid_foreign_abstract_sockets, landlock_abi};
