@@ -1,12 +1,13 @@
 //! `atoll function`: functions from the command line. What it does, `kubectl` could do as well: a function is a Knative
 //! Service, and everything here goes through the API by the kubeconfig.
 
-mod api;
+pub(crate) mod api;
 mod deploy;
 mod project;
 mod watch;
 
 use crate::cli::{DataDir, Failure, Outcome, explain};
+use crate::instance::Instance;
 use crate::output::{self, Format};
 use api::Api;
 use clap::{Args, Subcommand};
@@ -55,6 +56,16 @@ pub enum Function {
         #[arg(long, value_name = "LINES")]
         tail: Option<u64>,
     },
+    /// What functions used since the ledger began
+    Usage {
+        #[command(flatten)]
+        at: At,
+        /// Of all namespaces
+        #[arg(short = 'A', long)]
+        all_namespaces: bool,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
     /// Remove functions
     Rm {
         #[command(flatten)]
@@ -88,13 +99,13 @@ pub struct At {
 }
 
 impl At {
-    fn api(&self) -> Result<Api, Failure> {
+    pub(crate) fn api(&self) -> Result<Api, Failure> {
         let variable = std::env::var_os("KUBECONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
         let path = self.kubeconfig.clone().or(variable).unwrap_or_else(|| self.data.data_dir.join("kubeconfig"));
         Api::open(&path)
     }
 
-    fn namespace(&self, api: &Api) -> String {
+    pub(crate) fn namespace(&self, api: &Api) -> String {
         self.namespace.clone().unwrap_or_else(|| api.namespace.clone())
     }
 }
@@ -172,6 +183,7 @@ pub fn run(command: Function) -> Outcome {
             Function::Ls { at, all_namespaces, output } => list(&at, all_namespaces, output).await,
             Function::Invoke(options) => invoke(&options).await,
             Function::Logs { at, name, follow, tail } => watch::logs(&at, &name, follow, tail).await,
+            Function::Usage { at, all_namespaces, output } => usage(&at, all_namespaces, output),
             Function::Rm { at, names } => remove(&at, &names).await,
             Function::New { directory, lang } => project::write(&directory, lang),
         }
@@ -244,6 +256,34 @@ async fn list(at: &At, all: bool, format: Format) -> Outcome {
     };
     let rows: Vec<Vec<String>> = items.iter().map(row).collect();
     output::table(&["NAMESPACE", "NAME", "BOUNDARY", "READY", "REVISION", "URL", "REASON"], &rows);
+    Ok(())
+}
+
+/// From the ledger on disk, which the node agent writes every few seconds.
+fn usage(at: &At, all: bool, format: Format) -> Outcome {
+    let instance = Instance::existing(&at.data.data_dir)?;
+    let namespace = at.namespace.as_deref().unwrap_or("default");
+    let mut ledger = node::boundary::wasm::usage(&instance.data_dir).map_err(explain)?;
+    ledger.retain(|name, _| all || name == namespace);
+    if format != Format::Table {
+        output::value(format, &serde_json::to_value(ledger).map_err(explain)?);
+        return Ok(());
+    }
+    let mut rows: Vec<Vec<String>> = Vec::new();
+    for (namespace, accounts) in &ledger {
+        for (account, used) in accounts {
+            rows.push(vec![
+                namespace.clone(),
+                account.clone(),
+                used.requests.to_string(),
+                used.failures.to_string(),
+                format!("{:.3}", used.cpu_nanos as f64 / 1e9),
+                format!("{:.6}", used.gib_seconds()),
+                used.sent_bytes.to_string(),
+            ]);
+        }
+    }
+    output::table(&["NAMESPACE", "NAME", "REQUESTS", "FAILED", "CPU-SECONDS", "GIB-SECONDS", "BYTES-SENT"], &rows);
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Functions from the command line, and revisions that sleep and wake.
+//! Functions from the command line, their ledger, and revisions that sleep and wake.
 
 use crate::cluster::{Cluster, Said, json};
 use crate::{Outcome, Test};
@@ -11,6 +11,7 @@ pub const TESTS: &[Test] = &[
     ("function_limits_of_its_service", limits),
     ("function_container_sleeps_and_wakes_under_a_herd", herd),
     ("function_sleeps_and_wakes_without_a_loss", sleeper),
+    ("function_ledger_adds_up", ledger),
     ("function_projects", projects),
 ];
 
@@ -198,6 +199,39 @@ fn sleeper(c: &Cluster) -> Outcome {
         }
     }
     function(c, &ns, &["rm", "short"]).good();
+    Outcome::Passed
+}
+
+/// The ledger says what was sent, over a restart of the agent and after the function is gone.
+fn ledger(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-ledger");
+    let file = component(c, "ledger.wasm", ANSWER);
+    function(c, &ns, &["deploy", "paid", file.to_str().unwrap()]).good();
+    let booked = |requests: u64| {
+        let usage = json(&function(c, &ns, &["usage", "-o", "json"]).good());
+        usage["t-ledger"]["paid"]["requests"] == requests
+    };
+    let send = |count: usize| {
+        let answers = at_once(c, "paid.t-ledger.atoll.local", count);
+        assert!(answers.len() == count && answers.iter().all(|status| status == "200"), "{answers:?}");
+    };
+    send(30);
+    c.until("the first load is booked", || booked(30));
+    c.stop(rustix::process::Signal::KILL);
+    c.up();
+    c.until("it serves again", || status(c, "paid.t-ledger.atoll.local", "/") == "200");
+    send(20);
+    // The last ones are booked when the function goes.
+    function(c, &ns, &["rm", "paid"]).good();
+    c.until("all is booked", || {
+        let usage = json(&function(c, &ns, &["usage", "-o", "json"]).good());
+        usage["t-ledger"]["paid"]["requests"].as_u64().is_some_and(|requests| requests >= 51)
+    });
+    let usage = json(&function(c, &ns, &["usage", "-o", "json"]).good());
+    let paid = &usage["t-ledger"]["paid"];
+    assert_eq!((&paid["requests"], &paid["failures"]), (&serde_json::json!(51), &serde_json::json!(0)));
+    assert_eq!(paid["memoryKibMicros"], paid["runMicros"].as_u64().unwrap() * 64, "one page each");
+    assert!(function(c, &ns, &["usage"]).good().contains("paid"));
     Outcome::Passed
 }
 

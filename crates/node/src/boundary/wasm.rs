@@ -2,16 +2,22 @@
 //! process of their namespace (`function::host`), which outlives the agent; this adaptor compiles them, binds their
 //! listeners in the pod's network namespace and keeps, in the pod's directory, what was started and how it ended.
 //!
+//! What functions used is booked in the [`ledger`].
+//!
 //! A function listens on the port its environment variable `PORT` names, 8080 without one.
 
 mod hosts;
+mod ledger;
 mod record;
+
+pub use ledger::{Usage, usage};
 
 use super::*;
 use function::{Cache, FunctionLimits, FunctionSpec};
 use hosts::Hosts;
+use ledger::Ledger;
 use record::Record;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::OpenOptionsExt;
@@ -27,6 +33,8 @@ const FIRST_UID: u32 = 2_100_000_000;
 const ROTATE: Duration = Duration::from_secs(5);
 /// Requests under way get this long after SIGTERM; the agent sends SIGKILL when the pod's own grace has passed.
 const DRAIN: Duration = Duration::from_secs(3600);
+/// Label of the Knative Service a pod belongs to.
+const SERVICE: &str = "serving.knative.dev/service";
 /// Pod annotations: seconds until a request's answer must begin, requests served at once, milliseconds of processor time of
 /// one request, bytes of one answer.
 const TIMEOUT: &str = "functions.atoll.dev/timeout-seconds";
@@ -44,6 +52,7 @@ struct Inner {
     code_dir: PathBuf,
     cache: OnceLock<Cache>,
     hosts: Hosts,
+    ledger: Ledger,
     /// Functions whose logs are rotated, by id.
     logs: Mutex<HashMap<String, Rotated>>,
 }
@@ -51,6 +60,8 @@ struct Inner {
 #[derive(Clone)]
 struct Rotated {
     namespace: String,
+    /// Who is charged.
+    account: String,
     path: PathBuf,
     max_bytes: u64,
 }
@@ -59,8 +70,14 @@ impl WasmBoundary {
     /// `exe` is this program, whose roles `function-host` and `function-compile` do the work.
     pub fn new(exe: PathBuf, data_dir: PathBuf, run_dir: PathBuf) -> Self {
         let hosts = Hosts::new(exe.clone(), run_dir.join("functions"));
-        let inner =
-            Inner { exe, code_dir: data_dir.join("functions"), cache: OnceLock::new(), hosts, logs: Mutex::default() };
+        let inner = Inner {
+            exe,
+            code_dir: data_dir.join("functions"),
+            cache: OnceLock::new(),
+            hosts,
+            ledger: Ledger::new(&data_dir),
+            logs: Mutex::default(),
+        };
         WasmBoundary { inner: Arc::new(inner), rotating: AtomicBool::new(false) }
     }
 
@@ -82,7 +99,11 @@ impl WasmBoundary {
             loop {
                 tokio::time::sleep(ROTATE).await;
                 let Some(inner) = inner.upgrade() else { return };
-                let _ = tokio::task::spawn_blocking(move || inner.rotate()).await;
+                let _ = tokio::task::spawn_blocking(move || {
+                    inner.book_all();
+                    inner.rotate();
+                })
+                .await;
             }
         });
     }
@@ -151,6 +172,7 @@ impl Inner {
     fn watch_log(&self, sandbox: &SandboxSpec, record: &Record) {
         let rotated = Rotated {
             namespace: sandbox.namespace.clone(),
+            account: account(sandbox),
             path: record.log_path.clone(),
             max_bytes: record.log_max_bytes,
         };
@@ -205,12 +227,40 @@ impl Inner {
     }
 
     fn remove(&self, sandbox: &SandboxSpec, record: &Record) -> Result<()> {
+        self.book(&sandbox.namespace, vec![(account(sandbox), record.id.clone())]);
+        if let Err(error) = self.ledger.close(&sandbox.namespace, &record.id) {
+            tracing::warn!(function = record.id, %error, "the ledger could not be written");
+        }
         match self.hosts.connect(&sandbox.namespace).and_then(|host| host.forget(&record.id)) {
             Ok(()) | Err(function::Error::NotRunning | function::Error::UnknownFunction(_)) => {}
             Err(error) => return Err(translate(error)),
         }
         self.forget_log(&record.id);
         Record::delete(&sandbox.dir, &record.name).map_err(|e| failed("remove the function", e))
+    }
+
+    /// Books what all functions used.
+    fn book_all(&self) {
+        let mut namespaces: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
+        if let Ok(logs) = self.logs.lock() {
+            for (id, function) in logs.iter() {
+                let entry = namespaces.entry(function.namespace.clone()).or_default();
+                entry.push((function.account.clone(), id.clone()));
+            }
+        }
+        for (namespace, functions) in namespaces {
+            self.book(&namespace, functions);
+        }
+    }
+
+    /// Functions by account and id. Those that have ended are known to their host until they are forgotten.
+    fn book(&self, namespace: &str, functions: Vec<(String, String)>) {
+        let Ok(host) = self.hosts.connect(namespace) else { return };
+        let counted = |(account, id): (String, String)| host.stats(&id).ok().map(|stats| (account, id, stats));
+        let counted: Vec<_> = functions.into_iter().filter_map(counted).collect();
+        if let Err(error) = self.ledger.book(namespace, &counted) {
+            tracing::warn!(namespace, %error, "the ledger could not be written");
+        }
     }
 
     fn rotate(&self) {
@@ -235,6 +285,11 @@ impl Inner {
             }
         }
     }
+}
+
+/// Who is charged: the pod's Knative Service, else the pod.
+fn account(sandbox: &SandboxSpec) -> String {
+    sandbox.labels.get(SERVICE).unwrap_or(&sandbox.name).clone()
 }
 
 fn function_id(sandbox: &SandboxSpec, container: &ContainerSpec) -> String {
