@@ -11,9 +11,9 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
-/// Offsets and lengths are bytes, multiples of 512, inside `len`.
+/// Offsets and lengths are bytes, multiples of 512, inside `capacity`.
 pub trait Disk: Send {
-    fn len(&self) -> u64;
+    fn capacity(&self) -> u64;
     /// Into the host's own memory.
     fn read_bytes(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
     fn read(&mut self, memory: &Memory, segments: &[Segment], offset: u64) -> io::Result<()>;

@@ -7,7 +7,7 @@
 //! Leaves to others: where disks and kernels come from, what a pod is, addresses.
 
 pub mod client;
-mod disk;
+pub mod disk;
 pub mod engine;
 pub mod kvm;
 pub mod machine;

@@ -228,7 +228,7 @@ impl Qcow2 {
     fn read_base(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         buffer.fill(0);
         let Some(base) = &mut self.base else { return Ok(()) };
-        let there = base.len().saturating_sub(offset).min(buffer.len() as u64);
+        let there = base.capacity().saturating_sub(offset).min(buffer.len() as u64);
         match buffer.get_mut(..there as usize) {
             Some(part) if !part.is_empty() => base.read_bytes(part, offset),
             _ => Ok(()),
@@ -285,7 +285,7 @@ impl Qcow2 {
 }
 
 impl Disk for Qcow2 {
-    fn len(&self) -> u64 {
+    fn capacity(&self) -> u64 {
         self.len
     }
 
@@ -369,6 +369,24 @@ impl Disk for Qcow2 {
             }
         }
         Ok(())
+    }
+}
+
+/// For fuzzing: any bytes are an image, read and written.
+pub fn fuzz(data: &[u8]) {
+    let file = rustix::fs::memfd_create("qcow2", rustix::fs::MemfdFlags::CLOEXEC).map(File::from);
+    let (Ok(file), Ok(memory)) = (file, crate::kvm::memory::allocate(1 << 16)) else { return };
+    if file.write_all_at(data, 0).is_err() {
+        return;
+    }
+    let segments = [Segment { address: vm_memory::GuestAddress(0), len: 1024 }];
+    if let Ok(mut disk) = Qcow2::open(file, None, true) {
+        let last = disk.capacity().saturating_sub(1024) & !511;
+        for at in [0, 1 << 16, last] {
+            let _ = disk.read(&memory, &segments, at);
+            let _ = disk.write(&memory, &segments, at);
+            let _ = disk.zero(at, 512, true);
+        }
     }
 }
 

@@ -38,7 +38,7 @@ pub fn all(segments: &[Segment], mut step: impl FnMut(&[Segment], u64) -> io::Re
 }
 
 impl Disk for Raw {
-    fn len(&self) -> u64 {
+    fn capacity(&self) -> u64 {
         self.len
     }
     fn read_bytes(&mut self, buffer: &mut [u8], offset: u64) -> io::Result<()> {

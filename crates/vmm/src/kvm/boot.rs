@@ -173,6 +173,13 @@ fn start_info(memory: &Memory, initrd: Option<(u64, u64)>) -> Result<(), Error> 
     Ok(())
 }
 
+/// For fuzzing: any bytes are a kernel, and an initrd.
+pub fn fuzz(data: &[u8]) {
+    let Ok(memory) = memory::allocate(16 << 20) else { return };
+    let (mut kernel, mut initrd) = (std::io::Cursor::new(data), std::io::Cursor::new(data));
+    let _ = load(&memory, &mut kernel, Some(&mut initrd), "");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

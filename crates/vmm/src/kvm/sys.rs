@@ -102,13 +102,13 @@ pub fn discard(memory: &Memory, segment: Segment) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Keeps the heap to two arenas: the C library would ask the file system for the number of processors to make more, which
-/// the jail ends, and each costs memory.
+/// Keeps the heap to one arena. For more, the C library looks at files that say how many processors there are and how
+/// memory is overcommitted, which the jail ends; and each costs memory.
 pub fn bound_heap() {
     // SAFETY: sets a number in the allocator, before this process has another thread.
     #[cfg(target_env = "gnu")]
     unsafe {
-        libc::mallopt(libc::M_ARENA_MAX, 2)
+        libc::mallopt(libc::M_ARENA_MAX, 1)
     };
 }
 

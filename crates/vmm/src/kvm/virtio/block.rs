@@ -88,7 +88,7 @@ impl Block {
     fn place(&self, sector: u64, length: u64) -> Option<u64> {
         let offset = sector.checked_mul(SECTOR)?;
         let end = offset.checked_add(length)?;
-        (length.is_multiple_of(SECTOR) && end <= self.disk.len() / SECTOR * SECTOR).then_some(offset)
+        (length.is_multiple_of(SECTOR) && end <= self.disk.capacity() / SECTOR * SECTOR).then_some(offset)
     }
 
     fn transfer(&mut self, io: &Io, segments: &[Segment], sector: u64, write: bool) -> (u8, u64) {
@@ -155,7 +155,7 @@ impl Device for Block {
                 to.copy_from_slice(bytes);
             }
         };
-        put(0, &(self.disk.len() / SECTOR).to_le_bytes());
+        put(0, &(self.disk.capacity() / SECTOR).to_le_bytes());
         put(12, &u32::from(QUEUE_SIZE - 2).to_le_bytes());
         put(36, &MOST_SECTORS.to_le_bytes());
         put(40, &MOST_RANGES.to_le_bytes());

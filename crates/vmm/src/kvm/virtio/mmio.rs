@@ -280,6 +280,22 @@ fn page(bits: u64, page: u32) -> u32 {
     }
 }
 
+/// For fuzzing: bytes are writes of a register, six each, to a balloon.
+pub fn fuzz(data: &[u8]) {
+    let Ok(memory) = crate::kvm::memory::allocate(1 << 20) else { return };
+    let (sender, _events) = std::sync::mpsc::sync_channel(16);
+    let balloon = Box::new(super::balloon::Balloon);
+    let Ok(mut transport) = Transport::new(balloon, memory, Ending(sender)) else { return };
+    for [low, high, a, b, c, d] in data.as_chunks::<6>().0.iter().take(256) {
+        let offset = u64::from(u16::from_le_bytes([*low, *high])) % 0x140;
+        if transport.write(offset, &[*a, *b, *c, *d]).is_err() {
+            break;
+        }
+        transport.read(offset, &mut [0; 4]);
+    }
+    transport.stop();
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
