@@ -5,6 +5,8 @@
 #[path = "runtime/support.rs"]
 mod support;
 
+#[path = "runtime/attacks.rs"]
+mod attacks;
 #[path = "runtime/isolation.rs"]
 mod isolation;
 #[path = "runtime/latency.rs"]
@@ -35,7 +37,9 @@ fn main() {
     let mut failed = Vec::new();
     let mut ran = 0;
     for (name, test) in
-        [isolation::TESTS, lifecycle::TESTS, streams::TESTS, layouts::TESTS, latency::TESTS].into_iter().flatten()
+        [isolation::TESTS, attacks::TESTS, lifecycle::TESTS, streams::TESTS, layouts::TESTS, latency::TESTS]
+            .into_iter()
+            .flatten()
     {
         if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
             continue;
