@@ -68,6 +68,13 @@ pub struct LogOptions {
     pub stream: String,
 }
 
+/// What is done to a running virtual machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineAction {
+    Pause,
+    Unpause,
+}
+
 /// A byte stream both ways: one forwarded connection.
 pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
@@ -82,4 +89,9 @@ pub trait PodStreams: Send + Sync + 'static {
         target: &Target,
         options: LogOptions,
     ) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>>;
+
+    /// `target.pod` may be empty when its uid is known.
+    async fn machine(&self, target: &Target, _action: MachineAction) -> StatusResult<()> {
+        Err(crate::Status::bad_request(format!("pod {} is no virtual machine here", target.pod_uid)))
+    }
 }

@@ -57,6 +57,9 @@ enum Command {
     /// Functions: serve a component, call it, read its log
     #[command(subcommand)]
     Function(crate::function::Function),
+    /// Virtual machines: list, start, stop, restart, pause, console
+    #[command(subcommand)]
+    Vm(crate::vm::Vm),
 }
 
 #[derive(Args, Clone)]
@@ -126,5 +129,6 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Doctor { output } => crate::doctor::run(output),
         Command::Image(command) => crate::images::run(command),
         Command::Function(command) => crate::function::run(command),
+        Command::Vm(command) => crate::vm::run(command),
     }
 }

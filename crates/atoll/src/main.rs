@@ -9,6 +9,7 @@ mod images;
 mod instance;
 mod output;
 mod up;
+mod vm;
 
 use clap::Parser;
 use std::process::ExitCode;

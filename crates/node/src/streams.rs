@@ -5,7 +5,7 @@ use crate::config::log_path;
 use crate::logs;
 use crate::views::{ContainerView, Live, PodView, ViewState, Views};
 use api::status::{Reason, Status, StatusResult};
-use api::streams::{Duplex, LogOptions, PodStreams, Session, Target, Wanted};
+use api::streams::{Duplex, LogOptions, MachineAction, PodStreams, Session, Target, Wanted};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
@@ -151,6 +151,18 @@ impl PodStreams for Streams {
             container.is_some_and(|c| c.attempt == Some(attempt) && c.state == ViewState::Running)
         };
         Ok(logs::stream(path, options, alive))
+    }
+
+    async fn machine(&self, target: &Target, action: MachineAction) -> StatusResult<()> {
+        let missing = || Status::not_found("", "pods", &target.pod_uid);
+        let pod =
+            self.views.get(&target.pod_uid).filter(|pod| pod.namespace == target.namespace).ok_or_else(missing)?;
+        let live = pod.live.clone().ok_or_else(missing)?;
+        let done = match action {
+            MachineAction::Pause => live.boundary.pause(&live.sandbox).await,
+            MachineAction::Unpause => live.boundary.resume(&live.sandbox).await,
+        };
+        done.map_err(translate)
     }
 }
 

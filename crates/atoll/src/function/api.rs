@@ -197,6 +197,11 @@ impl Api {
         self.ask("GET", path, "application/json", Vec::new()).await
     }
 
+    /// Asks for something to be done.
+    pub async fn put(&self, path: &str) -> Answer {
+        self.ask("PUT", path, "application/json", Vec::new()).await
+    }
+
     pub async fn delete(&self, path: &str) -> Answer {
         self.ask("DELETE", path, "application/json", Vec::new()).await
     }

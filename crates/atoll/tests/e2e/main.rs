@@ -12,6 +12,7 @@ mod life;
 mod oci;
 mod pods;
 mod registry;
+mod vm;
 
 use cluster::Cluster;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -34,6 +35,7 @@ const ALL: &[&[Test]] = &[
     kubectl::TESTS,
     pods::TESTS,
     bad_input::TESTS,
+    vm::TESTS,
     oci::TESTS,
     life::TESTS,
 ];

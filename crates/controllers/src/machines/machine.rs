@@ -117,9 +117,12 @@ impl Reconcile for Machines {
         } else if machine.is_deleting() {
             // The garbage collector takes the instance along.
         } else {
+            forget_done(&mut status, instance.as_ref());
             match &instance {
                 Some(instance) => self.judge(&machine, instance, strategy, &mut status).await?,
-                None if strategy.starts() => again = self.start(&machine, &mut status).await?,
+                None if strategy.starts() || asks(&status, "Start") => {
+                    again = self.start(&machine, &mut status).await?
+                }
                 None => drop(object_of(&mut status).remove("startFailure")),
             }
         }
@@ -141,7 +144,8 @@ impl Machines {
         if phase == "Running" && self.has_run_for(instance) >= LONG {
             object_of(status).remove("startFailure");
         }
-        if instance.is_deleting() || !strategy.ends(instance) {
+        let asked = asks(status, "Stop");
+        if instance.is_deleting() || !(asked || strategy.ends(instance)) {
             return Ok(());
         }
         if phase == "Failed" && strategy != Strategy::Halted {
@@ -288,6 +292,7 @@ impl Machines {
             return if has_ended(instance) && strategy.starts() { "Starting" } else { "Stopping" };
         }
         match instance.str_at("/status/phase") {
+            "Running" if condition_status(instance, "Paused") == "True" => "Paused",
             "Running" => "Running",
             "Succeeded" | "Failed" => "Stopped",
             _ if condition_status(instance, "PodScheduled") == "False" => "ErrorUnschedulable",
@@ -306,6 +311,30 @@ impl Machines {
             "ImagePullBackOff" => Some("ImagePullBackOff"),
             _ => None,
         })
+    }
+}
+
+/// Whether someone asked for that through the machine's subresources.
+fn asks(status: &Value, action: &str) -> bool {
+    list(status, "/stateChangeRequests").iter().any(|request| request.str_at("/action") == action)
+}
+
+/// A stop is done when the instance it names is gone; a start when there is an instance and no stop before it.
+fn forget_done(status: &mut Value, instance: Option<&SharedObject>) {
+    let mut requests = list(status, "/stateChangeRequests").to_vec();
+    if requests.is_empty() {
+        return;
+    }
+    requests.retain(|r| r.str_at("/action") != "Stop" || instance.is_some_and(|i| i.uid() == r.str_at("/uid")));
+    let stops = requests.iter().any(|r| r.str_at("/action") == "Stop");
+    if instance.is_some() && !stops {
+        requests.clear();
+    }
+    let fields = object_of(status);
+    if requests.is_empty() {
+        fields.remove("stateChangeRequests");
+    } else {
+        fields.insert("stateChangeRequests".into(), requests.into());
     }
 }
 

@@ -6,6 +6,7 @@
 mod connection;
 pub(crate) mod decode;
 mod logs;
+mod machines;
 mod negotiate;
 mod objects;
 mod proxy;

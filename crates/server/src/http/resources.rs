@@ -5,8 +5,8 @@ use super::objects::{self, Include};
 use super::query::propagation;
 use super::route::ResourcePath;
 use super::{
-    Decoded, Format, Query, Request, Response, Service, decode, header_text, logs, method_not_allowed, no_such_path,
-    proxy, respond, review, watch,
+    Decoded, Format, Query, Request, Response, Service, decode, header_text, logs, machines, method_not_allowed,
+    no_such_path, proxy, respond, review, watch,
 };
 use crate::admission::{pods, returns_deleted, selectable, subresources, tokens};
 use crate::auth::Permit;
@@ -50,6 +50,9 @@ pub async fn handle(
 ) -> StatusResult<Response> {
     if is_review(&path) {
         return review(service, permit, request, &path).await;
+    }
+    if path.group == machines::GROUP {
+        return machines::handle(service, permit, request, &path).await;
     }
     let kinds = service.core.kinds.current();
     let kind = kinds.get(&path.group, &path.version, &path.plural).cloned().ok_or_else(no_such_path)?;

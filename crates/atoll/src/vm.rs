@@ -1,0 +1,151 @@
+//! `atoll vm`: virtual machines from the command line. What it does, `kubectl` and KubeVirt's clients can do as well: it goes
+//! through the API by the kubeconfig.
+
+mod console;
+
+use crate::cli::{Failure, Outcome, explain};
+use crate::function::At;
+use crate::function::api::Api;
+use crate::output::{self, Format};
+use clap::Subcommand;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+const LOOK: Duration = Duration::from_millis(200);
+
+#[derive(Subcommand)]
+pub enum Vm {
+    /// List virtual machines
+    Ls {
+        #[command(flatten)]
+        at: At,
+        /// Of all namespaces
+        #[arg(short = 'A', long)]
+        all_namespaces: bool,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Start a machine; a halted one runs always from then on
+    Start(One),
+    /// Stop a machine: its power button is pressed, and after its grace period it is killed
+    Stop(One),
+    /// Stop a machine and start it again
+    Restart(One),
+    /// Hold a running machine's processors; its memory stays
+    Pause(One),
+    /// Let a paused machine go on
+    Unpause(One),
+    /// Speak to a machine's serial console; Ctrl-] leaves
+    #[command(after_help = "Example:\n  atoll vm console orders -n shop")]
+    Console {
+        #[command(flatten)]
+        at: At,
+        name: String,
+    },
+}
+
+#[derive(clap::Args)]
+pub struct One {
+    #[command(flatten)]
+    at: At,
+    name: String,
+    /// Wait until it is so, at most this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    wait: Option<u64>,
+}
+
+const SUBRESOURCES: &str = "/apis/subresources.kubevirt.io/v1";
+
+fn machines(namespace: &str) -> String {
+    format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachines")
+}
+
+fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
+    object.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
+}
+
+pub fn run(command: Vm) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(explain)?;
+    runtime.block_on(async {
+        match command {
+            Vm::Ls { at, all_namespaces, output } => list(&at, all_namespaces, output).await,
+            Vm::Start(one) => one.ask("virtualmachines", "start", "Running").await,
+            Vm::Stop(one) => one.ask("virtualmachines", "stop", "Stopped").await,
+            Vm::Restart(one) => one.ask("virtualmachines", "restart", "Running").await,
+            Vm::Pause(one) => one.ask("virtualmachineinstances", "pause", "Paused").await,
+            Vm::Unpause(one) => one.ask("virtualmachineinstances", "unpause", "Running").await,
+            Vm::Console { at, name } => console::run(&at, &name).await,
+        }
+    })
+}
+
+impl One {
+    /// Asks for it, and waits for the printed status if that is wanted.
+    async fn ask(&self, plural: &str, action: &str, becomes: &str) -> Outcome {
+        let api = self.at.api()?;
+        let (namespace, name) = (self.at.namespace(&api), &self.name);
+        let before = self.instance(&api, &namespace).await;
+        api.put(&format!("{SUBRESOURCES}/namespaces/{namespace}/{plural}/{name}/{action}")).await?;
+        let Some(seconds) = self.wait else {
+            println!("{name}: {action} was asked for");
+            return Ok(());
+        };
+        let until = Instant::now() + Duration::from_secs(seconds);
+        loop {
+            let machine = api.get(&format!("{}/{name}", machines(&namespace))).await?;
+            let status = text(&machine, "/status/printableStatus");
+            let anew = action != "restart" || self.instance(&api, &namespace).await != before;
+            if status == becomes && anew {
+                println!("{name}: {status}");
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(Failure(format!(
+                    "{name}: still {status} after {seconds} s; kubectl describe vm {name} -n {namespace}"
+                )));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// Uid of the machine's instance, empty if there is none.
+    async fn instance(&self, api: &Api, namespace: &str) -> String {
+        let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{}", self.name);
+        api.get(&path).await.map(|instance| text(&instance, "/metadata/uid").to_owned()).unwrap_or_default()
+    }
+}
+
+async fn list(at: &At, all_namespaces: bool, format: Format) -> Outcome {
+    let api = at.api()?;
+    let path =
+        if all_namespaces { "/apis/kubevirt.io/v1/virtualmachines".to_owned() } else { machines(&at.namespace(&api)) };
+    let found = api.get(&path).await?;
+    let instances = api.get(&path.replace("virtualmachines", "virtualmachineinstances")).await?;
+    let items = |list: &Value| list.get("items").and_then(Value::as_array).cloned().unwrap_or_default();
+    if format != Format::Table {
+        output::value(format, &found);
+        return Ok(());
+    }
+    let instances = items(&instances);
+    let same = |machine: &Value, instance: &Value| {
+        ["/metadata/name", "/metadata/namespace"].iter().all(|p| text(machine, p) == text(instance, p))
+    };
+    let rows: Vec<Vec<String>> = items(&found)
+        .iter()
+        .map(|machine| {
+            let instance = instances.iter().find(|i| same(machine, i)).unwrap_or(&Value::Null);
+            let cores = instance.pointer("/status/currentCPUTopology/cores").and_then(Value::as_u64);
+            let cells = [
+                text(machine, "/metadata/namespace"),
+                text(machine, "/metadata/name"),
+                text(machine, "/status/printableStatus"),
+                &cores.map(|c| c.to_string()).unwrap_or_default(),
+                text(instance, "/status/memory/guestCurrent"),
+                text(instance, "/status/interfaces/0/ipAddress"),
+            ];
+            cells.iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { (*cell).to_owned() }).collect()
+        })
+        .collect();
+    output::table(&["NAMESPACE", "NAME", "STATUS", "CPUS", "MEMORY", "ADDRESS"], &rows);
+    Ok(())
+}

@@ -1,0 +1,78 @@
+//! `atoll vm console`: the terminal here becomes the machine's serial console.
+
+use super::text;
+use crate::cli::{Failure, Outcome, explain};
+use crate::function::At;
+use crate::instance::Instance;
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use serde_json::Value;
+use std::io::{Read, Write};
+
+/// Ctrl-], as virtctl and telnet have it.
+const LEAVE: u8 = 0x1d;
+
+/// Raw as long as it lives.
+struct Raw(Option<Termios>);
+
+impl Raw {
+    fn enter() -> Raw {
+        let stdin = std::io::stdin();
+        let before = tcgetattr(&stdin).ok();
+        if let Some(before) = &before {
+            let mut raw = before.clone();
+            raw.make_raw();
+            let _ = tcsetattr(&stdin, OptionalActions::Now, &raw);
+        }
+        Raw(before)
+    }
+}
+
+impl Drop for Raw {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = tcsetattr(std::io::stdin(), OptionalActions::Now, before);
+        }
+    }
+}
+
+/// The API says which pod the machine is; its monitor's socket is on this node.
+pub async fn run(at: &At, name: &str) -> Outcome {
+    let api = at.api()?;
+    let namespace = at.namespace(&api);
+    let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{name}");
+    let instance = api.get(&path).await?;
+    if text(&instance, "/status/phase") != "Running" {
+        return Err(Failure(format!("{name}: does not run; atoll vm start {name} -n {namespace}")));
+    }
+    let pods = instance.pointer("/status/activePods").and_then(Value::as_object);
+    let uid = pods.and_then(|pods| pods.keys().next()).ok_or_else(|| Failure(format!("{name}: has no pod yet")))?;
+    let run_dir = Instance::open(&at.data.data_dir)?.run_dir.join("pods").join(uid);
+    let mut stream = vmm::Client::connect(&run_dir).and_then(vmm::Client::console).map_err(explain)?;
+    let mut input = stream.try_clone().map_err(explain)?;
+    eprintln!("console of {name}; Ctrl-] leaves");
+    let raw = Raw::enter();
+    std::thread::spawn(move || {
+        let mut bytes = [0u8; 256];
+        while let Ok(n) = std::io::stdin().read(&mut bytes) {
+            let typed = bytes.get(..n).unwrap_or_default();
+            let (send, leave) = match typed.iter().position(|b| *b == LEAVE) {
+                Some(at) => (typed.get(..at).unwrap_or_default(), true),
+                None => (typed, n == 0),
+            };
+            if input.write_all(send).is_err() || leave {
+                break;
+            }
+        }
+        let _ = input.shutdown(std::net::Shutdown::Both);
+    });
+    let mut buffer = [0u8; 4096];
+    while let Ok(n) = stream.read(&mut buffer) {
+        let Some(bytes) = buffer.get(..n).filter(|b| !b.is_empty()) else { break };
+        let mut out = std::io::stdout();
+        if out.write_all(bytes).and_then(|()| out.flush()).is_err() {
+            break;
+        }
+    }
+    drop(raw);
+    Ok(())
+}
