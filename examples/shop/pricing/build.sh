@@ -14,6 +14,8 @@ if [ -e pricing.wasm ]; then
     fi
 fi
 if [ ! -e node_modules/.installed ] || [ package.json -nt node_modules/.installed ]; then
+    # From nothing: npm brings an older installation up to date only in part.
+    rm -rf node_modules
     npm install --no-package-lock --no-audit --no-fund --loglevel=error
     # Debian 12's node 18 runs all of it, but its npm leaves out optional parts that ask for node 20.
     left_out=$(node left-out.cjs)

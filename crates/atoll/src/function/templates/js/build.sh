@@ -3,6 +3,8 @@
 set -eu
 cd "$(dirname "$0")"
 if [ ! -e node_modules/.installed ] || [ package.json -nt node_modules/.installed ]; then
+    # From nothing: npm brings an older installation up to date only in part.
+    rm -rf node_modules
     npm install --no-package-lock --no-audit --no-fund --loglevel=error
     # npm of node 18 leaves out optional native parts that ask for node 20, though node 18 runs them.
     left_out=$(node left-out.cjs)
