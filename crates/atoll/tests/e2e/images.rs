@@ -3,7 +3,8 @@
 use crate::cluster::Cluster;
 use crate::{Outcome, Test};
 
-pub const TESTS: &[Test] = &[("image_push_pull_with_skopeo", skopeo), ("image_commands", commands)];
+pub const TESTS: &[Test] =
+    &[("image_push_pull_with_skopeo", skopeo), ("image_commands", commands), ("image_push_and_prune", push)];
 
 fn skopeo(c: &Cluster) -> Outcome {
     if c.inside("skopeo").arg("--version").output().is_err() {
@@ -35,5 +36,37 @@ fn commands(c: &Cluster) -> Outcome {
     image(&["rm", "test/again:1"]).good();
     assert!(!image(&["ls"]).good().contains("test/again"));
     assert!(image(&["rm", "test/again:1"]).bad().contains("test/again:1"));
+    Outcome::Passed
+}
+
+/// To the built-in registry over HTTP, and back into a store that has nothing.
+fn push(c: &Cluster) -> Outcome {
+    let data = c.data().to_string_lossy().into_owned();
+    let image = |args: &[&str]| c.atoll(&[&["image", args[0], "--data-dir", &data], &args[1..]].concat());
+    let digest = |text: &str| text.split_once("(sha256:").map(|(_, d)| d.trim_end().trim_end_matches(')').to_owned());
+    let pushed = image(&["push", "127.0.0.1:5000/test/busybox:1", "127.0.0.1:5000/test/copy:1"]).good();
+    let again = image(&["push", "127.0.0.1:5000/test/busybox:1", "127.0.0.1:5000/test/copy:1"]);
+    assert!(again.err.contains("is there already"), "{}", again.err);
+    let other = c.scratch("elsewhere");
+    let other = other.to_string_lossy();
+    // The loopback address by another name: the store's own registry would need no pull.
+    let pulled = c.atoll(&[
+        "image",
+        "pull",
+        "--data-dir",
+        &other,
+        "127.0.0.2:5000/test/copy:1",
+        "--mirror",
+        "127.0.0.2:5000=127.0.0.1:5000",
+    ]);
+    assert_eq!(digest(&pushed), digest(&pulled.good()));
+    assert!(digest(&pushed).is_some());
+    let told = image(&["push", "127.0.0.1:5000/test/busybox:1", "test/copy:1"]).bad();
+    assert!(told.contains("names no registry"), "{told}");
+    let prune = |args: &[&str]| c.atoll(&[&["image", "prune", "--data-dir", &other], args].concat());
+    assert!(prune(&[]).good().contains("0 images"));
+    assert!(prune(&["--image-size", "0", "--grace", "0s"]).good().contains("1 images"));
+    assert!(!c.atoll(&["image", "ls", "--data-dir", &other]).good().contains("test/copy"));
+    assert!(prune(&["--image-age", "soon"]).bad().contains("--image-age \"soon\""));
     Outcome::Passed
 }
