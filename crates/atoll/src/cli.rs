@@ -51,6 +51,12 @@ enum Command {
         #[arg(short, long, default_value = "table")]
         output: Format,
     },
+    /// The OCI runtime, with runc's commands and flags: atoll oci help lists them
+    #[command(disable_help_flag = true)]
+    Oci {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Images in the local store
     #[command(subcommand)]
     Image(crate::images::Image),
@@ -127,6 +133,8 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Up(options) => crate::up::run(&options),
         Command::Down(data) => crate::down::run(&data.data_dir),
         Command::Doctor { output } => crate::doctor::run(output),
+        // The role is taken before; this is for the list of commands.
+        Command::Oci { args } => std::process::exit(container::oci::main(&args)),
         Command::Image(command) => crate::images::run(command),
         Command::Function(command) => crate::function::run(command),
         Command::Vm(command) => crate::vm::run(command),
