@@ -54,20 +54,41 @@ pub trait Engine: Send + Sync {
 }
 
 /// The best engine for this machine on this computer: ours where KVM is native and it has all that the machine asks for.
-pub fn choose(wanted: Choice, kvm: &Support, machine: &Machine) -> Result<Box<dyn Engine>> {
-    let native = matches!(kvm, Support::Hardware { .. });
-    let own = match wanted {
-        Choice::Best => native && KvmEngine::fits(machine).is_ok(),
-        Choice::Kvm => {
-            KvmEngine::fits(machine).map_err(|why| Error::NoEngine(format!("not the KVM engine: {why}")))?;
-            true
-        }
-        Choice::Qemu => false,
-    };
-    if own {
+/// KVM is measured only where that decides.
+pub fn choose(machine: &Machine, probe: impl FnOnce() -> Support) -> Result<Box<dyn Engine>> {
+    if machine.engine == Choice::Kvm {
+        KvmEngine::fits(machine).map_err(|why| Error::NoEngine(format!("not the KVM engine: {why}")))?;
+        return Ok(Box::new(KvmEngine));
+    }
+    let native = matches!(probe(), Support::Hardware { .. });
+    if native && machine.engine == Choice::Best && KvmEngine::fits(machine).is_ok() {
         return Ok(Box::new(KvmEngine));
     }
     crate::qemu::Qemu::find(native)
         .map(|engine| Box::new(engine) as Box<dyn Engine>)
         .ok_or_else(|| Error::NoEngine("qemu-system-x86_64 is not installed; apt-get install qemu-system-x86".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::sample;
+
+    #[test]
+    fn ours_where_kvm_is_native_and_it_has_what_the_machine_asks_for() {
+        let hardware = || Support::Hardware { instructions_per_second: 1e9 };
+        let emulated = || Support::Emulated { instructions_per_second: 1e6 };
+        let name = |machine: &Machine, kvm: fn() -> Support| choose(machine, kvm).map_or("none", |e| e.name());
+        assert_eq!(name(&sample(), hardware), "kvm");
+        // without QEMU there is none for the rest
+        assert!(matches!(name(&sample(), emulated), "qemu-tcg" | "none"));
+        let mut firmware = sample();
+        (firmware.kernel, firmware.initrd) = (None, None);
+        assert!(matches!(name(&firmware, hardware), "qemu-kvm" | "none"));
+        let mut sata = sample();
+        sata.disks[0].bus = "sata".into();
+        assert!(matches!(name(&sata, hardware), "qemu-kvm" | "none"));
+        sata.engine = Choice::Kvm;
+        assert!(choose(&sata, hardware).err().unwrap().to_string().contains("not on virtio"));
+    }
 }

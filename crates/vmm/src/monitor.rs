@@ -82,7 +82,7 @@ fn run(run_dir: &Path, tell: &mut UnixStream) -> Result<()> {
     rustix::process::setsid().ok();
     quiet_descriptors(run_dir)?;
 
-    let engine = engine::choose(machine.engine, &kvm::probe(), &machine)?;
+    let engine = engine::choose(&machine, kvm::probe)?;
     let plan = engine.plan(&machine)?;
     let console =
         Console::open(&machine.console, machine.uid, plan.console.try_clone().map_err(Error::io("clone", run_dir))?)?;

@@ -171,3 +171,29 @@ async fn a_lost_pod_fails_and_a_change_asks_for_a_restart() {
     world.wait(&MACHINES, "db", |m| printed("Running")(m) && condition_status(m, "RestartRequired").is_empty()).await;
     assert_eq!(list(&world.get(&INSTANCES, "db").await.unwrap(), "/status/interfaces").len(), 1);
 }
+
+#[tokio::test]
+async fn starts_and_stops_that_were_asked_for_are_carried_out_once() {
+    let world = World::new().await;
+    world.node("n", |_| true).await;
+    world.create(&MACHINES, machine("Manual")).await;
+    world.wait(&MACHINES, "db", printed("Stopped")).await;
+    let ask = async |requests: Value| {
+        let patch = Patch::Merge(json!({"status": {"stateChangeRequests": requests}}));
+        world.client.patch(&MACHINES, "x", "db", "status", patch).await.unwrap();
+    };
+    let done = |m: &Object| printed("Running")(m) && m.pointer("/status/stateChangeRequests").is_none();
+    ask(json!([{"action": "Start"}])).await;
+    world.wait(&MACHINES, "db", done).await;
+    let first = world.get(&INSTANCES, "db").await.unwrap().uid().to_owned();
+    ask(json!([{"action": "Stop", "uid": first}, {"action": "Start"}])).await;
+    world.wait(&INSTANCES, "db", |i| i.uid() != first && i.str_at("/status/phase") == "Running").await;
+    world.wait(&MACHINES, "db", done).await;
+    let second = world.get(&INSTANCES, "db").await.unwrap().uid().to_owned();
+    // one that names an instance long gone is forgotten
+    ask(json!([{"action": "Stop", "uid": first}])).await;
+    world.wait(&MACHINES, "db", done).await;
+    assert_eq!(world.get(&INSTANCES, "db").await.unwrap().uid(), second);
+    ask(json!([{"action": "Stop", "uid": second}])).await;
+    world.wait(&MACHINES, "db", |m| printed("Stopped")(m) && m.pointer("/status/stateChangeRequests").is_none()).await;
+}

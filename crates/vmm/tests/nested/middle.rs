@@ -249,6 +249,7 @@ fn compare() {
         whole[0].push(w);
         memory[0].push(m);
         let (k, w, m) = qemus();
+        println!("bench run {run} is done");
         kernel[1].push(k);
         whole[1].push(w);
         memory[1].push(m);
