@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Asked, INDEX, Image, Server, answer, left_in, tar_of};
-use image::{Digest, Error, Kind, Limits, PullOptions, Store, silent};
+use image::{Digest, Error, GcOptions, Kind, Limits, PullOptions, Store, silent};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -233,4 +233,56 @@ fn bombs_are_defused_on_their_way() {
     assert!(error.to_string().contains("decompression bomb"), "{error}");
     let left = b.left();
     assert!(!left.iter().any(|n| n.starts_with("tmp/") || n.starts_with("layers/")), "{left:?}");
+}
+
+/// Collections beside pulls take nothing that is on its way or was pulled.
+#[test]
+fn garbage_is_taken_while_images_come() {
+    let Some(b) = bench() else { return };
+    let images: Vec<Image> = (0..6)
+        .map(|i| Image::new(&(0..3).map(|n| tar_of(&format!("f{n}"), 700_000, i * 10 + n)).collect::<Vec<_>>()))
+        .collect();
+    let server = Server::start(move |asked| {
+        let name = asked.path.split('/').nth(2).and_then(|n| n.strip_prefix('i')?.parse::<usize>().ok());
+        match name.and_then(|n| images.get(n)) {
+            Some(image) => image.answer(asked),
+            None => answer(404, ""),
+        }
+    });
+    let left = AtomicUsize::new(3);
+    std::thread::scope(|scope| {
+        for worker in 0..3 {
+            let (b, server, left) = (&b, &server, &left);
+            scope.spawn(move || {
+                for image in [worker, worker + 3] {
+                    let name = format!("{}/i{image}/x:1", server.address);
+                    b.store.pull(&name, &PullOptions::default(), &silent).unwrap();
+                    let Kind::Container { layers, .. } = b.store.resolve(&name).unwrap().kind else { panic!() };
+                    assert!(layers.iter().enumerate().all(|(n, dir)| dir.join(format!("f{n}")).exists()));
+                }
+                left.fetch_sub(1, Ordering::Relaxed);
+            });
+        }
+        let options = GcOptions {
+            untagged: Duration::ZERO,
+            unfinished: Duration::from_secs(20),
+            image_bytes: Some(0),
+            build_bytes: 0,
+            ..GcOptions::default()
+        };
+        while left.load(Ordering::Relaxed) > 0 {
+            b.store.gc(&options).unwrap();
+        }
+    });
+    assert_eq!(b.store.list().unwrap().len(), 6);
+    let at_once = Duration::ZERO;
+    let all = GcOptions {
+        grace: at_once,
+        untagged: at_once,
+        unfinished: at_once,
+        image_bytes: Some(0),
+        ..GcOptions::default()
+    };
+    assert_eq!(b.store.gc(&all).unwrap().images, 6);
+    assert_eq!(b.left(), [""; 0]);
 }

@@ -52,12 +52,14 @@ fn argument(text: &str) -> Result<(String, String), Failure> {
 /// <https://reproducible-builds.org/specs/source-date-epoch/>: a build argument, else the environment.
 fn epoch(args: &[(String, String)]) -> Result<Option<u64>, Failure> {
     const NAME: &str = "SOURCE_DATE_EPOCH";
+    /// The last second that RFC 3339 has a name for.
+    const YEAR_9999: u64 = 253_402_300_799;
     let given = args.iter().rev().find(|(name, _)| name == NAME).map(|(_, value)| value.clone());
     match given.or_else(|| std::env::var(NAME).ok()).filter(|text| !text.is_empty()) {
         None => Ok(None),
         Some(text) => match text.parse() {
-            Ok(seconds) => Ok(Some(seconds)),
-            Err(_) => Err(Failure(format!("{NAME}={text:?}: a number of seconds since 1970"))),
+            Ok(seconds) if seconds <= YEAR_9999 => Ok(Some(seconds)),
+            _ => Err(Failure(format!("{NAME}={text:?}: a number of seconds since 1970, up to the year 9999"))),
         },
     }
 }
@@ -86,4 +88,21 @@ fn stop_on_signals(sandboxes: &Arc<Sandboxes>) -> Outcome {
     };
     std::thread::Builder::new().name("signals".into()).spawn(wait).map_err(explain)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn epochs_and_arguments() {
+        let of = |text: &str| epoch(&[("SOURCE_DATE_EPOCH".into(), text.into())]);
+        assert_eq!(of("0").unwrap(), Some(0));
+        assert_eq!(of("253402300799").unwrap(), Some(253_402_300_799));
+        for bad in ["-1", "253402300800", "18446744073709551615", "tomorrow"] {
+            assert!(of(bad).is_err(), "{bad}");
+        }
+        assert_eq!(argument("A=b=c").unwrap(), ("A".into(), "b=c".into()));
+        assert!(argument("=x").is_err());
+    }
 }
