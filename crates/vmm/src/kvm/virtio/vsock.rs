@@ -210,3 +210,26 @@ impl Device for Vsock {
         io.notify(RECEIVE)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_calls_out_is_refused_and_one_that_takes_no_answer_is_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut vsock = Vsock::new(UnixListener::bind(dir.path().join("s")).unwrap()).unwrap();
+        let (source_cid, target_cid) = (GUEST, HOST);
+        let request = Header { source_cid, target_cid, ..Header::to_guest(1000, 22, Op::Request) };
+        vsock.packet(&request, Vec::new()).unwrap();
+        let answer = vsock.answers.front().unwrap();
+        assert_eq!((answer.op, answer.source_port, answer.target_port), (Op::Reset, 22, 1000));
+        assert!(vsock.connections.is_empty());
+        // one in another's name is refused too, and a reset is not answered
+        vsock.packet(&Header { source_cid: HOST, ..request.clone() }, Vec::new()).unwrap();
+        vsock.packet(&Header { op: Op::Reset, ..request.clone() }, Vec::new()).unwrap();
+        assert_eq!(vsock.answers.len(), 2);
+        let broken = (0..MOST_ANSWERS).find_map(|_| vsock.packet(&request, Vec::new()).err());
+        assert!(broken.unwrap().0.contains("takes none"));
+    }
+}
