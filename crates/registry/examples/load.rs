@@ -9,6 +9,9 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// docker-registry gives an OCI manifest to no one who does not ask for one.
+const ACCEPT: &str = "accept: application/vnd.oci.image.manifest.v1+json\r\n";
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [address, what, seconds, connections, rest @ ..] = arguments.as_slice() else {
@@ -59,7 +62,7 @@ impl Run<'_> {
                         let mut client = Client::connect(self.address)?;
                         while !stop.load(Ordering::Relaxed) {
                             match what {
-                                "get" => client.expect("GET", &path, "accept: */*\r\n", b"", 200)?,
+                                "get" => client.expect("GET", &path, ACCEPT, b"", 200)?,
                                 "head" => client.expect("HEAD", &blob_path, "", b"", 200)?,
                                 "pull" => client.expect("GET", &blob_path, "", b"", 200)?,
                                 _ => {
