@@ -25,10 +25,106 @@ pub(crate) enum Sharing {
     Private,
 }
 
+/// The fields of one `--mount`, taken out one by one: what is left is unknown.
+struct Fields<'a> {
+    text: &'a str,
+    left: BTreeMap<String, String>,
+}
+
+impl Fields<'_> {
+    fn told(&self, why: &str) -> String {
+        format!("--mount={}: {why}", self.text)
+    }
+
+    fn take(&mut self, name: &str) -> Option<String> {
+        self.left.remove(name)
+    }
+
+    fn flag(&mut self, name: &str) -> Result<bool, String> {
+        match self.take(name).as_deref() {
+            None | Some("false" | "0") => Ok(false),
+            Some("true" | "1") => Ok(true),
+            Some(other) => Err(self.told(&format!("{name}={other}: it is true or false"))),
+        }
+    }
+
+    fn id(&mut self, name: &str) -> Result<u32, String> {
+        match self.take(name) {
+            None => Ok(0),
+            Some(text) => text.parse().map_err(|_| self.told(&format!("{name} is a number"))),
+        }
+    }
+
+    fn mode(&mut self, usual: u32) -> Result<u32, String> {
+        let Some(text) = self.take("mode") else { return Ok(usual) };
+        let mode = u32::from_str_radix(&text, 8).ok().filter(|m| *m <= 0o7777);
+        mode.ok_or_else(|| self.told("mode is an octal number"))
+    }
+
+    fn target(&mut self) -> Result<String, String> {
+        self.take("target").filter(|t| !t.is_empty()).ok_or_else(|| self.told("it needs target="))
+    }
+
+    fn bind(&mut self) -> Result<Mount, String> {
+        if self.flag("rw")? {
+            return Err(self.told("bind mounts are read-only; COPY what is to be changed"));
+        }
+        self.flag("readonly")?;
+        let source = self.take("source").unwrap_or_else(|| "/".into());
+        Ok(Mount { target: self.target()?, kind: Kind::Bind { from: self.take("from"), source } })
+    }
+
+    fn cache(&mut self) -> Result<Mount, String> {
+        let target = self.target()?;
+        let sharing = match self.take("sharing").as_deref() {
+            None | Some("shared") => Sharing::Shared,
+            Some("locked") => Sharing::Locked,
+            Some("private") => Sharing::Private,
+            Some(other) => return Err(self.told(&format!("sharing={other}: it is shared, locked or private"))),
+        };
+        let kind = Kind::Cache {
+            id: self.take("id").unwrap_or_else(|| target.clone()),
+            sharing,
+            read_only: self.flag("readonly")?,
+            mode: self.mode(0o755)?,
+            uid: self.id("uid")?,
+            gid: self.id("gid")?,
+        };
+        Ok(Mount { target, kind })
+    }
+
+    fn tmpfs(&mut self) -> Result<Mount, String> {
+        let size = match self.take("size") {
+            None => None,
+            Some(text) => Some(bytes(&text).ok_or_else(|| self.told("size is a number of bytes, such as 64m"))?),
+        };
+        Ok(Mount { target: self.target()?, kind: Kind::Tmpfs { size } })
+    }
+
+    fn secret(&mut self) -> Result<Mount, String> {
+        let target = self.take("target");
+        let id = self
+            .take("id")
+            .or_else(|| target.as_ref().and_then(|t| t.rsplit('/').next().map(str::to_owned)))
+            .filter(|n| !n.is_empty())
+            .ok_or_else(|| self.told("it needs id="))?;
+        let variable = self.take("env");
+        let kind = Kind::Secret {
+            file: variable.is_none() || target.is_some(),
+            variable,
+            required: self.flag("required")?,
+            mode: self.mode(0o400)?,
+            uid: self.id("uid")?,
+            gid: self.id("gid")?,
+            id: id.clone(),
+        };
+        Ok(Mount { target: target.unwrap_or_else(|| format!("/run/secrets/{id}")), kind })
+    }
+}
+
 /// Parses the value of a `--mount`.
 pub(crate) fn parse(text: &str) -> Result<Mount, String> {
-    let told = |why: &str| format!("--mount={text}: {why}");
-    let mut fields: BTreeMap<String, String> = BTreeMap::new();
+    let mut fields = Fields { text, left: BTreeMap::new() };
     for part in text.split(',').filter(|p| !p.is_empty()) {
         let (name, value) = part.split_once('=').unwrap_or((part, "true"));
         let name = match name {
@@ -38,84 +134,20 @@ pub(crate) fn parse(text: &str) -> Result<Mount, String> {
             "readwrite" => "rw",
             other => other,
         };
-        if fields.insert(name.to_owned(), value.to_owned()).is_some() {
-            return Err(told(&format!("{name} is given twice")));
+        if fields.left.insert(name.to_owned(), value.to_owned()).is_some() {
+            return Err(fields.told(&format!("{name} is given twice")));
         }
     }
-    let mut take = |name: &str| fields.remove(name);
-    let kind = take("type").unwrap_or_else(|| "bind".into());
-    let target = take("target");
-    let flag = |value: Option<String>| match value.as_deref() {
-        None | Some("false" | "0") => Ok(false),
-        Some("true" | "1") => Ok(true),
-        Some(other) => Err(told(&format!("{other:?} is neither true nor false"))),
-    };
-    let id = |value: Option<String>| match value {
-        None => Ok(0),
-        Some(text) => text.parse::<u32>().map_err(|_| told("uid and gid are numbers")),
-    };
-    let mode = |value: Option<String>, usual: u32| match value {
-        None => Ok(usual),
-        Some(text) => {
-            u32::from_str_radix(&text, 8).ok().filter(|m| *m <= 0o7777).ok_or_else(|| told("mode is an octal number"))
-        }
-    };
-    let needed = |target: &Option<String>| target.clone().filter(|t| !t.is_empty()).ok_or(told("it needs target="));
+    let kind = fields.take("type").unwrap_or_else(|| "bind".into());
     let mount = match kind.as_str() {
-        "bind" => {
-            if flag(take("rw"))? {
-                return Err(told("bind mounts are read-only; COPY what is to be changed"));
-            }
-            flag(take("readonly"))?;
-            let source = take("source").unwrap_or_else(|| "/".into());
-            Mount { target: needed(&target)?, kind: Kind::Bind { from: take("from"), source } }
-        }
-        "cache" => {
-            let target = needed(&target)?;
-            let sharing = match take("sharing").as_deref() {
-                None | Some("shared") => Sharing::Shared,
-                Some("locked") => Sharing::Locked,
-                Some("private") => Sharing::Private,
-                Some(other) => return Err(told(&format!("sharing={other}: it is shared, locked or private"))),
-            };
-            let cache = Kind::Cache {
-                id: take("id").unwrap_or_else(|| target.clone()),
-                sharing,
-                read_only: flag(take("readonly"))?,
-                mode: mode(take("mode"), 0o755)?,
-                uid: id(take("uid"))?,
-                gid: id(take("gid"))?,
-            };
-            Mount { target, kind: cache }
-        }
-        "tmpfs" => {
-            let size = match take("size") {
-                None => None,
-                Some(text) => Some(bytes(&text).ok_or_else(|| told("size is a number of bytes, such as 64m"))?),
-            };
-            Mount { target: needed(&target)?, kind: Kind::Tmpfs { size } }
-        }
-        "secret" => {
-            let name = take("id")
-                .or_else(|| target.as_ref().and_then(|t| t.rsplit('/').next().map(str::to_owned)))
-                .filter(|n| !n.is_empty())
-                .ok_or_else(|| told("it needs id="))?;
-            let variable = take("env");
-            let secret = Kind::Secret {
-                file: variable.is_none() || target.is_some(),
-                variable,
-                required: flag(take("required"))?,
-                mode: mode(take("mode"), 0o400)?,
-                uid: id(take("uid"))?,
-                gid: id(take("gid"))?,
-                id: name.clone(),
-            };
-            Mount { target: target.unwrap_or_else(|| format!("/run/secrets/{name}")), kind: secret }
-        }
-        other => return Err(told(&format!("type {other:?}: it is bind, cache, tmpfs or secret"))),
+        "bind" => fields.bind()?,
+        "cache" => fields.cache()?,
+        "tmpfs" => fields.tmpfs()?,
+        "secret" => fields.secret()?,
+        other => return Err(fields.told(&format!("type {other:?}: it is bind, cache, tmpfs or secret"))),
     };
-    match fields.keys().next() {
-        Some(unknown) => Err(told(&format!("a {kind} mount has no {unknown}"))),
+    match fields.left.keys().next() {
+        Some(unknown) => Err(fields.told(&format!("a {kind} mount has no {unknown}"))),
         None => Ok(mount),
     }
 }
