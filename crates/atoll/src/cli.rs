@@ -60,6 +60,9 @@ enum Command {
     /// Images in the local store
     #[command(subcommand)]
     Image(crate::images::Image),
+    /// The virtual network: why a connection passes or not, what was refused
+    #[command(subcommand)]
+    Network(crate::network::Network),
     /// Functions: serve a component, call it, read its log
     #[command(subcommand)]
     Function(crate::function::Function),
@@ -136,6 +139,7 @@ pub fn run(cli: Cli) -> Outcome {
         // The role is taken before; this is for the list of commands.
         Command::Oci { args } => std::process::exit(container::oci::main(&args)),
         Command::Image(command) => crate::images::run(command),
+        Command::Network(command) => crate::network::run(command),
         Command::Function(command) => crate::function::run(command),
         Command::Vm(command) => crate::vm::run(command),
     }

@@ -7,6 +7,7 @@ mod down;
 mod function;
 mod images;
 mod instance;
+mod network;
 mod output;
 mod up;
 mod vm;
