@@ -51,7 +51,7 @@ fn kvm() -> Finding {
             "kvm",
             "yes",
             format!("hardware, {}", speed(instructions_per_second)),
-            "microvm: machines run natively",
+            "microvm: machines with a kernel run in Atoll's own monitor, the rest in QEMU with KVM",
         ),
         Support::Emulated { instructions_per_second } => finding(
             "kvm",
@@ -69,7 +69,8 @@ fn qemu() -> Finding {
     if Path::new("/usr/bin/qemu-system-x86_64").exists() {
         return finding("qemu", "yes", "/usr/bin/qemu-system-x86_64", "microvm: virtual machines can run");
     }
-    finding("qemu", "no", "not installed", "microvm: no virtual machines until apt-get install qemu-system-x86")
+    let follows = "microvm: no machines but those that hardware KVM runs alone, until apt-get install qemu-system-x86";
+    finding("qemu", "no", "not installed", follows)
 }
 
 fn cgroups() -> Finding {
