@@ -73,7 +73,7 @@ fn machine(name: &str, args: &str) -> Machine {
 }
 
 fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + Duration::from_secs(120);
+    let until = Instant::now() + Duration::from_secs(300);
     let mut shown = 0;
     loop {
         if let Some(value) = found() {
