@@ -124,12 +124,12 @@ fn become_container(plan: &Plan, inherited: Inherited, socket: &UnixStream, read
     if has_user {
         namespaces::become_root()?;
     }
-    if let Some(bundle) = bundle {
+    if bundle.is_some() {
         // Still the host's `/proc`: the container's may be anything.
         sysctls(spec)?;
         names(spec)?;
-        keyring(bundle, socket);
     }
+    keyring(bundle, socket);
     let mut host_pid = 0;
     let terminal = attach::attach(
         spec,
@@ -224,12 +224,12 @@ fn names(spec: &Spec) -> Result<()> {
 }
 
 /// Keys of the caller's session stay the caller's.
-fn keyring(bundle: &Bundle, socket: &UnixStream) {
-    if !bundle.new_keyring {
+fn keyring(bundle: Option<&Bundle>, socket: &UnixStream) {
+    if bundle.is_some_and(|b| !b.new_keyring) {
         return;
     }
-    let Ok(name) = CString::new(format!("_ses.{}", bundle.id)) else { return };
-    match sys::join_session_keyring(&name) {
+    let name = bundle.and_then(|b| CString::new(format!("_ses.{}", b.id)).ok());
+    match sys::join_session_keyring(name.as_deref()) {
         Err(e) if e.raw_os_error() != Some(libc::ENOSYS) => warn(socket, format!("session keyring: {e}")),
         _ => {}
     }

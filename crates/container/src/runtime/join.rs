@@ -57,6 +57,12 @@ pub fn join(
                     None
                 };
                 take_streams(stdio, terminal, socket)?;
+                // Keys of the caller's session stay the caller's.
+                if let Err(e) = sys::join_session_keyring(None)
+                    && e.raw_os_error() != Some(libc::ENOSYS)
+                {
+                    warn(socket, format!("session keyring: {e}"));
+                }
                 let under = Constraints {
                     confinement: order.confinement,
                     seccomp: order.seccomp.as_ref(),

@@ -44,11 +44,12 @@ pub fn set_domain_name(name: &str) -> io::Result<()> {
     done(libc::c_long::from(unsafe { libc::setdomainname(name.as_ptr().cast(), name.len()) }))
 }
 
-/// A new session keyring of this name, in place of the one inherited.
-pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
+/// A new session keyring in place of the one inherited: of this name, or of none that another process could find it by.
+pub fn join_session_keyring(name: Option<&CStr>) -> io::Result<()> {
     const JOIN_SESSION_KEYRING: libc::c_int = 1;
-    // SAFETY: the name is a C string that lives across the call.
-    done(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name.as_ptr()) })
+    let name = name.map_or(std::ptr::null(), CStr::as_ptr);
+    // SAFETY: the name is null, which means none, or a C string that lives across the call.
+    done(unsafe { libc::syscall(libc::SYS_keyctl, JOIN_SESSION_KEYRING, name) })
 }
 
 /// Moves this process to a new time namespace for those cloned from now on.

@@ -260,12 +260,17 @@ fn setgroups() {
     }
 }
 
-/// Keys of the caller's session are not the container's.
+/// Keys of the caller's session are not the container's: it has a session of its own.
 fn keyring() {
-    let b = Bundle::with("cat /proc/keys; true", |c| c["linux"]["maskedPaths"] = json!([]));
-    let (_, out, err) = b.run();
-    assert!(out.contains("_ses.") || out.is_empty(), "{out} {err}");
-    let kept = Bundle::with("cat /proc/keys; true", |c| c["linux"]["maskedPaths"] = json!([]));
+    let unmasked = || Bundle::with("cat /proc/keys; true", |c| c["linux"]["maskedPaths"] = json!([]));
+    let new = unmasked();
+    let (_, said, err) = new.run();
+    if said.is_empty() {
+        println!("SKIPPED: this kernel has no /proc/keys");
+        return;
+    }
+    assert!(said.contains(&format!("_ses.{}", new.id)), "{said} {err}");
+    let kept = unmasked();
     kept.save();
     let said = kept.good(&["run", "--no-new-keyring", &kept.id]);
     assert!(!said.contains(&format!("_ses.{}", kept.id)), "{said}");
