@@ -223,12 +223,17 @@ def containers(up):
                statistics.median(times))
 
 
+def oci(_):
+    """Its own script: all runtimes in one view of control groups, hyperfine's table."""
+    subprocess.run([f"{ROOT}/bench/oci.sh"], check=False)
+
+
 def size(_):
     figure("release binary", os.path.getsize(ATOLL) / 1e6, "MB", "< 60", "size of the release binary")
 
 
 def main():
-    every = [start, idle, size, creates, watchers, pods, gateway, containers]
+    every = [start, idle, size, creates, watchers, pods, gateway, containers, oci]
     wanted = [f for f in every if not sys.argv[1:] or f.__name__ in sys.argv[1:]]
     data = tempfile.mkdtemp(prefix="atoll-bench.") + "/data"
     up = Up(data)

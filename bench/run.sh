@@ -2,7 +2,7 @@
 # make bench: builds what is measured and runs bench/run.py in a network namespace of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo build --release --bin atoll --example apibench
+cargo build --release --bin atoll --bin atoll-oci --example apibench
 ns=atoll-bench-$$
 ip netns add "$ns"
 trap 'ip netns del "$ns"' EXIT
