@@ -1,0 +1,9 @@
+#!/bin/bash
+# The network's figures beside a plain veth pair, in a network namespace of its own; kept in bench/out/network.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cargo build --release -p network --example netbench
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p bench/out
+unshare --net --mount --propagation private "${CARGO_TARGET_DIR:-target}/release/examples/netbench" "$scratch" | tee bench/out/network.json
