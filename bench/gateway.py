@@ -127,6 +127,8 @@ def main():
             sys.exit(f"{tool} is missing: scripts/packages.sh bench")
     directory = tempfile.mkdtemp(prefix="atoll-bench-")
     running = {}
+    # Ended from outside, it still ends what it started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         running = serve(directory)
         print(f"{'case':<24}{'proxy':<22}{'requests/s':>11}{'cpu us':>9}{'p99 ms':>9}{'failed':>8}")
