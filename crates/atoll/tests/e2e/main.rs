@@ -6,6 +6,7 @@ mod bad_input;
 mod build;
 mod cluster;
 mod functions;
+mod gateway;
 mod images;
 mod kubectl;
 mod life;
@@ -29,6 +30,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 /// In the order they run: the last ones stop and start the instance.
 const ALL: &[&[Test]] = &[
     functions::TESTS,
+    gateway::TESTS,
     images::TESTS,
     build::TESTS,
     registry::TESTS,
