@@ -30,6 +30,11 @@ pub fn base() -> &'static Path {
 
 pub fn clean() {
     let _ = fs::remove_dir_all(base());
+    // Empty unless another run of these tests is under way.
+    for tree in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+        let _ = fs::remove_dir(tree.path().join("atoll-oci-test"));
+    }
+    let _ = fs::remove_dir("/sys/fs/cgroup/atoll-oci-test");
 }
 
 /// This test itself; `ATOLL_EXE` names the real binary instead.
