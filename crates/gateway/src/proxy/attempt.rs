@@ -14,6 +14,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
@@ -122,10 +123,11 @@ impl Visit<'_> {
             self.mirror(rule, outgoing, kept.as_ref());
         }
         let body = has_body.then_some(body);
-        let attempts = self.attempts(rule, chosen, outgoing, (body, kept), served);
+        // Pinned, so that it is there once whichever way it is awaited: what a request holds is moved about by its size.
+        let mut attempts = pin!(self.attempts(rule, chosen, outgoing, (body, kept), served));
         let answer = match rule.request_timeout {
             None => attempts.await?,
-            Some(limit) => match tokio::time::timeout_at(begin + limit, attempts).await {
+            Some(limit) => match tokio::time::timeout_at(begin + limit, attempts.as_mut()).await {
                 Ok(answer) => answer?,
                 Err(_) => return Err(self.too_late()),
             },
@@ -162,12 +164,15 @@ impl Visit<'_> {
         loop {
             let (endpoint, share) = self.endpoint(upstream, pinned.take(), tried.as_ref()).await?;
             *served = Some(endpoint.id);
-            let once = self.once(upstream.http2, (&endpoint, share), outgoing, body.take(), (idempotent, stale));
-            let result = match rule.backend_timeout {
-                None => once.await,
-                Some(limit) => tokio::time::timeout(limit, once).await.unwrap_or_else(|_| {
-                    Err(Miss { error: io::ErrorKind::TimedOut.into(), kind: Kind::Timeout, body: None })
-                }),
+            let result = {
+                let once = self.once(upstream.http2, (&endpoint, share), outgoing, body.take(), (idempotent, stale));
+                let mut once = pin!(once);
+                match rule.backend_timeout {
+                    None => once.await,
+                    Some(limit) => tokio::time::timeout(limit, once.as_mut()).await.unwrap_or_else(|_| {
+                        Err(Miss { error: io::ErrorKind::TimedOut.into(), kind: Kind::Timeout, body: None })
+                    }),
+                }
             };
             let again = |rest: Option<RequestBody>| match (has_body, rest) {
                 (false, _) => Some(None),
@@ -203,7 +208,7 @@ impl Visit<'_> {
             }
             Counters::add(&self.shared.counters.retries_total);
             tried = Some(endpoint);
-            tries.pause().await;
+            Box::pin(tries.pause()).await;
         }
     }
 
@@ -218,9 +223,9 @@ impl Visit<'_> {
     ) -> Result<Answer, Miss> {
         let lease = Lease::of(endpoint.clone(), share);
         if http2 {
-            return self.once_http2(lease, outgoing, body).await;
+            return Box::pin(self.once_http2(lease, outgoing, body)).await;
         }
-        let connected = if fresh { endpoint.connect_new().await } else { endpoint.connect(idempotent).await };
+        let connected = if fresh { Box::pin(endpoint.connect_new()).await } else { endpoint.connect(idempotent).await };
         let mut connection = match connected {
             Ok(connection) => connection,
             Err(error) => return Err(Miss { error, kind: Kind::Unsent, body }),
@@ -269,6 +274,14 @@ impl Visit<'_> {
         avoid: Option<&Arc<Endpoint>>,
     ) -> Result<(Arc<Endpoint>, Share), Box<Reply>> {
         let load = &upstream.load;
+        if !load.is_managed() {
+            // Nothing to wait for: most Services.
+            let share = load.enter();
+            let found = if load.is_held() { None } else { pinned.clone().or_else(|| upstream.pick(random(), avoid)) };
+            if let Some(endpoint) = found {
+                return Ok((endpoint, share));
+            }
+        }
         loop {
             let mut changed = std::pin::pin!(load.changed());
             changed.as_mut().enable();

@@ -142,7 +142,7 @@ impl Endpoint {
             Counters::add(&self.counters().upstream_reused_total);
             return Ok(connection);
         }
-        self.connect_new().await
+        Box::pin(self.connect_new()).await
     }
 
     pub async fn connect_new(&self) -> io::Result<Connection> {
