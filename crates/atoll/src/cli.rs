@@ -94,6 +94,15 @@ pub struct Up {
     /// Client connections to the gateway begin with a PROXY protocol header (a load balancer is in front)
     #[arg(long)]
     pub gateway_proxy_protocol: bool,
+    /// A line for each request at the gateway goes to this file, `-` for standard output
+    #[arg(long, value_name = "FILE")]
+    pub gateway_access_log: Option<PathBuf>,
+    /// How those lines are written
+    #[arg(long, default_value = "json", value_parser = ["json", "common"], value_name = "json|common")]
+    pub gateway_access_format: String,
+    /// The gateway's counters for Prometheus, at /metrics
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub gateway_metrics_addr: Option<SocketAddr>,
     /// The image registry
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     pub registry_addr: SocketAddr,

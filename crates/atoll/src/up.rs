@@ -23,6 +23,7 @@ struct Listeners {
     api: TcpListener,
     gateway: TcpListener,
     gateway_tls: TcpListener,
+    gateway_metrics: Option<TcpListener>,
     registry: TcpListener,
 }
 
@@ -40,6 +41,10 @@ pub fn run(options: &Up) -> Outcome {
         api: listen("--api-addr", options.api_addr)?,
         gateway: listen("--gateway-addr", options.gateway_addr)?,
         gateway_tls: listen("--gateway-tls-addr", options.gateway_tls_addr)?,
+        gateway_metrics: options
+            .gateway_metrics_addr
+            .map(|address| listen("--gateway-metrics-addr", address))
+            .transpose()?,
         registry: listen("--registry-addr", options.registry_addr)?,
     };
     let router = Arc::new(Router::open(router_config(&instance)?).map_err(explain)?);
@@ -183,6 +188,8 @@ async fn serve(
         demand: demand.clone(),
         tls_listener: Some(listeners.gateway_tls),
         proxy_protocol: options.gateway_proxy_protocol,
+        metrics_listener: listeners.gateway_metrics,
+        access_log: access_log(options)?,
         ..gateway::Config::new(listeners.gateway)
     };
     let gateway = gateway::Gateway::new(gateway, client.clone());
@@ -241,6 +248,21 @@ fn registry_config(
     config.rules = registry::TagRules::immutable(&options.registry_immutable).map_err(explain)?;
     config.limits.uploads = usize::from(options.registry_max_uploads.max(1));
     Ok(config)
+}
+
+fn access_log(options: &Up) -> Result<Option<gateway::AccessSink>, Failure> {
+    let Some(path) = &options.gateway_access_log else { return Ok(None) };
+    let out: Box<dyn std::io::Write + Send> = if path.as_os_str() == "-" {
+        Box::new(std::io::stdout())
+    } else {
+        let file = std::fs::File::options().create(true).append(true).open(path);
+        Box::new(file.map_err(|e| Failure(format!("--gateway-access-log {}: {e}", path.display())))?)
+    };
+    let format = match options.gateway_access_format.as_str() {
+        "common" => gateway::AccessFormat::Common,
+        _ => gateway::AccessFormat::Json,
+    };
+    Ok(Some(gateway::AccessSink { format, out }))
 }
 
 async fn done(work: impl Future<Output = ()>) -> Outcome {

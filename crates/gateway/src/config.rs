@@ -1,6 +1,9 @@
 //! Settings and limits of the gateway.
 
+use crate::access::Format as AccessFormat;
 use api::demand::Demand;
+use std::fmt;
+use std::io::Write;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +17,10 @@ pub struct Config {
     pub tls_listener: Option<TcpListener>,
     /// Every client connection begins with a PROXY protocol header: a load balancer is in front.
     pub proxy_protocol: bool,
+    /// Where the counters are told to Prometheus.
+    pub metrics_listener: Option<TcpListener>,
+    /// Where a line for each request goes.
+    pub access_log: Option<AccessSink>,
     /// Gateways whose `gatewayClassName` is this are served.
     pub class: String,
     /// Bytes of a request's head.
@@ -39,12 +46,26 @@ pub struct Config {
     pub drain: Duration,
 }
 
+/// What access log lines are written to, and how.
+pub struct AccessSink {
+    pub format: AccessFormat,
+    pub out: Box<dyn Write + Send>,
+}
+
+impl fmt::Debug for AccessSink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AccessSink").field("format", &self.format).finish_non_exhaustive()
+    }
+}
+
 impl Config {
     pub fn new(listener: TcpListener) -> Config {
         Config {
             listener,
             tls_listener: None,
             proxy_protocol: false,
+            metrics_listener: None,
+            access_log: None,
             class: "atoll".to_owned(),
             max_head: 64 << 10,
             demand: Arc::default(),

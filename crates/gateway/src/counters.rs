@@ -32,6 +32,7 @@ counters! {
     /// Requests that were malformed or ambiguous.
     refused_total,
     no_route_total,
+    access_lines_left_out_total,
     rate_limited_total,
     /// Requests that a policy refused for another reason.
     denied_total,

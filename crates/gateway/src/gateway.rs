@@ -1,8 +1,10 @@
 //! The gateway as its user sees it.
 
+use crate::access::AccessLog;
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::follow;
+use crate::metrics;
 use crate::routing::Table;
 use crate::serve::{self, Door, Limits};
 use crate::tls::Sites;
@@ -19,6 +21,8 @@ use tokio::sync::watch;
 pub enum GatewayError {
     #[error("use the gateway's listening socket")]
     Listener(#[source] io::Error),
+    #[error("start the writer of the access log")]
+    AccessLog(#[source] io::Error),
 }
 
 /// Serves the Gateways of one class at one address.
@@ -33,6 +37,7 @@ pub(crate) struct Shared {
     table: RwLock<Option<Arc<Table>>>,
     sites: RwLock<Arc<Sites>>,
     pub body_timeout: Duration,
+    pub access: Option<AccessLog>,
     pub counters: Arc<Counters>,
     /// True when what still runs is to be cut.
     pub cut: watch::Sender<bool>,
@@ -82,13 +87,18 @@ impl Gateway {
         if let Some(listener) = config.tls_listener {
             doors.push(Door { listener: open(listener)?, secure: true });
         }
+        let metrics_door = config.metrics_listener.map(open).transpose()?;
+        let access = config.access_log.map(|sink| AccessLog::new(sink.format, sink.out, counters.clone()));
+        let access = access.transpose().map_err(GatewayError::AccessLog)?;
         let shared = Arc::new(Shared {
             table: RwLock::new(None),
             sites: RwLock::default(),
             body_timeout: config.body_timeout,
+            access,
             counters: counters.clone(),
             cut: watch::Sender::new(false),
         });
+        let telling = metrics_door.map(|listener| tokio::spawn(metrics::serve(listener, counters.clone())));
         let settings = Settings {
             counters,
             demand: config.demand,
@@ -98,6 +108,9 @@ impl Gateway {
         let following = tokio::spawn(follow::run(shared.clone(), client, config.class, Upstreams::new(settings)));
         serve::run(shared, doors, limits, shutdown).await;
         following.abort();
+        if let Some(telling) = telling {
+            telling.abort();
+        }
         Ok(())
     }
 }

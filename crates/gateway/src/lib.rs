@@ -12,10 +12,12 @@
 //! describe its own length twice.
 #![forbid(unsafe_code)]
 
+mod access;
 mod config;
 mod counters;
 mod follow;
 mod gateway;
+mod metrics;
 mod peer;
 mod proxy;
 mod proxy_protocol;
@@ -23,6 +25,7 @@ mod reply;
 mod request;
 mod serve;
 mod tls;
+mod trace;
 mod tunnel;
 mod wire;
 
@@ -30,6 +33,7 @@ pub mod policy;
 pub mod routing;
 pub mod upstream;
 
-pub use config::Config;
+pub use access::Format as AccessFormat;
+pub use config::{AccessSink, Config};
 pub use counters::Counters;
 pub use gateway::{Gateway, GatewayError};

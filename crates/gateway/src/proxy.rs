@@ -6,6 +6,7 @@
 mod attempt;
 mod mirror;
 
+use crate::access::Line;
 use crate::counters::{Counters, Level};
 use crate::gateway::Shared;
 use crate::peer::Peer;
@@ -13,6 +14,7 @@ use crate::policy::Grant;
 use crate::reply::{self, ReplyBody};
 use crate::request::{self, Length, Outgoing, Place};
 use crate::routing::{Backend, Came, Entry, PathMatch, Rule, Seen, Table, Target, is_preflight};
+use crate::trace::{TRACEPARENT, Trace};
 use crate::upstream::{Endpoint, RequestBody, Upstream, has_token};
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, CONNECTION, CONTENT_LENGTH, HOST, ORIGIN, UPGRADE};
 use http::request::Parts;
@@ -40,6 +42,11 @@ pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<I
     let begin = Instant::now();
     let upgrade = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
     let (parts, body) = request.into_parts();
+    let trace = match &shared.access {
+        _ if parts.headers.contains_key(TRACEPARENT) => Trace::read(&parts.headers, random()),
+        Some(_) => Some(Trace::begin(u128::from(random()) << 64 | u128::from(random()), random())),
+        None => None,
+    };
     let mut route = None;
     let response = match Place::of(&parts) {
         Err((status, why)) => {
@@ -52,17 +59,35 @@ pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<I
             refusal
         }
         Ok(place) => {
-            let visit = Visit { shared: &shared, peer: &peer, parts: &parts, place: &place };
+            let visit = Visit { shared: &shared, peer: &peer, parts: &parts, place: &place, trace };
             let mut body = Some(body);
             let mut response = visit.answer(&mut body, upgrade, &mut route).await;
             reply::speak_grpc(&parts, &mut response);
             if let Some(unread) = body.filter(|body| parts.version == Version::HTTP_2 && !body.is_end_stream()) {
-                forget(unread).await;
+                Box::pin(forget(unread)).await;
             }
             response
         }
     };
     counters.response(response.status());
+    if let Some(log) = &shared.access {
+        let target = parts.uri.path_and_query().map_or("/", |target| target.as_str());
+        let host = parts.uri.authority().map(|authority| authority.as_str());
+        let host = host.or_else(|| parts.headers.get(HOST).and_then(|host| host.to_str().ok()));
+        let line = Line {
+            client: peer.client.ip(),
+            method: parts.method.as_str(),
+            host: host.unwrap_or_default(),
+            target,
+            version: parts.version,
+            status: response.status().as_u16(),
+            bytes: response.body().size_hint().exact(),
+            microseconds: begin.elapsed().as_micros() as u64,
+            route: route.as_deref().unwrap_or_default(),
+            trace: trace.map(|trace| trace.id),
+        };
+        log.write(&line, api::time::now());
+    }
     tracing::debug!(
         target: "gateway::access",
         client = %peer.client.ip(),
@@ -98,6 +123,7 @@ struct Visit<'a> {
     peer: &'a Peer,
     parts: &'a Parts,
     place: &'a Place<'a>,
+    trace: Option<Trace>,
 }
 
 /// Where a request is sent, and what its client is told for next time.
@@ -217,6 +243,7 @@ impl Visit<'_> {
             client_host: place.authority,
             client: self.peer.client.ip(),
             secure: self.peer.secure,
+            trace: self.trace,
             length: body.as_ref().map_or(Length::None, |body| self.length(body)),
             upgrade: upgrade.as_ref().and_then(|_| self.parts.headers.get(UPGRADE)),
         };

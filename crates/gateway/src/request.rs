@@ -2,6 +2,7 @@
 
 use crate::policy::Grant;
 use crate::routing::{HeaderChanges, Seen};
+use crate::trace::Trace;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HOST, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
@@ -155,6 +156,7 @@ fn is_local(name: &HeaderName) -> bool {
                 | "x-forwarded-proto"
                 | "x-forwarded-host"
                 | "http2-settings"
+                | "traceparent"
         ),
     }
 }
@@ -184,6 +186,7 @@ pub struct Outgoing<'a> {
     pub client: IpAddr,
     /// The client came over TLS.
     pub secure: bool,
+    pub trace: Option<Trace>,
     pub length: Length,
     /// Value of `Upgrade` if the client wants to switch protocols.
     pub upgrade: Option<&'a HeaderValue>,
@@ -256,6 +259,19 @@ impl Outgoing<'_> {
         write("x-forwarded-for", text.get(..text.len() - left).unwrap_or_default());
         write("x-forwarded-proto", if self.secure { b"https" } else { b"http" });
         write("x-forwarded-host", self.client_host.as_bytes());
+        write("forwarded", self.forwarded().as_bytes());
+        if let Some(trace) = self.trace {
+            write("traceparent", trace.header().as_bytes());
+        }
+    }
+
+    /// RFC 7239. Quoted, since ports and IPv6 addresses are no tokens; a host has neither quote nor backslash.
+    fn forwarded(&self) -> String {
+        let proto = if self.secure { "https" } else { "http" };
+        match self.client {
+            IpAddr::V4(client) => format!("for={client};host=\"{}\";proto={proto}", self.client_host),
+            IpAddr::V6(client) => format!("for=\"[{client}]\";host=\"{}\";proto={proto}", self.client_host),
+        }
     }
 
     /// The headers for an HTTP/2 endpoint.
@@ -398,6 +414,7 @@ mod tests {
             client_host: place.authority,
             client: [10, 0, 0, 1].into(),
             secure: false,
+            trace: None,
             length: Length::Chunked,
             upgrade: None,
         };
@@ -406,7 +423,8 @@ mod tests {
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "POST /x?q=1 HTTP/1.1\r\nhost: a.b\r\ncookie: a=1; b=2\r\naccept: */*\r\nx-forwarded-for: 10.0.0.1\r\n\
-             x-forwarded-proto: http\r\nx-forwarded-host: a.b\r\ntransfer-encoding: chunked\r\n\r\n"
+             x-forwarded-proto: http\r\nx-forwarded-host: a.b\r\n\
+             forwarded: for=10.0.0.1;host=\"a.b\";proto=http\r\ntransfer-encoding: chunked\r\n\r\n"
         );
     }
 

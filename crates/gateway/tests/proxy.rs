@@ -24,6 +24,7 @@ async fn a_request_reaches_its_service_and_says_who_asked() {
         "host: Shop.Test:8080",
         "x-forwarded-for: 127.0.0.1",
         "x-forwarded-proto: http",
+        "forwarded: for=127.0.0.1;host=\"Shop.Test:8080\";proto=http",
         "x-forwarded-host: Shop.Test:8080",
         "content-length: 5",
         "\nhello",

@@ -367,3 +367,53 @@ async fn websockets_and_events_stream() {
     drop(stream);
     lab.stop().await;
 }
+
+/// What an access log is written to.
+#[derive(Clone, Default)]
+struct Page(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Page {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn requests_are_logged_counted_and_traced() {
+    let page = Page::default();
+    let metrics = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let scrape = format!("http://{}/metrics", metrics.local_addr().unwrap());
+    let out = Box::new(page.clone());
+    let lab = lab_with(|config| {
+        config.metrics_listener = Some(metrics);
+        config.access_log = Some(gateway::AccessSink { format: gateway::AccessFormat::Json, out });
+    })
+    .await;
+    let server = echo().await;
+    lab.simple(&[server.address]).await;
+    let trace = "0af7651916cd43dd8448eb211c80319c";
+    let header = format!("traceparent: 00-{trace}-b7ad6b7169203331-01");
+    let text = curl(&["-H", &header, &format!("http://{}/x?q=1", lab.address)]).await;
+    assert!(text.contains(&format!("traceparent: 00-{trace}-")) && !text.contains("b7ad6b7169203331"), "{text}");
+    let text = curl(&["-H", "traceparent: 00-evil-1-1", &format!("http://{}/y", lab.address)]).await;
+    assert!(!text.contains("evil"), "{text}");
+    let line = |target: &str| {
+        let text = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).find(|line| line["target"] == target)
+    };
+    eventually("both are logged", async || line("/x?q=1").is_some() && line("/y").is_some()).await;
+    let logged = line("/x?q=1").unwrap();
+    assert_eq!(
+        (&logged["status"], &logged["route"], &logged["trace"]),
+        (&json!(200), &json!("shop/all"), &json!(trace))
+    );
+    let text = curl(&[&scrape]).await;
+    let value = text.lines().find_map(|line| line.strip_prefix("atoll_gateway_responses_2xx_total ")).unwrap();
+    assert!(value.parse::<u64>().unwrap() >= 3, "{text}");
+    assert!(curl(&["-i", &scrape.replace("/metrics", "/")]).await.starts_with("HTTP/1.1 404"));
+    lab.stop().await;
+}
