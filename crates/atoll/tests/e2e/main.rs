@@ -10,6 +10,7 @@ mod gateway;
 mod images;
 mod kubectl;
 mod life;
+mod network;
 mod oci;
 mod pods;
 mod registry;
@@ -37,6 +38,7 @@ const ALL: &[&[Test]] = &[
     kubectl::TESTS,
     pods::TESTS,
     bad_input::TESTS,
+    network::TESTS,
     vm::TESTS,
     oci::TESTS,
     life::TESTS,
