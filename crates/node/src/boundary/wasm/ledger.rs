@@ -203,6 +203,8 @@ mod tests {
     }
 
     proptest! {
+        // Every step is synced to the disk.
+        #![proptest_config(ProptestConfig::with_cases(16))]
         /// Agents come and go, hosts too: every request is booked once.
         #[test]
         fn nothing_is_booked_twice(steps in proptest::collection::vec((0u64..5, 0u8..4), 1..40)) {
