@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// Format of the data directory that this program writes.
 const VERSION: u32 = 1;
 const MARK: &str = "atoll-data";
-/// How long a second `atoll up` waits for the first to go.
+/// How long a second `atoll up` waits for the first to let go of lock, ports and store.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 pub struct Instance {
@@ -89,7 +89,7 @@ impl Instance {
             .mode(0o600)
             .open(&path)
             .map_err(fail("open", &path))?;
-        if !lock_patiently(&file) {
+        if patiently(|_| true, || file.try_lock()).is_err() {
             let mut pid = String::new();
             let _ = file.read_to_string(&mut pid);
             return Err(Failure(format!(
@@ -104,7 +104,7 @@ impl Instance {
             write!(file, "{}", std::process::id())
         };
         write(&mut file).map_err(fail("write", &path))?;
-        last_to_close(file).map(Lock).map_err(fail("lock", &path))
+        Ok(Lock(file))
     }
 
     /// The pid of the running `atoll up`, if one holds the lock.
@@ -119,24 +119,16 @@ impl Instance {
     }
 }
 
-/// A process that was just killed keeps its lock for the moment that the kernel needs to clear it up.
-fn lock_patiently(file: &File) -> bool {
+/// Tries again for a moment while something is `busy`: the kernel needs one to clear up what a process held that was just
+/// killed.
+pub fn patiently<T, E>(busy: impl Fn(&E) -> bool, mut attempt: impl FnMut() -> Result<T, E>) -> Result<T, E> {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match file.try_lock() {
-            Ok(()) => return true,
-            Err(_) if Instant::now() >= deadline => return false,
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        match attempt() {
+            Err(error) if busy(&error) && Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+            outcome => return outcome,
         }
     }
-}
-
-/// The same file under a number above those that the process will use. The kernel closes a dead process's files in the
-/// order of their numbers; so whoever gets this lock finds ports and store free too.
-fn last_to_close(file: File) -> std::io::Result<File> {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(1024).min(1024);
-    let high = i32::try_from(limit.saturating_sub(1)).unwrap_or(0);
-    Ok(rustix::io::fcntl_dupfd_cloexec(&file, high)?.into())
 }
 
 fn check_version(text: &str, path: &Path) -> Result<(), Failure> {

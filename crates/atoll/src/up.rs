@@ -5,7 +5,7 @@
 //! goes back to the host's namespace on a thread of its own.
 
 use crate::cli::{Failure, Outcome, Up, explain};
-use crate::instance::Instance;
+use crate::instance::{Instance, patiently};
 use network::{Cidr, DnsServer, Router, RouterConfig};
 use node::boundary::{Boundary, container::ContainerBoundary, microvm::MicrovmBoundary, wasm::WasmBoundary};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -87,7 +87,8 @@ fn executable() -> Result<PathBuf, Failure> {
 }
 
 fn listen(flag: &str, address: SocketAddr) -> Result<TcpListener, Failure> {
-    let listener = TcpListener::bind(address).map_err(|error| {
+    let busy = |error: &std::io::Error| error.kind() == std::io::ErrorKind::AddrInUse;
+    let listener = patiently(busy, || TcpListener::bind(address)).map_err(|error| {
         let way_out = match error.kind() {
             std::io::ErrorKind::AddrInUse => "something else listens there; stop it or choose another address",
             std::io::ErrorKind::AddrNotAvailable => "this machine does not have that address",
@@ -154,7 +155,9 @@ async fn serve(
         }
     };
     let mut signals = Signals::new()?;
-    let store = Arc::new(store::redb::Engine::open(&instance.data_dir.join("store")).map_err(explain)?);
+    let open = || store::redb::Engine::open(&instance.data_dir.join("store"));
+    let store = patiently(|error| matches!(error, store::Error::InUse { .. }), open).map_err(explain)?;
+    let store = Arc::new(store);
     let local = [options.registry_addr.to_string(), format!("localhost:{}", options.registry_addr.port())];
     let images = image::Store::open(instance.data_dir.join("images")).map_err(explain)?.with_local_hosts(local);
     let images = images.with_limits(image_limits(options)?).with_collection(options.budget.collection()?);
