@@ -62,7 +62,6 @@ async fn rapid_resets_end_the_connection_and_leave_nothing_behind() {
     )
     .await;
     assert!(closed, "who resets all it asks for is let go");
-    assert!(lab.count("requests_total") > 10, "it was served until then");
     drop(stream);
     eventually("no request is left", async || lab.count("requests_active") == 0).await;
     eventually("no connection is left", async || lab.count("connections_open") == 0).await;
