@@ -14,9 +14,9 @@ mod bootstrap;
 mod core;
 mod custom;
 mod discovery;
-mod history;
 #[doc(hidden)]
 pub mod fuzz;
+mod history;
 mod http;
 mod kinds;
 mod local;

@@ -18,8 +18,12 @@ use super::{Checks, ListKind, ObjectShape, Schema, Shape, Types, builtin};
 use serde_json::Value;
 use std::sync::Arc;
 
-pub const SOURCES: &[&str] =
-    &[include_str!("kubevirt.types"), include_str!("knative.types"), include_str!("gateway.types"), include_str!("policy.types")];
+pub const SOURCES: &[&str] = &[
+    include_str!("kubevirt.types"),
+    include_str!("knative.types"),
+    include_str!("gateway.types"),
+    include_str!("policy.types"),
+];
 
 /// Adds the types that `source` describes.
 pub fn read(source: &str, types: &mut Types) {
