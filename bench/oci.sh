@@ -2,8 +2,8 @@
 # `atoll oci run` beside crun, runc and youki: the same bundle, in one run. Writes bench/out/oci.json and oci.md.
 #
 # crun 1.8 refuses hybrid control groups, so all of them run where version 2 is all there is, in a mount namespace of
-# this script's own; crun without control groups, which spares it that work. RUNS=200 sets the count. `atoll-oci` is the
-# runtime by itself (cargo build --release -p container --bin atoll-oci), `atoll oci` the whole binary.
+# this script's own; crun without control groups, which spares it that work. RUNS=200 sets the count. `runtime alone` is the
+# same code without the rest of the binary (cargo build --release -p container --bin atoll-oci): what its size costs.
 set -e
 root=$(cd "$(dirname "$0")/.." && pwd)
 built=${CARGO_TARGET_DIR:-$root/target}/release
@@ -30,12 +30,7 @@ config["process"].update(terminal=False, args=["true"])
 json.dump(config, open("config.json", "w"))
 P
 
-set -- -n atoll-oci "$work/atoll-oci run bench-small"
-if "$work/whole/atoll-oci" run bench-whole 2> why; then
-    set -- "$@" -n "atoll oci" "$work/whole/atoll-oci run bench-whole"
-else
-    echo "atoll oci: SKIPPED: $(head -c 200 why)"
-fi
+set -- -n "atoll oci" "$work/whole/atoll-oci run bench-whole" -n "runtime alone" "$work/atoll-oci run bench-small"
 for peer in crun runc youki; do
     case $peer in crun) call="crun --cgroup-manager=disabled run bench-crun" ;; *) call="$peer run bench-$peer" ;; esac
     if ! command -v $peer > /dev/null; then
@@ -52,14 +47,14 @@ echo "ratios of medians (goal: 0.7 of crun, 0.2 of runc)"
 python3 - "$root/bench/out/oci.json" <<'P'
 import json, sys
 results = {r["command"]: r for r in json.load(open(sys.argv[1]))["results"]}
-ours = results["atoll-oci"]
+ours = results["atoll oci"]
 for name, peer in results.items():
-    print(f"  {name:9} median {peer['median'] * 1e3:6.2f} ms, best {peer['min'] * 1e3:6.2f} ms, cpu {(peer['user'] + peer['system']) * 1e3:6.2f} ms; "
-          f"atoll-oci is {ours['median'] / peer['median']:.2f} of its median, {ours['min'] / peer['min']:.2f} of its best")
+    print(f"  {name:13} median {peer['median'] * 1e3:6.2f} ms, best {peer['min'] * 1e3:6.2f} ms, cpu {(peer['user'] + peer['system']) * 1e3:6.2f} ms; "
+          f"atoll oci is {ours['median'] / peer['median']:.2f} of its median, {ours['min'] / peer['min']:.2f} of its best")
 P
 
 # Load changes times; what is asked of the kernel repeats.
-for call in "$work/atoll-oci run bench-small" "crun --cgroup-manager=disabled run bench-crun" "runc run bench-runc"; do
+for call in "$work/whole/atoll-oci run bench-whole" "crun --cgroup-manager=disabled run bench-crun" "runc run bench-runc"; do
     command -v strace > /dev/null && command -v "${call%% *}" > /dev/null || continue
     strace -f -c -o counted $call > /dev/null 2>&1 || continue
     echo "  $(tail -n 1 counted | awk '{print $4}') system calls: ${call##*/}"

@@ -35,7 +35,7 @@ def wait(address):
 
 
 def load(address, *args):
-    said = subprocess.run([f"{BUILT}/examples/load", address, *map(str, args)], check=True, text=True, capture_output=True)
+    said = subprocess.run([f"{BUILT}/examples/registryload", address, *map(str, args)], check=True, text=True, capture_output=True)
     return json.loads(said.stdout)
 
 

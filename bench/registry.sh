@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/packages.sh bench
 cargo build --release --bin atoll
-cargo build --release -p registry --example load
+cargo build --release -p registry --example registryload
 ns=atoll-regbench-$$
 ip netns add "$ns"
 trap 'ip netns del "$ns"' EXIT

@@ -114,6 +114,11 @@ impl Cluster {
         name.to_owned()
     }
 
+    /// Also after a test that failed while it held this.
+    fn running(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
+        self.up.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// Starts `atoll up` and waits for its `ready` line.
     pub fn up(&self) {
         self.up_with(&[]);
@@ -131,9 +136,9 @@ impl Cluster {
             .stderr(log)
             .spawn()
             .expect("atoll runs");
-        *self.up.lock().unwrap() = Some(child);
+        *self.running() = Some(child);
         self.until("atoll up is ready", || {
-            let mut up = self.up.lock().unwrap();
+            let mut up = self.running();
             if let Some(status) = up.as_mut().and_then(|c| c.try_wait().expect("wait")) {
                 panic!("atoll up ended with {status}:\n{}", self.log());
             }
@@ -150,13 +155,13 @@ impl Cluster {
 
     /// Sends `atoll up` a signal that ends it; whoever asked waits for it.
     pub fn signal(&self, signal: rustix::process::Signal) -> Option<Child> {
-        let child = self.up.lock().unwrap().take()?;
+        let child = self.running().take()?;
         rustix::process::kill_process(rustix::process::Pid::from_child(&child), signal).expect("signal");
         Some(child)
     }
 
     pub fn up_pid(&self) -> u32 {
-        self.up.lock().unwrap().as_ref().map_or(0, Child::id)
+        self.running().as_ref().map_or(0, Child::id)
     }
 
     #[track_caller]

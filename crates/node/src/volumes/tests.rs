@@ -12,7 +12,7 @@ fn pod(volumes: Value, mounts: Value) -> Pod {
 
 fn plan_of(volume: Value, sources: &Sources) -> Result<Vec<VolumePlan>, String> {
     let pod = pod(json!([volume]), json!([]));
-    let tokens = Tokens::from([("\03600".to_owned(), "signed".to_owned())]);
+    let tokens = Tokens::from([("\u{0}3600".to_owned(), "signed".to_owned())]);
     let input = PlanInput { pod: &pod, sources, facts: &Facts::default(), tokens: &tokens };
     plan(&input).map_err(|(_, e)| e.to_string())
 }

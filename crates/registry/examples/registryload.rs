@@ -1,6 +1,6 @@
 //! A parallel loader for any registry that speaks the distribution spec without credentials. `bench/registry.py` runs it.
 //!
-//! load ADDRESS get|head|pull|push|push-small SECONDS CONNECTIONS [BYTES]: prints JSON with requests (or blobs) and bytes
+//! registryload ADDRESS get|head|pull|push|push-small SECONDS CONNECTIONS [BYTES]: prints JSON with requests (or blobs) and bytes
 //! a second.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
