@@ -193,8 +193,13 @@ fn terminal(c: &Cluster) -> Outcome {
             .chain(command.get_args())
             .map(|w| format!("'{}'", w.to_string_lossy()))
             .collect();
-        let output =
-            Command::new("script").args(["-qec", &words.join(" "), "/dev/null"]).stdin(Stdio::null()).output().unwrap();
+        let mut script = Command::new("script");
+        script.args(["-qec", &words.join(" "), "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = script.spawn().unwrap();
+        // at the end of its input script(1) ends podman's too, which then may leave before the output, whatever the runtime
+        let input = child.stdin.take();
+        let output = child.wait_with_output().unwrap();
+        drop(input);
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
     let (code, said) = with_terminal(&["run", "--rm", "-it", "--network=none", "test:1", "sh", "-c", "tty; exit 9"]);
