@@ -384,6 +384,14 @@ fn stopping(bench: &Bench) {
     assert_eq!(idle.read(&mut [0u8; 1]).unwrap_or(0), 0, "an idle connection is closed");
     assert!(TcpStream::connect(running.address).is_err());
 
+    for round in 0..50 {
+        let id = format!("brief-{round}");
+        bench.start(&id, ANSWER, FunctionLimits::default());
+        bench.client.stop(&id, Duration::ZERO, None).unwrap();
+        assert_eq!(bench.exit_of(&id).code, 0, "stopped before it began to serve");
+        bench.client.forget(&id).unwrap();
+    }
+
     let running = bench.start("kill", "(loop (br 0))", FunctionLimits::default());
     let mut busy = TcpStream::connect(running.address).unwrap();
     busy.write_all(b"GET / HTTP/1.1\r\nhost: shop\r\n\r\n").unwrap();

@@ -115,6 +115,8 @@ impl Function {
     /// Serves until it is told to stop; tells how it ended.
     pub async fn serve(self: Arc<Function>, listener: TcpListener) -> Exit {
         let mut wish = self.wish.subscribe();
+        // One may have come before this task began to listen.
+        wish.mark_changed();
         let (closing, closed) = watch::channel(false);
         let mut connections = JoinSet::new();
         let (until, signal) = loop {
