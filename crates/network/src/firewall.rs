@@ -30,7 +30,7 @@ use std::net::Ipv4Addr;
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -201,8 +201,10 @@ fn services(t: &mut Transaction, config: &RouterConfig) {
 
 fn forward(t: &mut Transaction, config: &RouterConfig) {
     // What has no other route leads to loopback: a workload's is refused below like any other, the router's own here.
-    let own = [(Ipv4Addr::new(127, 0, 0, 0), 0xff00_0000), (config.router_address(), u32::MAX), (GATEWAY, u32::MAX)];
-    for (base, mask) in own {
+    // A redirected connection still counts as leaving by loopback here, so pods are let through by address.
+    let pods = (config.pod_cidr.base(), u32::MAX.checked_shl(32 - u32::from(config.pod_cidr.prefix())).unwrap_or(0));
+    let loopback = (Ipv4Addr::new(127, 0, 0, 0), 0xff00_0000);
+    for (base, mask) in [loopback, (config.router_address(), u32::MAX), (GATEWAY, u32::MAX), pods] {
         t.add_rule("output", Rule::new().if_destination_in(base, mask).accept());
     }
     t.add_rule("output", Rule::new().if_output("lo").reject_unreachable(PROHIBITED));

@@ -66,7 +66,8 @@ impl Deployments {
                 spare -= useless;
             }
         }
-        let mut spare = round.sets.iter().map(|set| available(set)).sum::<i64>() - least;
+        // Sets that were just shrunk still tell of their old pods; what was promised to go is not there to be taken again.
+        let mut spare = spare.min(round.sets.iter().map(|set| available(set)).sum::<i64>() - least);
         let shrunk: Vec<SharedObject> = round.others(Some(current));
         for set in shrunk.iter().filter(|set| replicas(set) > 0) {
             let less = replicas(set).min(spare);
