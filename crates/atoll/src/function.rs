@@ -9,6 +9,7 @@ mod watch;
 use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
 use crate::output::{self, Format};
+use ::api::object::Meta;
 use api::Api;
 use clap::{Args, Subcommand};
 use http_body_util::Full;
@@ -20,7 +21,8 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 const READY: Duration = Duration::from_secs(300);
-const LOOK: Duration = Duration::from_millis(200);
+/// Between two looks at something that is waited for.
+pub(crate) const LOOK: Duration = Duration::from_millis(200);
 
 #[derive(Subcommand)]
 pub enum Function {
@@ -30,15 +32,7 @@ pub enum Function {
     )]
     Deploy(Deploy),
     /// List functions
-    Ls {
-        #[command(flatten)]
-        at: At,
-        /// Of all namespaces
-        #[arg(short = 'A', long)]
-        all_namespaces: bool,
-        #[arg(short, long, default_value = "table")]
-        output: Format,
-    },
+    Ls(Wide),
     /// Send a function one request through the gateway and print its answer
     #[command(
         after_help = "Examples:\n  atoll function invoke price --path '/price?sku=teapot'\n  atoll function invoke greet --data '{\"name\":\"Ada\"}' -H 'content-type: application/json'"
@@ -57,15 +51,7 @@ pub enum Function {
         tail: Option<u64>,
     },
     /// What functions used since the ledger began
-    Usage {
-        #[command(flatten)]
-        at: At,
-        /// Of all namespaces
-        #[arg(short = 'A', long)]
-        all_namespaces: bool,
-        #[arg(short, long, default_value = "table")]
-        output: Format,
-    },
+    Usage(Wide),
     /// Remove functions
     Rm {
         #[command(flatten)]
@@ -83,6 +69,18 @@ pub enum Function {
         #[arg(long, value_enum)]
         lang: project::Language,
     },
+}
+
+/// What a listing is asked for.
+#[derive(Args)]
+pub struct Wide {
+    #[command(flatten)]
+    pub at: At,
+    /// Of all namespaces
+    #[arg(short = 'A', long)]
+    pub all_namespaces: bool,
+    #[arg(short, long, default_value = "table")]
+    pub output: Format,
 }
 
 /// Which cloud, which namespace.
@@ -180,10 +178,10 @@ pub fn run(command: Function) -> Outcome {
     let work = async {
         match command {
             Function::Deploy(options) => deploy::run(&options).await,
-            Function::Ls { at, all_namespaces, output } => list(&at, all_namespaces, output).await,
+            Function::Ls(Wide { at, all_namespaces, output }) => list(&at, all_namespaces, output).await,
             Function::Invoke(options) => invoke(&options).await,
             Function::Logs { at, name, follow, tail } => watch::logs(&at, &name, follow, tail).await,
-            Function::Usage { at, all_namespaces, output } => usage(&at, all_namespaces, output),
+            Function::Usage(Wide { at, all_namespaces, output }) => usage(&at, all_namespaces, output),
             Function::Rm { at, names } => remove(&at, &names).await,
             Function::New { directory, lang } => project::write(&directory, lang),
         }
@@ -199,15 +197,11 @@ fn services(namespace: &str) -> String {
     }
 }
 
-fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
-    object.pointer(pointer).and_then(Value::as_str).unwrap_or("")
-}
-
 /// Status, reason and message of the condition `Ready`.
 fn readiness(service: &Value) -> (&str, &str, &str) {
     let conditions = service.pointer("/status/conditions").and_then(Value::as_array);
     let ready = conditions.into_iter().flatten().find(|c| c.get("type").is_some_and(|t| t == "Ready"));
-    ready.map_or(("Unknown", "", ""), |c| (text(c, "/status"), text(c, "/reason"), text(c, "/message")))
+    ready.map_or(("Unknown", "", ""), |c| (c.str_at("/status"), c.str_at("/reason"), c.str_at("/message")))
 }
 
 /// Waits until the given generation serves. Trouble that will not go away by itself ends it at once.
@@ -244,13 +238,13 @@ async fn list(at: &At, all: bool, format: Format) -> Outcome {
     }
     let row = |item: &Value| {
         let (ready, reason, _) = readiness(item);
-        let boundary = match text(item, "/spec/template/spec/runtimeClassName") {
+        let boundary = match item.str_at("/spec/template/spec/runtimeClassName") {
             "" => "container",
             named => named,
         };
-        [text(item, "/metadata/namespace"), text(item, "/metadata/name"), boundary, ready]
+        [item.str_at("/metadata/namespace"), item.str_at("/metadata/name"), boundary, ready]
             .into_iter()
-            .chain([text(item, "/status/latestReadyRevisionName"), text(item, "/status/url"), reason])
+            .chain([item.str_at("/status/latestReadyRevisionName"), item.str_at("/status/url"), reason])
             .map(str::to_owned)
             .collect()
     };
@@ -305,7 +299,7 @@ async fn invoke(options: &Invoke) -> Outcome {
     let api = options.at.api()?;
     let namespace = options.at.namespace(&api);
     let service = api.get(&format!("{}/{}", services(&namespace), options.name)).await?;
-    let url = text(&service, "/status/url");
+    let url = service.str_at("/status/url");
     let Some(host) = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')) else {
         let (_, reason, message) = readiness(&service);
         return Err(Failure(format!("{namespace}/{} has no URL yet: {reason}: {message}", options.name)));

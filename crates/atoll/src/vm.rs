@@ -4,27 +4,18 @@
 mod console;
 
 use crate::cli::{Failure, Outcome, explain};
-use crate::function::At;
 use crate::function::api::Api;
+use crate::function::{At, LOOK, Wide};
 use crate::output::{self, Format};
+use ::api::object::Meta;
 use clap::Subcommand;
 use serde_json::Value;
 use std::time::{Duration, Instant};
 
-const LOOK: Duration = Duration::from_millis(200);
-
 #[derive(Subcommand)]
 pub enum Vm {
     /// List virtual machines
-    Ls {
-        #[command(flatten)]
-        at: At,
-        /// Of all namespaces
-        #[arg(short = 'A', long)]
-        all_namespaces: bool,
-        #[arg(short, long, default_value = "table")]
-        output: Format,
-    },
+    Ls(Wide),
     /// Start a machine; a halted one runs always from then on
     Start(One),
     /// Stop a machine: its power button is pressed, and after its grace period it is killed
@@ -60,15 +51,11 @@ fn machines(namespace: &str) -> String {
     format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachines")
 }
 
-fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
-    object.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
-}
-
 pub fn run(command: Vm) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(explain)?;
     runtime.block_on(async {
         match command {
-            Vm::Ls { at, all_namespaces, output } => list(&at, all_namespaces, output).await,
+            Vm::Ls(Wide { at, all_namespaces, output }) => list(&at, all_namespaces, output).await,
             Vm::Start(one) => one.ask("virtualmachines", "start", "Running").await,
             Vm::Stop(one) => one.ask("virtualmachines", "stop", "Stopped").await,
             Vm::Restart(one) => one.ask("virtualmachines", "restart", "Running").await,
@@ -93,7 +80,7 @@ impl One {
         let until = Instant::now() + Duration::from_secs(seconds);
         loop {
             let machine = api.get(&format!("{}/{name}", machines(&namespace))).await?;
-            let status = text(&machine, "/status/printableStatus");
+            let status = machine.str_at("/status/printableStatus");
             let anew = action != "restart" || self.instance(&api, &namespace).await != before;
             if status == becomes && anew {
                 println!("{name}: {status}");
@@ -111,7 +98,7 @@ impl One {
     /// Uid of the machine's instance, empty if there is none.
     async fn instance(&self, api: &Api, namespace: &str) -> String {
         let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{}", self.name);
-        api.get(&path).await.map(|instance| text(&instance, "/metadata/uid").to_owned()).unwrap_or_default()
+        api.get(&path).await.map(|instance| instance.str_at("/metadata/uid").to_owned()).unwrap_or_default()
     }
 }
 
@@ -128,7 +115,7 @@ async fn list(at: &At, all_namespaces: bool, format: Format) -> Outcome {
     }
     let instances = items(&instances);
     let same = |machine: &Value, instance: &Value| {
-        ["/metadata/name", "/metadata/namespace"].iter().all(|p| text(machine, p) == text(instance, p))
+        ["/metadata/name", "/metadata/namespace"].iter().all(|p| machine.str_at(p) == instance.str_at(p))
     };
     let rows: Vec<Vec<String>> = items(&found)
         .iter()
@@ -136,12 +123,12 @@ async fn list(at: &At, all_namespaces: bool, format: Format) -> Outcome {
             let instance = instances.iter().find(|i| same(machine, i)).unwrap_or(&Value::Null);
             let cores = instance.pointer("/status/currentCPUTopology/cores").and_then(Value::as_u64);
             let cells = [
-                text(machine, "/metadata/namespace"),
-                text(machine, "/metadata/name"),
-                text(machine, "/status/printableStatus"),
+                machine.str_at("/metadata/namespace"),
+                machine.str_at("/metadata/name"),
+                machine.str_at("/status/printableStatus"),
                 &cores.map(|c| c.to_string()).unwrap_or_default(),
-                text(instance, "/status/memory/guestCurrent"),
-                text(instance, "/status/interfaces/0/ipAddress"),
+                instance.str_at("/status/memory/guestCurrent"),
+                instance.str_at("/status/interfaces/0/ipAddress"),
             ];
             cells.iter().map(|cell| if cell.is_empty() { "-".to_owned() } else { (*cell).to_owned() }).collect()
         })

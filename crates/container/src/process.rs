@@ -23,6 +23,22 @@ mod attributes;
 
 pub use attributes::Labels;
 
+/// What services, package managers and their scripts commonly need and no more, and nothing that reaches beyond a user
+/// namespace; `NET_RAW`, `MKNOD` and `AUDIT_WRITE` of the usual default are left out.
+pub const DEFAULT_CAPABILITIES: &[&str] = &[
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+];
+
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// `/etc/passwd` is the image's: look at so much of it at most.
 const MAX_PASSWD: u64 = 1 << 20;

@@ -3,23 +3,9 @@
 use crate::boundary::{Rootfs, Security};
 use crate::layers;
 use api::k8s::api::core::v1::{Container, PodSpec};
+use container::process::DEFAULT_CAPABILITIES;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-
-/// What services commonly need and no more; `NET_RAW`, `MKNOD` and `AUDIT_WRITE` of the usual default are left out.
-const DEFAULT_CAPABILITIES: &[&str] = &[
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-];
 
 /// All capabilities of Linux 6 (`capabilities(7)`).
 const ALL_CAPABILITIES: &[&str] = &[

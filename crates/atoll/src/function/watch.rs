@@ -1,8 +1,9 @@
 //! `atoll function logs`: the logs of a function's instances, those that come while it follows included.
 
 use super::api::{Api, Refusal};
-use super::{At, LOOK, services, text};
+use super::{At, LOOK, services};
 use crate::cli::{Failure, Outcome};
+use ::api::object::Meta;
 use http_body_util::BodyExt;
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -24,9 +25,9 @@ pub async fn logs(at: &At, name: &str, follow: bool, tail: Option<u64>) -> Outco
         for pod in list.get("items").and_then(Value::as_array).into_iter().flatten() {
             let started = pod.pointer("/status/containerStatuses/0/state/waiting").is_none()
                 && pod.pointer("/status/containerStatuses/0").is_some();
-            if started && seen.insert(text(pod, "/metadata/uid").to_owned()) {
-                let container = text(pod, "/spec/containers/0/name");
-                let mut path = format!("{pods}/{}/log?container={container}", text(pod, "/metadata/name"));
+            if started && seen.insert(pod.str_at("/metadata/uid").to_owned()) {
+                let container = pod.str_at("/spec/containers/0/name");
+                let mut path = format!("{pods}/{}/log?container={container}", pod.str_at("/metadata/name"));
                 if follow {
                     path.push_str("&follow=true");
                 }
@@ -64,7 +65,7 @@ async fn stream(api: Arc<Api>, path: String) -> Outcome {
         return match status.as_u16() {
             // It went while we looked.
             404 => Ok(()),
-            _ => Err(Refusal::Other(Failure(format!("{} ({status})", text(&told, "/message")))).into()),
+            _ => Err(Refusal::Other(Failure(format!("{} ({status})", told.str_at("/message")))).into()),
         };
     }
     let mut body = response.into_body();

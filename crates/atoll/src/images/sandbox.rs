@@ -22,21 +22,6 @@ const PIDS: i64 = 16_384;
 const NAME: &str = "build";
 /// Between two looks at the output and at whether the user has enough.
 const TICK: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
-/// What package managers and their scripts need; nothing that reaches beyond the sandbox's user namespace.
-const CAPABILITIES: [&str; 11] = [
-    "CAP_CHOWN",
-    "CAP_DAC_OVERRIDE",
-    "CAP_FOWNER",
-    "CAP_FSETID",
-    "CAP_KILL",
-    "CAP_NET_BIND_SERVICE",
-    "CAP_SETFCAP",
-    "CAP_SETGID",
-    "CAP_SETPCAP",
-    "CAP_SETUID",
-    "CAP_SYS_CHROOT",
-];
-
 pub struct Sandboxes {
     exe: PathBuf,
     /// Of the instance: sandboxes are `build-*` in it.
@@ -218,7 +203,7 @@ impl Sandboxes {
                 }
             });
         }
-        let set: Vec<String> = CAPABILITIES.iter().map(|c| (*c).to_owned()).collect();
+        let set: Vec<String> = container::process::DEFAULT_CAPABILITIES.iter().map(|c| (*c).to_owned()).collect();
         let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect();
         let spec = Spec {
             root: Some(Root { path: PathBuf::new(), readonly: false }),

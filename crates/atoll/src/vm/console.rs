@@ -1,9 +1,9 @@
 //! `atoll vm console`: the terminal here becomes the machine's serial console.
 
-use super::text;
 use crate::cli::{Failure, Outcome, explain};
 use crate::function::At;
 use crate::instance::Instance;
+use ::api::object::Meta;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use serde_json::Value;
 use std::io::{Read, Write};
@@ -41,7 +41,7 @@ pub async fn run(at: &At, name: &str) -> Outcome {
     let namespace = at.namespace(&api);
     let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{name}");
     let instance = api.get(&path).await?;
-    if text(&instance, "/status/phase") != "Running" {
+    if instance.str_at("/status/phase") != "Running" {
         return Err(Failure(format!("{name}: does not run; atoll vm start {name} -n {namespace}")));
     }
     let pods = instance.pointer("/status/activePods").and_then(Value::as_object);
