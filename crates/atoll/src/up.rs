@@ -65,11 +65,10 @@ pub fn run(options: &Up) -> Outcome {
 
 pub fn router_config(instance: &Instance) -> Result<RouterConfig, Failure> {
     Ok(RouterConfig {
-        data_dir: instance.data_dir.join("network"),
-        run_dir: instance.run_dir.clone(),
         pod_cidr: Cidr::new(POD_CIDR.0, POD_CIDR.1).map_err(explain)?,
         service_cidr: Cidr::new(SERVICE_CIDR.0, SERVICE_CIDR.1).map_err(explain)?,
         dns_address: DNS,
+        ..RouterConfig::new(instance.data_dir.join("network"), instance.run_dir.clone())
     })
 }
 

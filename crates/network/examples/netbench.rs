@@ -200,14 +200,7 @@ fn traffic(router: &Router) -> serde_json::Value {
 fn main() {
     let dir = std::env::args().nth(1).expect("a scratch directory");
     let dir = std::path::Path::new(&dir);
-    let router = Router::open(RouterConfig {
-        data_dir: dir.join("data"),
-        run_dir: dir.join("run"),
-        pod_cidr: "10.42.0.0/16".parse().unwrap(),
-        service_cidr: "10.43.0.0/16".parse().unwrap(),
-        dns_address: Ipv4Addr::new(10, 43, 0, 10),
-    })
-    .unwrap();
+    let router = Router::open(RouterConfig::new(dir.join("data"), dir.join("run"))).unwrap();
     let attach = measure(40, |n| {
         router.attach(&request(format!("pod-{n}"))).unwrap();
     });

@@ -197,13 +197,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn config(dir: &Path) -> RouterConfig {
-        RouterConfig {
-            data_dir: dir.to_owned(),
-            run_dir: dir.to_owned(),
-            pod_cidr: "10.42.0.0/28".parse().unwrap(),
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
-            dns_address: Ipv4Addr::new(10, 43, 0, 10),
-        }
+        RouterConfig { pod_cidr: "10.42.0.0/28".parse().unwrap(), ..RouterConfig::new(dir, dir) }
     }
 
     #[test]

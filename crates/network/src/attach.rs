@@ -8,7 +8,7 @@
 //! between two of them costs nothing but the next `attach`. `detach` walks back.
 
 use crate::address::Lease;
-use crate::config::{GATEWAY, MTU};
+use crate::config::{GATEWAY, GATEWAY6, MTU, RouterConfig};
 use crate::error::{Error, Result};
 use crate::firewall;
 use crate::journal::Kind;
@@ -19,7 +19,7 @@ use crate::router::{Router, guard};
 use crate::{ns, sys};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashSet;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
@@ -50,6 +50,8 @@ pub struct AttachRequest {
 pub struct Attachment {
     /// A /32.
     pub address: Ipv4Addr,
+    /// A /128, made from `address` ([`RouterConfig::v6_of`]); `None` where the kernel has no IPv6.
+    pub address6: Option<Ipv6Addr>,
     /// The pinned namespace with `eth0` in it.
     pub netns: Option<PathBuf>,
     /// The tap device in the router's namespace.
@@ -81,6 +83,7 @@ impl Router {
         let name = link_name(kind, lease.address);
         let mut attachment = Attachment {
             address: lease.address,
+            address6: self.ipv6.then(|| self.config.v6_of(lease.address)),
             netns: None,
             tap: None,
             mac: mac_text(mac_of(lease.address)),
@@ -99,7 +102,7 @@ impl Router {
             }
         }
         let mut transaction = Transaction::new(firewall::TABLE);
-        firewall::admit(&mut transaction, &link_of(kind, lease.address));
+        firewall::admit(&mut transaction, &link_of(&self.config, kind, lease.address));
         transaction.commit(&mut guard(&self.firewall).socket)?;
         Ok(attachment)
     }
@@ -116,7 +119,7 @@ impl Router {
         if let Some(lease) = &lease {
             let name = link_name(lease.kind, lease.address);
             let mut transaction = Transaction::new(firewall::TABLE);
-            firewall::expel(&mut transaction, &link_of(lease.kind, lease.address));
+            firewall::expel(&mut transaction, &link_of(&self.config, lease.kind, lease.address));
             {
                 let mut firewall = guard(&self.firewall);
                 firewall.policies.forget(&mut transaction, lease.address);
@@ -158,10 +161,10 @@ impl Router {
             // A link of that name would belong to a namespace that nobody can find any more.
             self.remove_link(name)?;
             return ns::create(pin, || {
-                workload_sysctls()?;
+                self.workload_sysctls()?;
                 let pod = ns::open(Path::new("/proc/thread-self/ns/net"))?;
                 self.add_veth(name, address, &pod)?;
-                configure_workload(address)
+                self.configure_workload(address)
             });
         }
         let pod = ns::open(pin)?;
@@ -170,17 +173,21 @@ impl Router {
             let ends =
                 (route::find_link(&mut guard(&self.route), name)?, route::find_link(&mut inside, WORKLOAD_LINK)?);
             match ends {
-                (Some(link), Some(_)) => self.configure_router_side(link.index, address)?,
+                (Some(link), Some(_)) => {
+                    // Links of before there was IPv6 here had it off.
+                    ns::sysctl("ipv6/conf/eth0/disable_ipv6", "0")?;
+                    self.configure_router_side(link.index, address)?;
+                }
                 _ => {
                     self.remove_link(name)?;
                     let mut batch = Batch::new();
                     batch.delete_link(WORKLOAD_LINK);
                     inside.send(batch)?;
-                    workload_sysctls()?;
+                    self.workload_sysctls()?;
                     self.add_veth(name, address, &pod)?;
                 }
             }
-            configure_workload(address)
+            self.configure_workload(address)
         })?
     }
 
@@ -191,7 +198,7 @@ impl Router {
             mac: ROUTER_MAC,
             peer_name: WORKLOAD_LINK,
             peer_mac: mac_of(address),
-            peer_ns: pod.as_fd(),
+            peer_ns: Some(pod.as_fd()),
             mtu: MTU,
         });
         let index = {
@@ -207,6 +214,11 @@ impl Router {
         batch.set_up(index);
         batch.add_neighbour(index, address, mac_of(address));
         batch.add_link_route(address, 32, index, self.config.router_address());
+        if self.ipv6 {
+            let address6 = self.config.v6_of(address);
+            batch.add_neighbour6(index, address6, mac_of(address));
+            batch.add_link_route6(address6, 128, index, self.config.router_address6());
+        }
         guard(&self.route).send(batch)
     }
 
@@ -223,10 +235,41 @@ impl Router {
             let index = route::link_index(&mut route, name)?;
             let mut batch = Batch::new();
             batch.configure_link(index, ROUTER_MAC, MTU);
+            if self.ipv6 {
+                // Machines ask who it is; workloads in namespaces know.
+                batch.add_address6(index, GATEWAY6);
+            }
             route.send(batch)?;
             index
         };
         self.configure_router_side(index, address)
+    }
+
+    /// The thread is in the workload's namespace: unprivileged servers may take any port, and anyone may ping. Links to
+    /// come have the IPv6 address that they are given, and make none of their own.
+    fn workload_sysctls(&self) -> Result<()> {
+        ns::sysctl("ipv4/ip_unprivileged_port_start", "0")?;
+        ns::sysctl("ipv4/ping_group_range", "0 2147483647")?;
+        ns::sysctl("ipv6/conf/default/accept_ra", "0")?;
+        ns::sysctl("ipv6/conf/default/addr_gen_mode", NO_ADDRESS)
+    }
+
+    /// The thread is in the workload's namespace.
+    fn configure_workload(&self, address: Ipv4Addr) -> Result<()> {
+        let mut inside = Socket::route()?;
+        let index = route::link_index(&mut inside, WORKLOAD_LINK)?;
+        let mut batch = Batch::new();
+        batch.set_up(route::LOOPBACK);
+        batch.set_up(index);
+        batch.add_address(index, address);
+        batch.add_neighbour(index, GATEWAY, ROUTER_MAC);
+        batch.add_default_route(index, GATEWAY);
+        if self.ipv6 {
+            batch.add_address6(index, self.config.v6_of(address));
+            batch.add_neighbour6(index, GATEWAY6, ROUTER_MAC);
+            batch.add_default_route6(index, GATEWAY6);
+        }
+        inside.send(batch)
     }
 
     fn remove_link(&self, name: &str) -> Result<()> {
@@ -241,6 +284,8 @@ impl Router {
 }
 
 const WORKLOAD_LINK: &str = "eth0";
+/// `addr_gen_mode`: no link-local address.
+pub(crate) const NO_ADDRESS: &str = "1";
 const VETH_PREFIX: &str = "veth";
 const TAP_PREFIX: &str = "tap";
 
@@ -253,8 +298,19 @@ pub(crate) fn link_name(kind: Kind, address: Ipv4Addr) -> String {
     format!("{prefix}{:08x}", address.to_bits())
 }
 
-pub(crate) fn link_of(kind: Kind, address: Ipv4Addr) -> firewall::Link {
-    firewall::Link { name: link_name(kind, address), mac: mac_of(address), address }
+pub(crate) fn link_of(config: &RouterConfig, kind: Kind, address: Ipv4Addr) -> firewall::Link {
+    let link_local = match kind {
+        Kind::Namespace => None,
+        Kind::Tap => Some(link_local(mac_of(address))),
+    };
+    let address6 = config.v6_of(address);
+    firewall::Link { name: link_name(kind, address), mac: mac_of(address), address, address6, link_local }
+}
+
+/// The address that a machine gives itself on its link (RFC 4291, appendix A).
+fn link_local([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
+    let pair = |high, low| u16::from_be_bytes([high, low]);
+    Ipv6Addr::new(0xfe80, 0, 0, 0, pair(a ^ 2, b), pair(c, 0xff), pair(0xfe, d), pair(e, f))
 }
 
 /// `0a:58` (the customary prefix of pod interfaces, locally administered) and the address.
@@ -274,27 +330,6 @@ fn check_uid(uid: &str) -> Result<()> {
         return Err(Error::Config { field: "uid", value: uid.chars().take(140).collect(), why: why.to_owned() });
     }
     Ok(())
-}
-
-/// The thread is in the workload's namespace: unprivileged servers may take any port, and anyone may ping. IPv6 is off
-/// on links to come; loopback keeps `::1`.
-fn workload_sysctls() -> Result<()> {
-    ns::sysctl("ipv4/ip_unprivileged_port_start", "0")?;
-    ns::sysctl("ipv4/ping_group_range", "0 2147483647")?;
-    ns::sysctl("ipv6/conf/default/disable_ipv6", "1")
-}
-
-/// The thread is in the workload's namespace.
-fn configure_workload(address: Ipv4Addr) -> Result<()> {
-    let mut inside = Socket::route()?;
-    let index = route::link_index(&mut inside, WORKLOAD_LINK)?;
-    let mut batch = Batch::new();
-    batch.set_up(route::LOOPBACK);
-    batch.set_up(index);
-    batch.add_address(index, address);
-    batch.add_neighbour(index, GATEWAY, ROUTER_MAC);
-    batch.add_default_route(index, GATEWAY);
-    inside.send(batch)
 }
 
 /// The thread is in the router's namespace.

@@ -2,12 +2,14 @@
 
 use crate::error::{Error, Result};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
 /// Every workload's next hop, on-link on its one interface.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 1);
+/// The same for IPv6.
+pub const GATEWAY6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
 /// Bytes, on every link.
 pub const MTU: u32 = 1500;
 
@@ -74,6 +76,69 @@ impl FromStr for Cidr {
     }
 }
 
+/// An IPv6 network; host bits are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cidr6 {
+    base: u128,
+    prefix: u8,
+}
+
+impl Cidr6 {
+    pub fn new(base: Ipv6Addr, prefix: u8) -> Result<Cidr6> {
+        let error = |why: &str| Error::Config { field: "cidr", value: format!("{base}/{prefix}"), why: why.to_owned() };
+        if !(16..=124).contains(&prefix) {
+            return Err(error("the prefix length must be 16 to 124"));
+        }
+        let cidr = Cidr6 { base: base.to_bits(), prefix };
+        if cidr.base & !cidr.mask() != 0 {
+            return Err(error("the address has bits below the prefix; zero them"));
+        }
+        Ok(cidr)
+    }
+    pub fn base(self) -> Ipv6Addr {
+        self.base.into()
+    }
+    pub fn prefix(self) -> u8 {
+        self.prefix
+    }
+    pub fn contains(self, address: Ipv6Addr) -> bool {
+        address.to_bits() & self.mask() == self.base
+    }
+    pub fn overlaps(self, other: Cidr6) -> bool {
+        self.contains(other.base()) || other.contains(self.base())
+    }
+    /// The `n`th address.
+    fn nth(self, n: u32) -> Ipv6Addr {
+        (self.base | (u128::from(n) & !self.mask())).into()
+    }
+    fn mask(self) -> u128 {
+        u128::MAX << (128 - u32::from(self.prefix))
+    }
+    /// Whether what is `n` addresses from the beginning is in it.
+    fn reaches(self, n: u32) -> bool {
+        u128::from(n) & self.mask() == 0
+    }
+}
+
+impl fmt::Display for Cidr6 {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.base(), self.prefix)
+    }
+}
+
+impl FromStr for Cidr6 {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Cidr6> {
+        let error = || Error::Config {
+            field: "cidr",
+            value: text.to_owned(),
+            why: "not an IPv6 network; write it like fd00:10:42::/64".to_owned(),
+        };
+        let (base, prefix) = text.split_once('/').ok_or_else(error)?;
+        Cidr6::new(base.parse().map_err(|_| error())?, prefix.parse().map_err(|_| error())?)
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
     /// `DATA/network`: address allocations.
@@ -82,18 +147,49 @@ pub struct RouterConfig {
     pub run_dir: PathBuf,
     /// Workloads' addresses. The first is the router's own.
     pub pod_cidr: Cidr,
+    /// Workloads' IPv6 addresses, each as far from the beginning as the workload's IPv4 address is in `pod_cidr`.
+    pub pod_cidr6: Cidr6,
     /// ClusterIPs.
     pub service_cidr: Cidr,
-    /// The DNS server's address, inside `service_cidr`.
+    pub service_cidr6: Cidr6,
+    /// The DNS server's address, inside `service_cidr`; its IPv6 address is as far into `service_cidr6`.
     pub dns_address: Ipv4Addr,
 }
 
 impl RouterConfig {
+    /// The networks that `atoll up` takes unless it is told others.
+    pub fn new(data_dir: impl Into<PathBuf>, run_dir: impl Into<PathBuf>) -> RouterConfig {
+        RouterConfig {
+            data_dir: data_dir.into(),
+            run_dir: run_dir.into(),
+            pod_cidr: Cidr { base: Ipv4Addr::new(10, 42, 0, 0).to_bits(), prefix: 16 },
+            pod_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x42, 0, 0, 0, 0, 0).to_bits(), prefix: 64 },
+            service_cidr: Cidr { base: Ipv4Addr::new(10, 43, 0, 0).to_bits(), prefix: 16 },
+            service_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x43, 0, 0, 0, 0, 0).to_bits(), prefix: 112 },
+            dns_address: Ipv4Addr::new(10, 43, 0, 10),
+        }
+    }
     /// The router's address towards workloads: the source of its own connections, probes and hairpins.
     pub fn router_address(&self) -> Ipv4Addr {
         self.pod_cidr.nth(1)
     }
-    pub(crate) fn check(&self) -> Result<()> {
+    pub fn router_address6(&self) -> Ipv6Addr {
+        self.v6_of(self.router_address())
+    }
+    /// The IPv6 address that goes with an address of `pod_cidr`.
+    pub fn v6_of(&self, address: Ipv4Addr) -> Ipv6Addr {
+        self.pod_cidr6.nth(address.to_bits() & !self.pod_cidr.mask())
+    }
+    /// The IPv4 address that goes with an IPv6 address, if that is one that a workload can have.
+    pub fn v4_of(&self, address: Ipv6Addr) -> Option<Ipv4Addr> {
+        let offset = self.pod_cidr6.contains(address).then(|| address.to_bits() & !self.pod_cidr6.mask())?;
+        u32::try_from(offset).ok().filter(|n| *n < self.pod_cidr.size()).map(|n| self.pod_cidr.nth(n))
+    }
+    pub fn dns_address6(&self) -> Ipv6Addr {
+        self.service_cidr6.nth(self.dns_address.to_bits() & !self.service_cidr.mask())
+    }
+    /// Whether such a router can be: what [`crate::Router::open`] checks first.
+    pub fn check(&self) -> Result<()> {
         let error = |field, value: String, why: &str| Err(Error::Config { field, value, why: why.to_owned() });
         let (pods, services) = (self.pod_cidr, self.service_cidr);
         if pods.overlaps(services) {
@@ -108,6 +204,32 @@ impl RouterConfig {
         }
         if !services.contains(self.dns_address) {
             return error("dns_address", self.dns_address.to_string(), "must be inside service_cidr");
+        }
+        self.check6()
+    }
+
+    fn check6(&self) -> Result<()> {
+        let error = |field, value: Cidr6, why: String| Err(Error::Config { field, value: value.to_string(), why });
+        let (pods, services) = (self.pod_cidr6, self.service_cidr6);
+        for (field, cidr) in [("pod_cidr", pods), ("service_cidr", services)] {
+            // Global (2000::/3) or unique local (fc00::/7) unicast; a short prefix of anything else would cover more.
+            let first = cidr.base().segments()[0];
+            if first & 0xe000 != 0x2000 && first & 0xfe00 != 0xfc00 {
+                let why = "not a global or unique local unicast network; take one like fd00:10:42::/64";
+                return error(field, cidr, why.to_owned());
+            }
+        }
+        if pods.overlaps(services) {
+            return error("service_cidr", services, "overlaps pod_cidr; choose networks that do not".to_owned());
+        }
+        if !pods.reaches(self.pod_cidr.size() - 1) {
+            let why = format!("is smaller than {}; every workload has an address in both", self.pod_cidr);
+            return error("pod_cidr", pods, why);
+        }
+        if !services.reaches(self.dns_address.to_bits() & !self.service_cidr.mask()) {
+            let why =
+                format!("has no room for the DNS server's address, which is as far into it as {}", self.dns_address);
+            return error("service_cidr", services, why);
         }
         Ok(())
     }
@@ -130,16 +252,50 @@ mod tests {
     #[test]
     fn overlapping_networks_are_refused() {
         let config = |pods: &str, services: &str, dns: &str| RouterConfig {
-            data_dir: "/x".into(),
-            run_dir: "/y".into(),
             pod_cidr: pods.parse().unwrap(),
             service_cidr: services.parse().unwrap(),
             dns_address: dns.parse().unwrap(),
+            ..RouterConfig::new("/x", "/y")
         };
         assert!(config("10.42.0.0/16", "10.43.0.0/16", "10.43.0.10").check().is_ok());
         assert!(config("10.42.0.0/15", "10.43.0.0/16", "10.43.0.10").check().is_err());
         assert!(config("10.42.0.0/16", "10.43.0.0/16", "10.44.0.10").check().is_err());
         assert!(config("127.0.0.0/16", "10.43.0.0/16", "10.43.0.10").check().is_err());
         assert!(config("169.254.0.0/16", "10.43.0.0/16", "10.43.0.10").check().is_err());
+    }
+
+    #[test]
+    fn ipv6_networks_are_checked_too() {
+        let config = |pods: &str, services: &str| RouterConfig {
+            pod_cidr6: pods.parse().unwrap(),
+            service_cidr6: services.parse().unwrap(),
+            ..RouterConfig::new("/x", "/y")
+        };
+        assert!(config("fd00:1::/64", "fd00:2::/112").check().is_ok());
+        assert!(config("2001:db8:1::/112", "2001:db8:2::/124").check().is_ok());
+        for (pods, services) in [
+            ("fd00:1::/64", "fd00:1::/112"),
+            ("fd00:1::/120", "fd00:2::/112"),
+            ("fe80::/64", "fd00:2::/112"),
+            ("fd00:1::/64", "ff02::/112"),
+            ("fd00:1::/64", "::/16"),
+        ] {
+            assert!(config(pods, services).check().is_err(), "{pods} {services}");
+        }
+        for bad in ["", "fd00::", "fd00::1/64", "fd00::/8", "fd00::/127", "10.0.0.0/16", "fd00::/x"] {
+            assert!(bad.parse::<Cidr6>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn each_address_has_its_pair() {
+        let config = RouterConfig::new("/x", "/y");
+        let (v4, v6) = (Ipv4Addr::new(10, 42, 3, 9), "fd00:10:42::309".parse().unwrap());
+        assert_eq!((config.v6_of(v4), config.v4_of(v6)), (v6, Some(v4)));
+        assert_eq!(config.dns_address6().to_string(), "fd00:10:43::a");
+        assert_eq!(config.router_address6().to_string(), "fd00:10:42::1");
+        for nobody in ["fd00:10:42::1:0", "fd00:10:42:0:1::", "fd00:10:43::309", "::1"] {
+            assert_eq!(config.v4_of(nobody.parse().unwrap()), None);
+        }
     }
 }

@@ -1,10 +1,12 @@
-//! The router's nftables ruleset: a table `atoll` in family `ip` and one in family `arp`, in the router's own namespace.
+//! The router's nftables ruleset: a table `atoll` in families `ip` and `ip6`, which say the same about the two addresses
+//! that every workload has, and one in family `arp`; all in the router's own namespace.
 //!
 //! ```text
-//! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or is dropped
+//! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or is dropped; in
+//!                                `ip6` without extension headers that say how to route it
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
 //! output     -100  services_out  the same for the router's own connections
-//! input         0  input         DNS and ping only
+//! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
 //!                                map `ingress` by destination: the same -> accept. All else -> chain `refused`
@@ -13,24 +15,25 @@
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
 //! ```
 //!
-//! A link's name and MAC are made from its address, so the elements of the sets are right or absent, never stale. What is
-//! in no map is refused: a workload talks to nobody until `policy.rs` knows it. Each packet that opens a connection costs
-//! two map look-ups and the rules of the policies that select the two workloads; how many other policies there are does
-//! not matter.
+//! Objects of the two IP families have the same names. A link's name, MAC and IPv6 address are made from its IPv4 address,
+//! so the elements of the sets are right or absent, never stale. What is in no map is refused: a workload talks to nobody
+//! until `policy.rs` knows it. Each packet that opens a connection costs two map look-ups and the rules of the policies
+//! that select the two workloads; how many other policies there are does not matter.
 
-use crate::config::{GATEWAY, RouterConfig};
+use crate::config::{GATEWAY, GATEWAY6, RouterConfig};
 use crate::error::Result;
 use crate::netlink::Socket;
 use crate::netlink::nft::{
-    self, BaseChain, Element, Family, Field, Hook, Policy, R0, R1, R2, R4, R6, Rule, Transaction, Value, concat,
-    interface_name,
+    self, BaseChain, Element, Family, Field, Hook, Policy, R0, R4, R6, Rule, Transaction, Unreachable, Value, concat,
+    interface_name, octets,
 };
 use crate::netlink::route::Mac;
-use std::net::Ipv4Addr;
+use crate::router::VOID;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -57,9 +60,15 @@ const LOG_BYTES: u32 = 128;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-const PORT_UNREACHABLE: u8 = 3;
-const PROHIBITED: u8 = 13;
-const ECHO_REQUEST: u8 = 8;
+/// Extension headers that a packet may not have: hop-by-hop options, routing and destination options. What they ask of a
+/// router (source routes, alerts, home addresses) nobody here may ask.
+const EXTENSIONS: [u8; 3] = [0, 43, 60];
+const ROUTER_SOLICITATION: u8 = 133;
+const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+const REDIRECT: u8 = 137;
+const LINK_LOCAL: (Ipv6Addr, u8) = (Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10);
+const MULTICAST: (Ipv6Addr, u8) = (Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8);
 const INVALID: u32 = 1;
 const ESTABLISHED_OR_RELATED: u32 = 2 | 4;
 
@@ -68,36 +77,96 @@ pub struct Link {
     pub name: String,
     pub mac: Mac,
     pub address: Ipv4Addr,
+    pub address6: Ipv6Addr,
+    /// Of a machine, which asks for its neighbours itself.
+    pub link_local: Option<Ipv6Addr>,
 }
+
+/// What differs between the tables of the two IP families.
+struct Side {
+    family: Family,
+    /// All workloads' addresses; all ClusterIPs.
+    pods: (IpAddr, u8),
+    services: (IpAddr, u8),
+    loopback: (IpAddr, u8),
+    dns: IpAddr,
+    router: IpAddr,
+    gateway: IpAddr,
+    /// The link that leads nowhere: where what has no other route leaves.
+    nowhere: &'static str,
+    echo_request: u8,
+}
+
+impl Side {
+    fn of(config: &RouterConfig, family: Family) -> Side {
+        match family {
+            Family::Ip | Family::Arp => Side {
+                family,
+                pods: (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
+                services: (config.service_cidr.base().into(), config.service_cidr.prefix()),
+                loopback: (Ipv4Addr::new(127, 0, 0, 0).into(), 8),
+                dns: config.dns_address.into(),
+                router: config.router_address().into(),
+                gateway: GATEWAY.into(),
+                nowhere: "lo",
+                echo_request: 8,
+            },
+            Family::Ip6 => Side {
+                family,
+                pods: (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
+                services: (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
+                loopback: (Ipv6Addr::LOCALHOST.into(), 128),
+                dns: config.dns_address6().into(),
+                router: config.router_address6().into(),
+                gateway: GATEWAY6.into(),
+                nowhere: VOID,
+                echo_request: 128,
+            },
+        }
+    }
+    fn rule(&self) -> Rule {
+        Rule::of(self.family)
+    }
+    /// Says what the table was made for. The `arp` table does not depend on anything.
+    fn comment(&self) -> String {
+        let (pods, services) = (self.pods, self.services);
+        match self.family {
+            Family::Arp => format!("ruleset {VERSION}"),
+            Family::Ip | Family::Ip6 => {
+                format!("ruleset {VERSION}: {}/{} {}/{} {}", pods.0, pods.1, services.0, services.1, self.dns)
+            }
+        }
+    }
+}
+
+const FAMILIES: [Family; 3] = [Family::Arp, Family::Ip6, Family::Ip];
 
 /// Makes sure that the ruleset is there for these links. Answers whether it was made anew, so that services and policies
 /// have to be written again.
 pub fn ensure(socket: &mut Socket, config: &RouterConfig, links: &[Link]) -> Result<bool> {
-    let comment = format!("ruleset {VERSION}: {} {} {}", config.pod_cidr, config.service_cidr, config.dns_address);
-    let found = nft::table_comment(socket, TABLE, Family::Ip)?;
-    let arp = nft::table_comment(socket, TABLE, Family::Arp)?;
-    let fresh = found.as_ref() != Some(&comment) || arp.as_ref() != Some(&comment);
+    let mut found = Vec::new();
+    for family in FAMILIES {
+        found.push((Side::of(config, family), nft::table_comment(socket, TABLE, family)?));
+    }
+    let fresh = found.iter().any(|(side, comment)| comment.as_ref() != Some(&side.comment()));
     let mut transaction = Transaction::new(TABLE);
-    if fresh {
-        for (family, there) in [(Family::Arp, arp.is_some()), (Family::Ip, found.is_some())] {
-            transaction.family(family);
-            if there {
+    for (side, comment) in &found {
+        transaction.family(side.family);
+        if fresh {
+            if comment.is_some() {
                 transaction.delete_table();
             }
-            transaction.add_table(&comment);
+            transaction.add_table(&side.comment());
+            match side.family {
+                Family::Arp => senders(&mut transaction),
+                Family::Ip | Family::Ip6 => ruleset(&mut transaction, side),
+            }
+        } else if side.family == Family::Arp {
+            transaction.flush_set(SENDERS);
+        } else {
+            transaction.flush_set(LINKS);
+            transaction.flush_set(HAIRPINS);
         }
-        sets(&mut transaction);
-        chains(&mut transaction, config);
-        services(&mut transaction, config);
-        forward(&mut transaction, config);
-        senders(&mut transaction);
-    } else {
-        for set in [LINKS, HAIRPINS] {
-            transaction.flush_set(set);
-        }
-        transaction.family(Family::Arp);
-        transaction.flush_set(SENDERS);
-        transaction.family(Family::Ip);
     }
     for link in links {
         admit(&mut transaction, link);
@@ -125,27 +194,43 @@ pub fn expel(transaction: &mut Transaction, link: &Link) {
     transaction.family(Family::Ip);
 }
 
-fn elements(link: &Link) -> [(Family, &'static str, Vec<u8>); 3] {
-    let octets = link.address.octets();
-    let own = concat(&[&interface_name(&link.name), &link.mac, &octets]);
-    [(Family::Ip, LINKS, own.clone()), (Family::Ip, HAIRPINS, concat(&[&octets, &octets])), (Family::Arp, SENDERS, own)]
+fn elements(link: &Link) -> Vec<(Family, &'static str, Vec<u8>)> {
+    let own = |address: IpAddr| concat(&[&interface_name(&link.name), &link.mac, &octets(address)]);
+    let twice = |address: IpAddr| concat(&[&octets(address), &octets(address)]);
+    let (v4, v6) = (link.address.into(), link.address6.into());
+    let mut all = vec![
+        (Family::Ip, LINKS, own(v4)),
+        (Family::Ip, HAIRPINS, twice(v4)),
+        (Family::Arp, SENDERS, own(v4)),
+        (Family::Ip6, LINKS, own(v6)),
+        (Family::Ip6, HAIRPINS, twice(v6)),
+    ];
+    all.extend(link.link_local.map(|address| (Family::Ip6, LINKS, own(address.into()))));
+    all
 }
 
-fn sets(transaction: &mut Transaction) {
-    let own = [Field::InterfaceName, Field::Ether, Field::Address];
-    transaction.add_set(LINKS, &own, &Value::None);
-    transaction.add_set(HAIRPINS, &[Field::Address, Field::Address], &Value::None);
-    transaction.add_set(SERVICES, &[Field::Address, Field::Protocol, Field::Port], &Value::Verdict);
-    transaction.add_set(EGRESS, &[Field::Address], &Value::Verdict);
-    transaction.add_set(INGRESS, &[Field::Address], &Value::Verdict);
-    transaction.add_set(NAMESPACES, &[Field::Address], &Value::Data(&[Field::Mark]));
-    transaction.add_set(MEMBERS, &[Field::Mark, Field::Address], &Value::None);
-    transaction.family(Family::Arp);
-    transaction.add_set(SENDERS, &own, &Value::None);
-    transaction.family(Family::Ip);
+/// Everything of one IP family's table.
+fn ruleset(t: &mut Transaction, side: &Side) {
+    let address = side.family.address();
+    t.add_set(LINKS, &[Field::InterfaceName, Field::Ether, address], &Value::None);
+    t.add_set(HAIRPINS, &[address, address], &Value::None);
+    t.add_set(SERVICES, &[address, Field::Protocol, Field::Port], &Value::Verdict);
+    t.add_set(EGRESS, &[address], &Value::Verdict);
+    t.add_set(INGRESS, &[address], &Value::Verdict);
+    t.add_set(NAMESPACES, &[address], &Value::Data(&[Field::Mark]));
+    t.add_set(MEMBERS, &[Field::Mark, address], &Value::None);
+    chains(t);
+    sources(t, side);
+    input(t, side);
+    services(t, side);
+    forward(t, side);
+    t.add_rule("hairpin", itself(side).source_nat(side.router));
+    t.add_rule(REFUSED, side.rule().at_most(LOG_RATE).log(LOG_GROUP, LOG_BYTES));
+    t.add_rule(REFUSED, side.rule().count().if_protocol(TCP).reject_reset());
+    t.add_rule(REFUSED, side.rule().reject_unreachable(Unreachable::Prohibited));
 }
 
-fn chains(t: &mut Transaction, config: &RouterConfig) {
+fn chains(t: &mut Transaction) {
     let base = |name, kind, hook, priority, policy| BaseChain { name, kind, hook, priority, policy };
     for chain in [
         base("sources", "filter", Hook::Prerouting, -300, Policy::Drop),
@@ -158,74 +243,101 @@ fn chains(t: &mut Transaction, config: &RouterConfig) {
     ] {
         t.add_base_chain(&chain);
     }
-
     for chain in [TO_INGRESS, EGRESS_DEFAULT, INGRESS_DEFAULT, REFUSED] {
         t.add_chain(chain);
     }
+}
 
-    t.add_rule("sources", Rule::new().if_input("lo").accept());
-    let own = Rule::new().load_input_name(R0).load_link_source(R4).load_source(R6);
-    t.add_rule("sources", own.if_in_set(LINKS, R0).accept());
+fn sources(t: &mut Transaction, side: &Side) {
+    let own = || {
+        let rule = side.rule().load_input_name(R0).load_link_source(R4).load_source(R6);
+        rule.if_in_set(LINKS, R0)
+    };
+    t.add_rule("sources", side.rule().if_input("lo").accept());
+    if side.family == Family::Ip6 {
+        for header in EXTENSIONS {
+            t.add_rule("sources", side.rule().if_extension(header).drop());
+        }
+        for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
+            t.add_rule("sources", own().if_icmp_type(kind).if_on_link().accept());
+        }
+        let discovery = side.rule().if_icmp_types(ROUTER_SOLICITATION, REDIRECT);
+        t.add_rule("sources", discovery.drop().comment("routers and redirects are nobody's to announce"));
+        t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
+    }
+    t.add_rule("sources", own().accept());
+}
 
-    t.add_rule("input", Rule::new().if_input("lo").accept());
-    t.add_rule("input", Rule::new().if_state(ESTABLISHED_OR_RELATED).accept());
+fn input(t: &mut Transaction, side: &Side) {
+    t.add_rule("input", side.rule().if_input("lo").accept());
+    t.add_rule("input", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
     for protocol in [UDP, TCP] {
-        let dns = Rule::new().if_destination(config.dns_address).if_protocol(protocol).if_destination_port(53);
+        let dns = side.rule().if_destination(side.dns).if_protocol(protocol).if_destination_port(53);
         t.add_rule("input", dns.accept());
     }
-    t.add_rule("input", Rule::new().if_icmp_type(ECHO_REQUEST).accept());
-    t.add_rule("input", Rule::new().goto(REFUSED));
-
-    let itself = Rule::new().load_source(R0).load_destination(R1).if_in_set(HAIRPINS, R0);
-    t.add_rule("hairpin", itself.source_nat(config.router_address()));
-
-    t.add_rule(REFUSED, Rule::new().at_most(LOG_RATE).log(LOG_GROUP, LOG_BYTES));
-    t.add_rule(REFUSED, Rule::new().count().if_protocol(TCP).reject_reset());
-    t.add_rule(REFUSED, Rule::new().reject_unreachable(PROHIBITED));
+    if side.family == Family::Ip6 {
+        for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
+            t.add_rule("input", side.rule().if_icmp_type(kind).accept());
+        }
+        t.add_rule("input", side.rule().if_destination_in(MULTICAST.0, MULTICAST.1).drop());
+    }
+    t.add_rule("input", side.rule().if_icmp_type(side.echo_request).accept());
+    t.add_rule("input", side.rule().goto(REFUSED));
 }
 
-fn services(t: &mut Transaction, config: &RouterConfig) {
+/// A packet from a workload to itself.
+fn itself(side: &Side) -> Rule {
+    side.rule().load_source(R0).load_destination(R0.after(side.family.address())).if_in_set(HAIRPINS, R0)
+}
+
+fn services(t: &mut Transaction, side: &Side) {
+    let protocol = R0.after(side.family.address());
+    let port = protocol.after(Field::Protocol);
     for chain in ["services_in", "services_out"] {
-        let rule = Rule::new().load_destination(R0).load_protocol(R1).load_destination_port(R2);
+        let rule = side.rule().load_destination(R0).load_protocol(protocol).load_destination_port(port);
         t.add_rule(chain, rule.verdict_map(SERVICES, R0));
     }
-    t.add_rule("forward", Rule::new().if_state(ESTABLISHED_OR_RELATED).accept());
-    t.add_rule("forward", Rule::new().if_state(INVALID).drop());
-    t.add_rule("output", Rule::new().if_destination(config.dns_address).accept());
+    t.add_rule("forward", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
+    t.add_rule("forward", side.rule().if_state(INVALID).drop());
+    t.add_rule("output", side.rule().if_destination(side.dns).accept());
     for chain in ["forward", "output"] {
-        let service = || Rule::new().if_destination_in(config.service_cidr.base(), config.service_cidr.mask());
+        let service = || side.rule().if_destination_in(side.services.0, side.services.1);
         t.add_rule(chain, service().if_protocol(TCP).reject_reset().comment("no endpoint"));
-        t.add_rule(chain, service().reject_unreachable(PORT_UNREACHABLE).comment("no endpoint"));
+        t.add_rule(chain, service().reject_unreachable(Unreachable::Port).comment("no endpoint"));
     }
 }
 
-fn forward(t: &mut Transaction, config: &RouterConfig) {
-    // What has no other route leads to loopback: a workload's is refused below like any other, the router's own here.
-    // A redirected connection still counts as leaving by loopback here, so pods are let through by address.
-    let pods = (config.pod_cidr.base(), u32::MAX.checked_shl(32 - u32::from(config.pod_cidr.prefix())).unwrap_or(0));
-    let loopback = (Ipv4Addr::new(127, 0, 0, 0), 0xff00_0000);
-    for (base, mask) in [loopback, (config.router_address(), u32::MAX), (GATEWAY, u32::MAX), pods] {
-        t.add_rule("output", Rule::new().if_destination_in(base, mask).accept());
+fn forward(t: &mut Transaction, side: &Side) {
+    // What has no other route leads nowhere: a workload's is refused below like any other, the router's own here.
+    // A redirected connection still counts as leaving that way here, so pods are let through by address.
+    let whole = |address| (address, if side.family == Family::Ip6 { 128 } else { 32 });
+    for (base, prefix) in [side.loopback, whole(side.router), whole(side.gateway), side.pods] {
+        t.add_rule("output", side.rule().if_destination_in(base, prefix).accept());
     }
-    t.add_rule("output", Rule::new().if_output("lo").reject_unreachable(PROHIBITED));
-    let itself = Rule::new().load_source(R0).load_destination(R1).if_in_set(HAIRPINS, R0);
-    t.add_rule("forward", itself.accept().comment("a workload always reaches itself"));
-    t.add_rule("forward", Rule::new().load_source(R0).verdict_map(EGRESS, R0));
-    t.add_rule("forward", Rule::new().goto(REFUSED));
-    t.add_rule(TO_INGRESS, Rule::new().load_destination(R0).verdict_map(INGRESS, R0));
-    t.add_rule(TO_INGRESS, Rule::new().goto(REFUSED));
-    defaults(t, true);
+    t.add_rule("output", side.rule().if_output(side.nowhere).reject_unreachable(Unreachable::Prohibited));
+    t.add_rule("forward", itself(side).accept().comment("a workload always reaches itself"));
+    t.add_rule("forward", side.rule().load_source(R0).verdict_map(EGRESS, R0));
+    t.add_rule("forward", side.rule().goto(REFUSED));
+    t.add_rule(TO_INGRESS, side.rule().load_destination(R0).verdict_map(INGRESS, R0));
+    t.add_rule(TO_INGRESS, side.rule().goto(REFUSED));
+    defaults(t, side.family, true);
 }
 
-/// What workloads that no policy isolates may do: reach their own namespace, or everything.
-pub fn defaults(t: &mut Transaction, private: bool) {
+/// What workloads that no policy isolates may do: reach their own namespace, or everything. The transaction is left at
+/// this family.
+pub fn defaults(t: &mut Transaction, family: Family, private: bool) {
+    t.family(family);
     for chain in [EGRESS_DEFAULT, INGRESS_DEFAULT] {
         t.flush_chain(chain);
         let same = if private {
-            let number = Rule::new().load_source(R0).load_mapped(NAMESPACES, R0, R0).set_mark(R0);
-            number.load_mark(R0).load_destination(R1).if_in_set(MEMBERS, R0).comment("the same namespace")
+            let number = t.rule().load_source(R0).load_mapped(NAMESPACES, R0, R0).set_mark(R0);
+            number
+                .load_mark(R0)
+                .load_destination(R0.after(Field::Mark))
+                .if_in_set(MEMBERS, R0)
+                .comment("the same namespace")
         } else {
-            Rule::new()
+            t.rule()
         };
         t.add_rule(chain, if chain == EGRESS_DEFAULT { same.goto(TO_INGRESS) } else { same.accept() });
         t.add_rule(chain, Rule::new().goto(REFUSED));
@@ -233,7 +345,7 @@ pub fn defaults(t: &mut Transaction, private: bool) {
 }
 
 fn senders(t: &mut Transaction) {
-    t.family(Family::Arp);
+    t.add_set(SENDERS, &[Field::InterfaceName, Field::Ether, Field::Address], &Value::None);
     t.add_base_chain(&BaseChain {
         name: "senders",
         kind: "filter",
@@ -245,5 +357,4 @@ fn senders(t: &mut Transaction) {
     t.add_rule("senders", own.if_in_set(SENDERS, R0).accept());
     let probe = Rule::new().load_arp_sender(R4, R6).equal(R6, &[0; 4]);
     t.add_rule("senders", probe.accept().comment("is this address taken? (RFC 5227)"));
-    t.family(Family::Ip);
 }

@@ -33,7 +33,7 @@ pub mod dns;
 pub mod netlink;
 
 pub use attach::{AttachRequest, Attachment, LinkKind};
-pub use config::{Cidr, GATEWAY, MTU, RouterConfig};
+pub use config::{Cidr, Cidr6, GATEWAY, GATEWAY6, MTU, RouterConfig};
 pub use dns::{DnsServer, Records};
 pub use error::{Error, Result};
 pub use ns::in_netns;

@@ -1,11 +1,12 @@
 //! The router: one network namespace per Atoll instance through which all workloads' packets pass.
 
 use crate::address::{Addresses, Lease};
-use crate::attach::{NameLocks, link_name, link_of};
+use crate::attach::{NO_ADDRESS, NameLocks, link_name, link_of};
 use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
 use crate::firewall;
-use crate::netlink::{Batch, Socket, route};
+use crate::netlink::route::{self, Veth};
+use crate::netlink::{Batch, Socket};
 use crate::ns;
 use crate::policy::{Changed, Policies, Programmed};
 use crate::services::{ServiceRule, Services};
@@ -13,18 +14,24 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const ROUTER: &str = "router";
+/// A link that leads nowhere, for IPv6 routes to what is redirected or refused: over loopback they would end a packet
+/// before the firewall has seen it.
+pub const VOID: &str = "void";
+const VOID_PEER: &str = "void-peer";
 
 /// Owns the router namespace while it lives. Dropping it leaves everything in the kernel as it is, so that workloads
 /// outlive the process; [`Router::teardown`] removes it.
 pub struct Router {
     pub(crate) config: RouterConfig,
     pub(crate) netns: OwnedFd,
+    /// The kernel has IPv6.
+    pub(crate) ipv6: bool,
     /// rtnetlink in the router's namespace.
     pub(crate) route: Mutex<Socket>,
     /// Another rtnetlink socket, for removals: each waits tens of milliseconds for the kernel.
@@ -66,18 +73,25 @@ impl Router {
             ns::create(&pin, || Ok(()))?;
         }
         let netns = ns::open(&pin)?;
-        let (mut route, reaper, mut socket) = ns::in_ns(netns.as_fd(), || {
+        let (mut route, reaper, mut socket, ipv6) = ns::in_ns(netns.as_fd(), || {
             sysctls()?;
-            Ok::<_, Error>((Socket::route()?, Socket::route()?, Socket::netfilter()?))
+            let ipv6 = Path::new("/proc/sys/net/ipv6/conf").exists();
+            Ok::<_, Error>((Socket::route()?, Socket::route()?, Socket::netfilter()?, ipv6))
         })??;
         base_links(&mut route, &config)?;
+        if ipv6 {
+            base_links6(&mut route, &config)?;
+        } else {
+            tracing::warn!("this kernel has IPv6 off (ipv6.disable=1): workloads have IPv4 addresses only");
+        }
         remove_strays(&mut route, &pins, &addresses)?;
-        let links: Vec<_> = addresses.iter().map(|(_, lease)| link_of(lease.kind, lease.address)).collect();
+        let links: Vec<_> = addresses.iter().map(|(_, lease)| link_of(&config, lease.kind, lease.address)).collect();
         let fresh = firewall::ensure(&mut socket, &config, &links)?;
         let (services, policies) = if fresh { (Services::none(), Programmed::none()) } else { Default::default() };
         Ok(Router {
             config,
             netns,
+            ipv6,
             route: Mutex::new(route),
             reaper: Mutex::new(reaper),
             firewall: Mutex::new(Firewall { socket, services, policies }),
@@ -206,7 +220,16 @@ fn sysctls() -> Result<()> {
         ] {
             ns::sysctl(&format!("ipv4/conf/{scope}/{name}"), value)?;
         }
-        ns::sysctl(&format!("ipv6/conf/{scope}/disable_ipv6"), "1")?;
+        for (name, value) in [
+            ("disable_ipv6", "0"),
+            ("accept_ra", "0"),
+            ("accept_redirects", "0"),
+            ("accept_source_route", "-1"),
+            ("addr_gen_mode", NO_ADDRESS),
+            ("forwarding", "1"),
+        ] {
+            ns::sysctl(&format!("ipv6/conf/{scope}/{name}"), value)?;
+        }
     }
     // A workload whose image knows only a wide netmask finds its neighbours through the router.
     ns::sysctl("ipv4/conf/default/proxy_arp", "1")?;
@@ -215,6 +238,7 @@ fn sysctls() -> Result<()> {
     ns::sysctl("netfilter/nf_conntrack_tcp_loose", "0")?;
     // Refusals are errors that clients see at once; one every 10 ms for each destination.
     ns::sysctl("ipv4/icmp_ratelimit", "10")?;
+    ns::sysctl("ipv6/icmp/ratelimit", "10")?;
     ns::sysctl("ipv4/ip_forward", "1")
 }
 
@@ -232,6 +256,34 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
         [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (Ipv4Addr::UNSPECIFIED, 0)]
     {
         batch.add_link_route(base, prefix, lo, router);
+    }
+    route.send(batch)
+}
+
+/// The same for IPv6, with [`VOID`] in loopback's place.
+fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
+    if route::find_link(route, VOID)?.is_none() {
+        let mut batch = Batch::new();
+        let [mac, peer_mac] = [[0x0a, 0x58, 0, 0, 0, 1], [0x0a, 0x58, 0, 0, 0, 2]];
+        let (name, peer_name, mtu) = (VOID, VOID_PEER, crate::config::MTU);
+        batch.add_veth(&Veth { name, mac, peer_name, peer_mac, peer_ns: None, mtu });
+        route.send(batch)?;
+        let void = route::link_index(route, VOID)?;
+        let mut batch = Batch::new();
+        batch.regroup_link(VOID, route::BASE);
+        batch.set_up_without_neighbours(void);
+        route.send(batch)?;
+    }
+    let (void, router) = (route::link_index(route, VOID)?, config.router_address6());
+    let mut batch = Batch::new();
+    for address in [router, config.dns_address6()] {
+        batch.add_address6(route::LOOPBACK, address);
+    }
+    let (pods, services) = (config.pod_cidr6, config.service_cidr6);
+    for (base, prefix) in
+        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (Ipv6Addr::UNSPECIFIED, 0)]
+    {
+        batch.add_link_route6(base, prefix, void, router);
     }
     route.send(batch)
 }

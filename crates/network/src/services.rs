@@ -4,10 +4,10 @@
 
 use crate::error::{Error, Result};
 use crate::firewall::{SERVICES, TABLE};
-use crate::netlink::nft::{self, Element, ElementValue, Field, R0, R1, Rule, Transaction, Verdict, concat};
+use crate::netlink::nft::{self, Element, ElementValue, Family, Field, R0, R1, Rule, Transaction, Verdict, concat};
 use crate::netlink::{Socket, conntrack};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
@@ -83,7 +83,9 @@ impl Services {
             Some(old) => old,
             None => {
                 transaction.flush_set(SERVICES);
-                for chain in nft::chains(socket, TABLE)?.iter().filter(|name| name.starts_with(CHAIN_PREFIX)) {
+                for chain in
+                    nft::chains(socket, TABLE, Family::Ip)?.iter().filter(|name| name.starts_with(CHAIN_PREFIX))
+                {
                     transaction.flush_chain(chain);
                     transaction.delete_chain(chain);
                 }
@@ -113,11 +115,15 @@ impl Services {
             return Ok(());
         }
         let stale = conntrack::find(socket, |entry| {
-            let key = (entry.original.destination, Protocol::Udp, entry.original.destination_port);
+            let (IpAddr::V4(destination), IpAddr::V4(endpoint)) = (entry.original.destination, entry.reply.source)
+            else {
+                return false;
+            };
+            let key = (destination, Protocol::Udp, entry.original.destination_port);
             let target = self.current.as_ref().and_then(|all| all.get(&key));
             entry.original.protocol == Protocol::Udp.number()
                 && changed.contains(&key)
-                && !target.is_some_and(|t| t.endpoints.contains(&(entry.reply.source, entry.reply.source_port)))
+                && !target.is_some_and(|t| t.endpoints.contains(&(endpoint, entry.reply.source_port)))
         })?;
         conntrack::delete(socket, &stale)
     }

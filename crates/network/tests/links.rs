@@ -3,9 +3,9 @@
 
 mod common;
 use common::*;
-use network::{AttachRequest, Error, LinkKind, Router};
+use network::{AttachRequest, Error, LinkKind, Router, in_netns};
 use rustix::fd::AsFd;
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -66,6 +66,34 @@ fn a_workload_has_what_it_expects() {
     assert!(text.contains("default via 169.254.1.1 dev eth0 proto static onlink"), "{text}");
     let (_, text) = run(&netns(&a), "sysctl", &["-n", "net.ipv4.ip_unprivileged_port_start"]);
     assert_eq!(text.trim(), "0");
+}
+
+#[test]
+fn ipv6_comes_beside_ipv4() {
+    let Some(lab) = lab() else { return };
+    let a = lab.pod("a");
+    let address = lab.router().config().v6_of(a.address);
+    assert_eq!(a.address6, Some(address));
+    // Its address and no other: no link-local one, none by autoconfiguration.
+    let (_, text) = run(&netns(&a), "ip", &["-6", "-o", "addr", "show", "dev", "eth0"]);
+    assert!(text.lines().count() == 1 && text.contains(&format!("{address}/128")), "{text}");
+    assert!(!text.contains("tentative"), "{text}");
+    let (_, text) = run(&netns(&a), "ip", &["-6", "route", "show", "default"]);
+    assert!(text.contains("default via fe80::1 dev eth0"), "{text}");
+    // The router reaches it, from its own address, and it the router.
+    let listener = in_netns(&netns(&a), || TcpListener::bind((address, 80)).unwrap()).unwrap();
+    let _held = lab.router().run(|| TcpStream::connect((address, 80)).unwrap()).unwrap();
+    let peer = listener.accept().unwrap().1.ip();
+    assert_eq!(peer, lab.router().config().router_address6());
+    let (ok, text) = run(&netns(&a), "ping", &["-6", "-c1", "-W2", &peer.to_string()]);
+    assert!(ok || text.contains("No such file"), "{text}");
+    // The router's own ports, what nobody has, and the outside: refused at once.
+    let listener = lab.router().run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, 9000)).unwrap()).unwrap();
+    let refused = |to: SocketAddr| in_netns(&netns(&a), || TcpStream::connect(to)).unwrap().unwrap_err().kind();
+    for to in ["[fd00:10:42::1]:9000", "[fd00:10:42::77]:80", "[fd00:10:43::77]:80", "[2001:db8::1]:80"] {
+        assert_eq!(refused(to.parse().unwrap()), std::io::ErrorKind::ConnectionRefused, "{to}");
+    }
+    drop(listener);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use network::{DnsServer, Router, RouterConfig};
 use node::boundary::{Boundary, Rootfs};
 use node::{Agent, Config};
 use serde_json::json;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::watch;
 
@@ -16,13 +16,7 @@ use tokio::sync::watch;
 async fn images_and_network_for_real() {
     let node = Node::new();
     let dir = node.dir.path();
-    let router = match Router::open(RouterConfig {
-        data_dir: dir.join("network"),
-        run_dir: dir.join("netrun"),
-        pod_cidr: "10.42.0.0/16".parse().unwrap(),
-        service_cidr: "10.43.0.0/16".parse().unwrap(),
-        dns_address: Ipv4Addr::new(10, 43, 0, 10),
-    }) {
+    let router = match Router::open(RouterConfig::new(dir.join("network"), dir.join("netrun"))) {
         Ok(router) => Arc::new(router),
         Err(error) => {
             println!("SKIPPED: no router namespace here: {error}");

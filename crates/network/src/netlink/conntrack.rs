@@ -4,13 +4,12 @@ use super::parse::Attributes;
 use super::{Batch, NLM_F_ACK, NLM_F_DUMP, Socket};
 use crate::error::Result;
 use rustix::io::Errno;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 const SUBSYSTEM: u16 = 1 << 8;
 const NEW: u16 = 0;
 const GET: u16 = 1;
 const DELETE: u16 = 2;
-const AF_INET: u8 = 2;
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
 const ID: u16 = 12;
@@ -18,8 +17,8 @@ const ID: u16 = 12;
 /// One direction of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tuple {
-    pub source: Ipv4Addr,
-    pub destination: Ipv4Addr,
+    pub source: IpAddr,
+    pub destination: IpAddr,
     pub protocol: u8,
     pub source_port: u16,
     pub destination_port: u16,
@@ -28,6 +27,7 @@ pub struct Tuple {
 /// A tracked connection: as it was opened, and as answers come back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
+    family: u8,
     pub original: Tuple,
     pub reply: Tuple,
     /// The original direction as the kernel told it: what it finds the entry by, whatever the protocol.
@@ -35,10 +35,10 @@ pub struct Entry {
     id: Option<[u8; 4]>,
 }
 
-/// All IPv4 entries of the socket's namespace that `keep` chooses.
+/// All entries of the socket's namespace, of both families, that `keep` chooses.
 pub fn find(socket: &mut Socket, mut keep: impl FnMut(&Entry) -> bool) -> Result<Vec<Entry>> {
     let mut batch = Batch::new();
-    batch.request("list tracked connections", SUBSYSTEM | GET, NLM_F_DUMP, &[], |w| w.raw(&[AF_INET, 0, 0, 0]));
+    batch.request("list tracked connections", SUBSYSTEM | GET, NLM_F_DUMP, &[], |w| w.raw(&[0; 4]));
     let mut found = Vec::new();
     socket.query(batch, |kind, payload| {
         if kind == SUBSYSTEM | NEW {
@@ -52,9 +52,9 @@ pub fn find(socket: &mut Socket, mut keep: impl FnMut(&Entry) -> bool) -> Result
 pub fn delete(socket: &mut Socket, entries: &[Entry]) -> Result<()> {
     for some in entries.chunks(256) {
         let mut batch = Batch::new();
-        for Entry { key, id, .. } in some {
+        for Entry { family, key, id, .. } in some {
             batch.request("forget the connection", SUBSYSTEM | DELETE, NLM_F_ACK, &[Errno::NOENT], |w| {
-                w.raw(&[AF_INET, 0, 0, 0]);
+                w.raw(&[*family, 0, 0, 0]);
                 w.nest(ORIGINAL, |w| w.raw(key));
                 if let Some(id) = id {
                     w.attr(ID, id);
@@ -71,6 +71,7 @@ pub fn entry(payload: &[u8]) -> Option<Entry> {
     let attributes = payload.get(4..)?;
     let key = Attributes::get(attributes, ORIGINAL)?;
     Some(Entry {
+        family: *payload.first()?,
         original: tuple(key)?,
         key: key.to_vec(),
         reply: tuple(Attributes::get(attributes, REPLY)?)?,
@@ -80,7 +81,11 @@ pub fn entry(payload: &[u8]) -> Option<Entry> {
 
 fn tuple(bytes: &[u8]) -> Option<Tuple> {
     let (ip, protocol) = (Attributes::get(bytes, 1)?, Attributes::get(bytes, 2)?);
-    let address = |kind| Some(Ipv4Addr::from(<[u8; 4]>::try_from(Attributes::get(ip, kind)?).ok()?));
+    // IPv4 addresses have the attributes 1 and 2, IPv6 addresses 3 and 4.
+    let address = |kind| match Attributes::get(ip, kind) {
+        Some(bytes) => Some(IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?))),
+        None => Some(IpAddr::V6(Ipv6Addr::from(<[u8; 16]>::try_from(Attributes::get(ip, kind + 2)?).ok()?))),
+    };
     let port = |kind| {
         let bytes = Attributes::get(protocol, kind).and_then(|bytes| bytes.try_into().ok());
         bytes.map_or(0, u16::from_be_bytes)

@@ -5,7 +5,7 @@ use super::{Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLAC
 use crate::error::{Error, Result};
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
@@ -25,7 +25,10 @@ const IFLA_INFO_DATA: u16 = 2;
 const VETH_INFO_PEER: u16 = 1;
 
 const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 0x80;
 const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+const IFA_F_NODAD: u8 = 2;
 const TABLE_MAIN: u8 = 254;
 const PROTOCOL_STATIC: u8 = 4;
 const SCOPE_LINK: u8 = 253;
@@ -36,6 +39,8 @@ const NEIGHBOUR_PERMANENT: u16 = 0x80;
 
 /// All of a router's links are of this group, so that one request removes them all.
 pub const GROUP: u32 = 0x6174;
+/// The router's own.
+pub const BASE: u32 = 0x6173;
 /// Links that are being detached.
 pub const DEAD: u32 = 0x6175;
 /// The loopback device's index in every namespace.
@@ -57,7 +62,8 @@ pub struct Veth<'a> {
     pub mac: Mac,
     pub peer_name: &'a str,
     pub peer_mac: Mac,
-    pub peer_ns: BorrowedFd<'a>,
+    /// Where the peer goes; `None`: the same namespace.
+    pub peer_ns: Option<BorrowedFd<'a>>,
     pub mtu: u32,
 }
 
@@ -86,7 +92,9 @@ impl Batch {
                         w.string(IFLA_IFNAME, veth.peer_name);
                         w.attr(IFLA_ADDRESS, &veth.peer_mac);
                         w.u32(IFLA_MTU, veth.mtu);
-                        w.u32(IFLA_NET_NS_FD, veth.peer_ns.as_raw_fd() as u32);
+                        if let Some(ns) = veth.peer_ns {
+                            w.u32(IFLA_NET_NS_FD, ns.as_raw_fd() as u32);
+                        }
                     });
                 });
             });
@@ -94,6 +102,10 @@ impl Batch {
     }
     pub fn set_up(&mut self, index: u32) {
         self.request("bring the link up", RTM_NEWLINK, NLM_F_ACK, &[], |w| interface(w, index, IFF_UP));
+    }
+    /// Up, and with no neighbours to ask for.
+    pub fn set_up_without_neighbours(&mut self, index: u32) {
+        self.request("bring the link up", RTM_NEWLINK, NLM_F_ACK, &[], |w| interface(w, index, IFF_UP | IFF_NOARP));
     }
     /// Address, MTU and group of an existing link.
     pub fn configure_link(&mut self, index: u32, mac: Mac, mtu: u32) {
@@ -136,6 +148,16 @@ impl Batch {
             w.attr(2, &address.octets());
         });
     }
+    /// `address/128` on a link, without asking whether another has it.
+    pub fn add_address6(&mut self, index: u32, address: Ipv6Addr) {
+        self.request("add the address", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
+            let scope = if address.is_unicast_link_local() { SCOPE_LINK } else { 0 };
+            w.raw(&[AF_INET6, 128, IFA_F_NODAD, scope]);
+            w.raw(&index.to_ne_bytes());
+            w.attr(1, &address.octets());
+            w.attr(2, &address.octets());
+        });
+    }
     /// Destination reached directly over a link, from `source`.
     pub fn add_link_route(&mut self, destination: Ipv4Addr, prefix: u8, index: u32, source: Ipv4Addr) {
         self.route(prefix, SCOPE_LINK, ROUTE_UNICAST, 0, |w| {
@@ -155,22 +177,46 @@ impl Batch {
     pub fn add_unreachable(&mut self, destination: Ipv4Addr, prefix: u8) {
         self.route(prefix, 0, ROUTE_UNREACHABLE, 0, |w| w.attr(1, &destination.octets()));
     }
+    /// As [`Batch::add_link_route`]. A route over loopback refuses in IPv6: take another link.
+    pub fn add_link_route6(&mut self, destination: Ipv6Addr, prefix: u8, index: u32, source: Ipv6Addr) {
+        self.route_of(AF_INET6, prefix, 0, ROUTE_UNICAST, 0, |w| {
+            w.attr(1, &destination.octets());
+            w.u32(4, index);
+            w.attr(7, &source.octets());
+        });
+    }
+    pub fn add_default_route6(&mut self, index: u32, gateway: Ipv6Addr) {
+        self.route_of(AF_INET6, 0, 0, ROUTE_UNICAST, NEXTHOP_ONLINK, |w| {
+            w.u32(4, index);
+            w.attr(5, &gateway.octets());
+        });
+    }
     fn route(&mut self, prefix: u8, scope: u8, kind: u8, flags: u32, fill: impl FnOnce(&mut Writer)) {
+        self.route_of(AF_INET, prefix, scope, kind, flags, fill);
+    }
+    fn route_of(&mut self, family: u8, prefix: u8, scope: u8, kind: u8, flags: u32, fill: impl FnOnce(&mut Writer)) {
         self.request("add the route", RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[], |w| {
-            w.raw(&[AF_INET, prefix, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, scope, kind]);
+            w.raw(&[family, prefix, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, scope, kind]);
             w.raw(&flags.to_ne_bytes());
             fill(w);
         });
     }
     /// A fixed neighbour: ARP neither asks for it nor changes it.
     pub fn add_neighbour(&mut self, index: u32, address: Ipv4Addr, mac: Mac) {
+        self.neighbour(AF_INET, index, &address.octets(), mac);
+    }
+    /// The same for neighbour discovery.
+    pub fn add_neighbour6(&mut self, index: u32, address: Ipv6Addr, mac: Mac) {
+        self.neighbour(AF_INET6, index, &address.octets(), mac);
+    }
+    fn neighbour(&mut self, family: u8, index: u32, address: &[u8], mac: Mac) {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         self.request("add the neighbour", RTM_NEWNEIGH, flags, &[], |w| {
-            w.raw(&[AF_INET, 0, 0, 0]);
+            w.raw(&[family, 0, 0, 0]);
             w.raw(&index.to_ne_bytes());
             w.raw(&NEIGHBOUR_PERMANENT.to_ne_bytes());
             w.raw(&[0, ROUTE_UNICAST]);
-            w.attr(1, &address.octets());
+            w.attr(1, address);
             w.attr(2, &mac);
         });
     }

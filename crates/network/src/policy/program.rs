@@ -7,10 +7,10 @@ use crate::error::Result;
 use crate::firewall::{
     self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
 };
-use crate::netlink::nft::{self, Element, ElementValue, Field, R0, R1, Rule, Transaction, Verdict, concat};
+use crate::netlink::nft::{self, Element, ElementValue, Family, Field, R0, R1, Rule, Transaction, Verdict, concat};
 use crate::netlink::{Socket, conntrack};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 const CHAIN_PREFIX: &str = "policy/";
@@ -161,10 +161,10 @@ impl Work {
 
     /// Makes way for a state that is written anew beside what an earlier process left, under numbers of its own.
     fn replace_everything(&mut self, socket: &mut Socket) -> Result<()> {
-        let (chains, sets) = (nft::chains(socket, TABLE)?, nft::sets(socket, TABLE)?);
+        let (chains, sets) = (nft::chains(socket, TABLE, Family::Ip)?, nft::sets(socket, TABLE, Family::Ip)?);
         let chains: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
         let sets: Vec<&String> = sets.iter().filter(|name| name.starts_with(SET_PREFIX)).collect();
-        let members = nft::keys(socket, TABLE, MEMBERS)?;
+        let members = nft::keys(socket, TABLE, Family::Ip, MEMBERS)?;
         let number = |name: &&String| name.rsplit('/').next().and_then(|n| n.parse::<u32>().ok());
         let namespace = |key: &Vec<u8>| key.get(..4).and_then(|n| n.try_into().ok()).map(u32::from_ne_bytes);
         let used = chains.iter().chain(&sets).filter_map(number).chain(members.iter().filter_map(namespace));
@@ -172,7 +172,7 @@ impl Work {
         for map in [EGRESS, INGRESS, NAMESPACES] {
             self.switch.flush_set(map);
         }
-        firewall::defaults(&mut self.switch, true);
+        firewall::defaults(&mut self.switch, Family::Ip, true);
         for chain in &chains {
             self.remove.flush_chain(chain);
         }
@@ -188,7 +188,7 @@ impl Work {
 
     fn difference(&mut self, old: &Policies, wanted: &Policies) {
         if old.isolation != wanted.isolation {
-            firewall::defaults(&mut self.switch, wanted.isolation == Isolation::Private);
+            firewall::defaults(&mut self.switch, Family::Ip, wanted.isolation == Isolation::Private);
             self.tighter |= wanted.isolation == Isolation::Private;
             self.objects += 1;
         }
@@ -389,13 +389,11 @@ fn merged(ports: &[super::Ports]) -> Vec<(u8, u16, u16)> {
 /// Ends connections between workloads that are no longer allowed: their next packet is judged anew, and refused.
 fn end_connections(socket: &mut Socket, policies: &Policies) -> Result<usize> {
     let stale = conntrack::find(socket, |entry| {
-        let flow = Flow {
-            source: entry.original.source,
-            // Where the connection really goes: past a Service's address.
-            destination: entry.reply.source,
-            protocol: entry.original.protocol,
-            port: entry.reply.source_port,
+        // Where the connection really goes: past a Service's address.
+        let (IpAddr::V4(source), IpAddr::V4(destination)) = (entry.original.source, entry.reply.source) else {
+            return false;
         };
+        let flow = Flow { source, destination, protocol: entry.original.protocol, port: entry.reply.source_port };
         policies.workloads.contains_key(&flow.source)
             && policies.workloads.contains_key(&flow.destination)
             && !policies.decide(&flow).allowed()

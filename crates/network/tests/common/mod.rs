@@ -2,8 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use network::{
-    AttachRequest, Attachment, Cidr, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule,
-    in_netns,
+    AttachRequest, Attachment, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule, in_netns,
 };
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -28,13 +27,7 @@ pub fn lab() -> Option<Lab> {
 }
 
 pub fn config(dir: &Path) -> RouterConfig {
-    RouterConfig {
-        data_dir: dir.join("data"),
-        run_dir: dir.join("run"),
-        pod_cidr: "10.42.0.0/16".parse::<Cidr>().unwrap(),
-        service_cidr: "10.43.0.0/16".parse::<Cidr>().unwrap(),
-        dns_address: Ipv4Addr::new(10, 43, 0, 10),
-    }
+    RouterConfig::new(dir.join("data"), dir.join("run"))
 }
 
 impl Lab {

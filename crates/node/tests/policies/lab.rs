@@ -44,14 +44,7 @@ impl Lab {
             return None;
         }
         let dir = tempfile::tempdir().unwrap();
-        let router = Router::open(RouterConfig {
-            data_dir: dir.path().join("data"),
-            run_dir: dir.path().join("run"),
-            pod_cidr: "10.42.0.0/16".parse().unwrap(),
-            service_cidr: "10.43.0.0/16".parse().unwrap(),
-            dns_address: Ipv4Addr::new(10, 43, 0, 10),
-        })
-        .unwrap();
+        let router = Router::open(RouterConfig::new(dir.path().join("data"), dir.path().join("run"))).unwrap();
         let namespaces = vec![
             ("a", json!({"kubernetes.io/metadata.name": "a", "team": "one", "purpose": "production"})),
             ("b", json!({"kubernetes.io/metadata.name": "b", "team": "two", "purpose": "testing"})),

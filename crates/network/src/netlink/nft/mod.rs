@@ -6,9 +6,9 @@ mod rule;
 use super::parse::{Attributes, text};
 use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket, Writer};
 use crate::error::Result;
-pub use rule::Rule;
+pub use rule::{Rule, Unreachable};
 use rustix::io::Errno;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
@@ -30,6 +30,7 @@ const DELSETELEM: u16 = 14;
 
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_ARP: u8 = 3;
+const NFPROTO_IPV6: u8 = 10;
 const LIST_ELEM: u16 = 1;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
@@ -52,6 +53,7 @@ pub struct Reg(pub u32);
 pub const R0: Reg = Reg(0);
 pub const R1: Reg = Reg(1);
 pub const R2: Reg = Reg(2);
+pub const R3: Reg = Reg(3);
 pub const R4: Reg = Reg(4);
 pub const R6: Reg = Reg(6);
 
@@ -59,6 +61,10 @@ impl Reg {
     /// The kernel numbers 32-bit registers from 8.
     fn number(self) -> u32 {
         8 + self.0
+    }
+    /// The first register behind a field that begins in this one.
+    pub fn after(self, field: Field) -> Reg {
+        Reg(self.0 + field.length().div_ceil(4))
     }
 }
 
@@ -110,6 +116,7 @@ pub enum Verdict {
 pub enum Field {
     Integer = 4,
     Address = 7,
+    Address6 = 8,
     Ether = 9,
     Protocol = 12,
     Port = 13,
@@ -125,7 +132,7 @@ impl Field {
             Field::Protocol => 1,
             Field::Port => 2,
             Field::Ether => 6,
-            Field::InterfaceName => 16,
+            Field::Address6 | Field::InterfaceName => 16,
         }
     }
     fn type_of(fields: &[Field]) -> u32 {
@@ -169,11 +176,40 @@ pub enum ElementValue {
     Data(Vec<u8>),
 }
 
-/// Which of the two tables of one name a change is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Which of the tables of one name a change is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
+    #[default]
     Ip = NFPROTO_IPV4 as isize,
+    Ip6 = NFPROTO_IPV6 as isize,
     Arp = NFPROTO_ARP as isize,
+}
+
+impl Family {
+    /// Both families of a workload's addresses.
+    pub const INET: [Family; 2] = [Family::Ip, Family::Ip6];
+
+    pub fn of(address: IpAddr) -> Family {
+        match address {
+            IpAddr::V4(_) => Family::Ip,
+            IpAddr::V6(_) => Family::Ip6,
+        }
+    }
+    /// An address of this family as a set's field.
+    pub fn address(self) -> Field {
+        match self {
+            Family::Ip | Family::Arp => Field::Address,
+            Family::Ip6 => Field::Address6,
+        }
+    }
+}
+
+/// An address's bytes as keys of sets hold them.
+pub fn octets(address: impl Into<IpAddr>) -> Vec<u8> {
+    match address.into() {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
 }
 
 /// A transaction on the tables of one name: all of it takes effect at once, or nothing.
@@ -194,6 +230,10 @@ impl Transaction {
     /// The family that the next changes are for; `ip` at first.
     pub fn family(&mut self, family: Family) {
         self.family = family;
+    }
+    /// A rule for the present family's table.
+    pub fn rule(&self) -> Rule {
+        Rule::of(self.family)
     }
     pub fn is_empty(&self) -> bool {
         self.changes == 0
@@ -336,6 +376,18 @@ impl Transaction {
         }
         self.anonymous_set(&[Field::Address], SET_INTERVAL, &elements)
     }
+    /// As [`Transaction::add_anonymous_ranges`], for the table of family `ip6`.
+    pub fn add_anonymous_ranges6(&mut self, ranges: &[(Ipv6Addr, Ipv6Addr)]) -> AnonymousSet {
+        let mut elements = Vec::with_capacity(ranges.len() * 2);
+        for (first, last) in ranges {
+            elements.push(Element::key(first.octets().to_vec()));
+            if let Some(after) = last.to_bits().checked_add(1) {
+                let key = after.to_be_bytes().to_vec();
+                elements.push(Element { key, end: End::OfInterval, value: ElementValue::None });
+            }
+        }
+        self.anonymous_set(&[Field::Address6], SET_INTERVAL, &elements)
+    }
     /// A constant set of (protocol, inclusive port range).
     pub fn add_anonymous_ports(&mut self, ports: &[(u8, u16, u16)]) -> AnonymousSet {
         let key = |protocol: u8, port: u16| concat(&[&[protocol], &port.to_be_bytes()]);
@@ -446,25 +498,26 @@ pub fn table_comment(socket: &mut Socket, table: &str, family: Family) -> Result
     Ok(found)
 }
 
-/// Names of a table's chains in family `ip`.
-pub fn chains(socket: &mut Socket, table: &str) -> Result<Vec<String>> {
-    names(socket, table, "list the chains", (GETCHAIN, NEWCHAIN), 3)
+/// Names of a table's chains.
+pub fn chains(socket: &mut Socket, table: &str, family: Family) -> Result<Vec<String>> {
+    names(socket, table, family, "list the chains", (GETCHAIN, NEWCHAIN), 3)
 }
 
-/// Names of a table's named sets and maps in family `ip`.
-pub fn sets(socket: &mut Socket, table: &str) -> Result<Vec<String>> {
-    names(socket, table, "list the sets", (GETSET, NEWSET), 2)
+/// Names of a table's named sets and maps.
+pub fn sets(socket: &mut Socket, table: &str, family: Family) -> Result<Vec<String>> {
+    names(socket, table, family, "list the sets", (GETSET, NEWSET), 2)
 }
 
 fn names(
     socket: &mut Socket,
     table: &str,
+    family: Family,
     operation: &'static str,
     (get, new): (u16, u16),
     attribute: u16,
 ) -> Result<Vec<String>> {
     let mut batch = Batch::new();
-    batch.request(operation, SUBSYSTEM | get, NLM_F_DUMP, &[], |w| w.raw(&[NFPROTO_IPV4, 0, 0, 0]));
+    batch.request(operation, SUBSYSTEM | get, NLM_F_DUMP, &[], |w| w.raw(&[family as u8, 0, 0, 0]));
     let mut all = Vec::new();
     socket.query(batch, |kind, payload| {
         let Some(attributes) = payload.get(4..) else { return };
@@ -475,11 +528,11 @@ fn names(
     Ok(all)
 }
 
-/// Keys of all elements of a set or map in family `ip`.
-pub fn keys(socket: &mut Socket, table: &str, set: &str) -> Result<Vec<Vec<u8>>> {
+/// Keys of all elements of a set or map.
+pub fn keys(socket: &mut Socket, table: &str, family: Family, set: &str) -> Result<Vec<Vec<u8>>> {
     let mut batch = Batch::new();
     batch.request("list the elements", SUBSYSTEM | GETSETELEM, NLM_F_DUMP, &[], |w| {
-        w.raw(&[NFPROTO_IPV4, 0, 0, 0]);
+        w.raw(&[family as u8, 0, 0, 0]);
         w.string(1, table);
         w.string(2, set);
     });

@@ -1,19 +1,35 @@
 //! Rules: expressions evaluated in order until one does not match.
 
-use super::{AnonymousSet, DATA_VALUE, LIST_ELEM, NFPROTO_IPV4, R0, Reg, Verdict, interface_name, write_verdict};
+use super::{AnonymousSet, DATA_VALUE, Family, LIST_ELEM, R0, Reg, Verdict, interface_name, octets, write_verdict};
 use crate::netlink::Writer;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
-/// A rule: expressions evaluated in order until one does not match.
+/// What an ICMP or ICMPv6 "destination unreachable" says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unreachable {
+    Port,
+    Prohibited,
+}
+
+/// A rule: expressions evaluated in order until one does not match. Addresses in it are of its family: registers hold 4
+/// bytes of one in family `ip`, 16 in `ip6`.
 #[derive(Default)]
 pub struct Rule {
+    family: Family,
     pub(super) writer: Writer,
     pub(super) comment: String,
 }
 
 impl Rule {
+    /// Of family `ip`, or of any if it names no address.
     pub fn new() -> Rule {
         Rule::default()
+    }
+    pub fn of(family: Family) -> Rule {
+        Rule { family, ..Rule::default() }
+    }
+    fn address_length(&self) -> u32 {
+        self.family.address().length()
     }
     pub fn comment(mut self, comment: &str) -> Rule {
         comment.clone_into(&mut self.comment);
@@ -57,7 +73,8 @@ impl Rule {
         })
     }
     pub fn load_source(self, to: Reg) -> Rule {
-        self.payload(1, 12, 4, to)
+        let (offset, length) = if self.family == Family::Ip6 { (8, 16) } else { (12, 4) };
+        self.payload(1, offset, length, to)
     }
     /// The frame's source address, 6 bytes.
     pub fn load_link_source(self, to: Reg) -> Rule {
@@ -68,7 +85,8 @@ impl Rule {
         self.payload(1, 8, 6, hardware).payload(1, 14, 4, protocol)
     }
     pub fn load_destination(self, to: Reg) -> Rule {
-        self.payload(1, 16, 4, to)
+        let (offset, length) = if self.family == Family::Ip6 { (24, 16) } else { (16, 4) };
+        self.payload(1, offset, length, to)
     }
     pub fn load_destination_port(self, to: Reg) -> Rule {
         self.payload(2, 2, 2, to)
@@ -83,13 +101,13 @@ impl Rule {
             w.nest(3, |w| w.attr(DATA_VALUE, value));
         })
     }
-    fn mask(self, register: Reg, mask: [u8; 4]) -> Rule {
+    fn mask(self, register: Reg, mask: &[u8]) -> Rule {
         self.expression("bitwise", |w| {
             w.be32(1, register.number());
             w.be32(2, register.number());
-            w.be32(3, 4);
-            w.nest(4, |w| w.attr(DATA_VALUE, &mask));
-            w.nest(5, |w| w.attr(DATA_VALUE, &[0; 4]));
+            w.be32(3, mask.len() as u32);
+            w.nest(4, |w| w.attr(DATA_VALUE, mask));
+            w.nest(5, |w| w.attr(DATA_VALUE, &vec![0; mask.len()]));
         })
     }
     pub fn if_input(self, name: &str) -> Rule {
@@ -101,17 +119,48 @@ impl Rule {
     pub fn if_protocol(self, protocol: u8) -> Rule {
         self.load_protocol(R0).equal(R0, &[protocol])
     }
-    pub fn if_destination(self, address: Ipv4Addr) -> Rule {
-        self.load_destination(R0).equal(R0, &address.octets())
+    pub fn if_destination(self, address: impl Into<IpAddr>) -> Rule {
+        self.load_destination(R0).equal(R0, &octets(address))
     }
-    pub fn if_destination_in(self, base: Ipv4Addr, mask: u32) -> Rule {
-        self.load_destination(R0).mask(R0, mask.to_be_bytes()).equal(R0, &base.octets())
+    pub fn if_destination_in(self, base: impl Into<IpAddr>, prefix: u8) -> Rule {
+        self.load_destination(R0).if_within(R0, base, prefix)
+    }
+    /// The address in this register, which is spoilt, is in a network.
+    pub fn if_within(self, register: Reg, base: impl Into<IpAddr>, prefix: u8) -> Rule {
+        let mask = mask_of(prefix, self.address_length());
+        self.mask(register, &mask).equal(register, &octets(base))
+    }
+    pub fn if_source(self, address: impl Into<IpAddr>) -> Rule {
+        self.load_source(R0).equal(R0, &octets(address))
     }
     pub fn if_destination_port(self, port: u16) -> Rule {
         self.load_destination_port(R0).equal(R0, &port.to_be_bytes())
     }
+    /// ICMP, or ICMPv6, of this type.
     pub fn if_icmp_type(self, kind: u8) -> Rule {
-        self.if_protocol(1).payload(2, 0, 1, R0).equal(R0, &[kind])
+        let protocol = if self.family == Family::Ip6 { 58 } else { 1 };
+        self.if_protocol(protocol).payload(2, 0, 1, R0).equal(R0, &[kind])
+    }
+    /// ICMP, or ICMPv6, of a type in this inclusive range.
+    pub fn if_icmp_types(self, first: u8, last: u8) -> Rule {
+        let protocol = if self.family == Family::Ip6 { 58 } else { 1 };
+        let kind = self.if_protocol(protocol).payload(2, 0, 1, R0);
+        kind.compare(R0, 5, &[first]).compare(R0, 3, &[last])
+    }
+    /// IPv6's hop limit is 255: the packet came by no router (RFC 4861, 6.1.1).
+    pub fn if_on_link(self) -> Rule {
+        self.payload(1, 7, 1, R0).equal(R0, &[255])
+    }
+    /// An IPv6 packet with an extension header of this type.
+    pub fn if_extension(self, header: u8) -> Rule {
+        self.expression("exthdr", |w| {
+            w.be32(1, R0.number());
+            w.u8(2, header);
+            w.be32(3, 0);
+            w.be32(4, 1);
+            w.be32(5, 1);
+        })
+        .equal(R0, &[1])
     }
     /// Connection tracking state is one of these bits (1 invalid, 2 established, 4 related, 8 new).
     pub fn if_state(self, bits: u32) -> Rule {
@@ -119,7 +168,7 @@ impl Rule {
             w.be32(1, R0.number());
             w.be32(2, 0);
         })
-        .mask(R0, bits.to_ne_bytes())
+        .mask(R0, &bits.to_ne_bytes())
         .compare(R0, 1, &[0; 4])
     }
     /// Goes on if the key in consecutive registers from `key` is in the set.
@@ -168,12 +217,13 @@ impl Rule {
             w.be32(3, 1);
         })
     }
-    /// A hash of 4 bytes at `from` below `modulus`, in host byte order.
+    /// A hash of the address at `from` below `modulus`, in host byte order.
     pub fn hash(self, from: Reg, modulus: u32, to: Reg) -> Rule {
+        let length = self.address_length();
         self.expression("hash", |w| {
             w.be32(1, from.number());
             w.be32(2, to.number());
-            w.be32(3, 4);
+            w.be32(3, length);
             w.be32(4, modulus);
             w.be32(5, 0);
             w.be32(7, 0);
@@ -230,27 +280,54 @@ impl Rule {
             w.u8(2, 0);
         })
     }
-    /// ICMP "destination unreachable" with this code (3 port, 13 prohibited).
-    pub fn reject_unreachable(self, code: u8) -> Rule {
+    pub fn reject_unreachable(self, why: Unreachable) -> Rule {
+        let code = match (self.family, why) {
+            (Family::Ip | Family::Arp, Unreachable::Port) => 3,
+            (Family::Ip | Family::Arp, Unreachable::Prohibited) => 13,
+            (Family::Ip6, Unreachable::Port) => 4,
+            (Family::Ip6, Unreachable::Prohibited) => 1,
+        };
         self.expression("reject", |w| {
             w.be32(1, 0);
             w.u8(2, code);
         })
     }
-    /// Redirects the connection to the address and port in two consecutive registers.
+    /// Redirects the connection to the address and port in consecutive registers.
     pub fn destination_nat(self, address: Reg) -> Rule {
+        let (family, port) = (self.family, address.after(self.family.address()));
         self.expression("nat", |w| {
             w.be32(1, 1);
-            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(2, u32::from(family as u8));
             w.be32(3, address.number());
-            w.be32(5, Reg(address.0 + 1).number());
+            w.be32(5, port.number());
         })
     }
-    pub fn source_nat(self, address: Ipv4Addr) -> Rule {
-        self.immediate(R0, &address.octets()).expression("nat", |w| {
+    pub fn source_nat(self, address: impl Into<IpAddr>) -> Rule {
+        let family = self.family;
+        self.immediate(R0, &octets(address)).expression("nat", |w| {
             w.be32(1, 0);
-            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(2, u32::from(family as u8));
             w.be32(3, R0.number());
         })
+    }
+}
+
+/// `prefix` one bits in `length` bytes.
+fn mask_of(prefix: u8, length: u32) -> Vec<u8> {
+    let bits = |byte: u32| u32::from(prefix).saturating_sub(byte * 8).min(8);
+    (0..length).map(|byte| !(0xffu16 >> bits(byte)) as u8).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn masks_have_as_many_ones_as_the_prefix_says() {
+        assert_eq!(mask_of(16, 4), [255, 255, 0, 0]);
+        assert_eq!(mask_of(0, 4), [0; 4]);
+        assert_eq!(mask_of(32, 4), [255; 4]);
+        assert_eq!(mask_of(19, 4), [255, 255, 0xe0, 0]);
+        assert_eq!(mask_of(108, 16)[12..], [255, 0xf0, 0, 0]);
     }
 }
