@@ -124,7 +124,7 @@ fn dns(router: &Router, netns: &Path) -> (f64, f64) {
     let service = |n: u32| ServiceRecord {
         namespace: "default".into(),
         name: format!("s{n}"),
-        kind: ServiceKind::ClusterIp(Ipv4Addr::from_bits(0x0a2b_1000 + n)),
+        kind: ServiceKind::ClusterIp(vec![Ipv4Addr::from_bits(0x0a2b_1000 + n).into()]),
         ports: vec![],
     };
     server.set(&Records { services: (0..2000).map(service).collect() });

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -139,6 +139,22 @@ impl FromStr for Cidr6 {
     }
 }
 
+/// Networks of both families.
+#[derive(Clone, Debug, Default)]
+pub struct Networks {
+    pub v4: Vec<Cidr>,
+    pub v6: Vec<Cidr6>,
+}
+
+impl Networks {
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.v4.iter().any(|network| network.contains(address)),
+            IpAddr::V6(address) => self.v6.iter().any(|network| network.contains(address)),
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct RouterConfig {
     /// `DATA/network`: address allocations.
@@ -187,6 +203,10 @@ impl RouterConfig {
     }
     pub fn dns_address6(&self) -> Ipv6Addr {
         self.service_cidr6.nth(self.dns_address.to_bits() & !self.service_cidr.mask())
+    }
+    /// All workloads' and Services' addresses.
+    pub fn networks(&self) -> Networks {
+        Networks { v4: vec![self.pod_cidr, self.service_cidr], v6: vec![self.pod_cidr6, self.service_cidr6] }
     }
     /// Whether such a router can be: what [`crate::Router::open`] checks first.
     pub fn check(&self) -> Result<()> {

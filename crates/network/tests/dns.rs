@@ -14,7 +14,7 @@ const DNS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::new(10, 4
 fn records() -> Records {
     let endpoints = |count: u8| {
         (0..count)
-            .map(|n| EndpointRecord { address: Ipv4Addr::new(10, 42, 3, n), hostname: Some(format!("db-{n}")) })
+            .map(|n| EndpointRecord { address: Ipv4Addr::new(10, 42, 3, n).into(), hostname: Some(format!("db-{n}")) })
             .collect()
     };
     let service = |name: &str, kind| ServiceRecord {
@@ -25,7 +25,10 @@ fn records() -> Records {
     };
     Records {
         services: vec![
-            service("web", ServiceKind::ClusterIp(Ipv4Addr::new(10, 43, 0, 5))),
+            service(
+                "web",
+                ServiceKind::ClusterIp(vec![Ipv4Addr::new(10, 43, 0, 5).into(), "fd00:10:43::5".parse().unwrap()]),
+            ),
             service("db", ServiceKind::Headless(endpoints(3))),
             service("many", ServiceKind::Headless(endpoints(120))),
         ],
@@ -53,6 +56,16 @@ fn the_c_library_resolves_names() {
         let (ok, text) = resolve(&format!("getent ahostsv4 {name}"));
         assert!(ok && text.contains(wanted), "{name}: {text}");
     }
+    let (ok, text) = resolve("getent ahostsv6 web");
+    assert!(ok && text.contains("fd00:10:43::5"), "{text}");
+    // The same questions by IPv6.
+    let v4 = std::fs::read_to_string(&resolv).unwrap();
+    std::fs::write(&resolv, v4.replace("10.43.0.10", "fd00:10:43::a")).unwrap();
+    let (ok, text) = resolve("getent ahostsv6 web && getent ahostsv4 db-1.db && getent hosts fd00:10:43::5");
+    assert!(ok && ["fd00:10:43::5", "10.42.3.1", "web.shop."].iter().all(|part| text.contains(part)), "{text}");
+    let (ok, text) = resolve("getent -i ahostsv4 many | wc -l");
+    assert!(ok && text.trim().parse::<u32>().unwrap_or(0) >= 120, "over TCP: {text}");
+    std::fs::write(&resolv, v4).unwrap();
     let (_, text) = resolve("getent hosts 10.43.0.5");
     assert!(text.contains("web.shop.svc.cluster.local"), "{text}");
     // Too large for UDP: the C library comes again over TCP.

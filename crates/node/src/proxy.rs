@@ -81,7 +81,7 @@ pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObj
             }
             Some(address) => {
                 rules.extend(rules_of(node, &key, &spec, address, slices));
-                Some(ServiceKind::ClusterIp(address))
+                Some(ServiceKind::ClusterIp(vec![address.into()]))
             }
             None if headless => Some(ServiceKind::Headless(headless_endpoints(&spec, slices))),
             None => None,
@@ -220,7 +220,7 @@ mod tests {
         assert_eq!((rules[0].protocol, rules[0].port, &rules[0].endpoints), (Protocol::Tcp, 80, &two(8080)));
         assert_eq!((rules[1].protocol, rules[1].port, &rules[1].endpoints), (Protocol::Udp, 53, &two(5353)));
         assert_eq!(rules[0].affinity_seconds, Some(10_800));
-        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(Ipv4Addr::new(10, 43, 0, 5)));
+        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(vec![Ipv4Addr::new(10, 43, 0, 5).into()]));
         assert_eq!(records.services[0].ports[0].port, 80);
     }
 
@@ -249,7 +249,7 @@ mod tests {
         let slices = [slice("db", json!([{"name": "pg", "port": 6000}]), endpoints)];
         let (rules, records) = compute("n", &services, &slices);
         assert!(rules.is_empty());
-        let record = EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 3), hostname: Some("db-0".into()) };
+        let record = EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 3).into(), hostname: Some("db-0".into()) };
         assert_eq!(records.services[0].kind, ServiceKind::Headless(vec![record]));
         assert_eq!(records.services[0].ports[0].port, 6000);
         assert_eq!(records.services[1].kind, ServiceKind::External("example.com".into()));

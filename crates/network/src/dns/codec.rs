@@ -1,7 +1,7 @@
 //! The DNS wire format (RFC 1035, 6891, 2782), as much as a server of one question needs. Questions are foreign bytes:
 //! every length is checked, compression pointers in questions are refused (no client writes them).
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TYPE_A: u16 = 1;
 pub const TYPE_NS: u16 = 2;
@@ -58,6 +58,7 @@ pub enum Malformed {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
     A(Ipv4Addr),
+    Aaaa(Ipv6Addr),
     Cname(String),
     Ptr(String),
     Ns(String),
@@ -252,6 +253,7 @@ fn write_record(out: &mut Vec<u8>, record: &Record) {
     }
     let kind = match &record.data {
         Data::A(_) => TYPE_A,
+        Data::Aaaa(_) => TYPE_AAAA,
         Data::Cname(_) => TYPE_CNAME,
         Data::Ptr(_) => TYPE_PTR,
         Data::Ns(_) => TYPE_NS,
@@ -266,6 +268,7 @@ fn write_record(out: &mut Vec<u8>, record: &Record) {
     out.extend([0, 0]);
     match &record.data {
         Data::A(address) => out.extend(address.octets()),
+        Data::Aaaa(address) => out.extend(address.octets()),
         Data::Cname(name) | Data::Ptr(name) | Data::Ns(name) => write_name(out, name),
         Data::Srv { priority, weight, port, target } => {
             for word in [priority, weight, port] {

@@ -2,7 +2,7 @@
 //! answered with "server failure" at once.
 
 use super::codec::{self, Code, Query};
-use crate::config::Cidr;
+use crate::config::Networks;
 use crate::error::{Error, Result};
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
@@ -32,7 +32,7 @@ impl Forwarder {
     /// `None` without upstreams. The threads are started in the caller's namespace.
     /// Answers that name an address in `own` networks, or one that only this machine has, are not passed on: a page from
     /// outside could else make its reader talk to neighbours (DNS rebinding).
-    pub fn start(upstreams: Vec<SocketAddr>, own: Vec<Cidr>) -> Result<Option<Forwarder>> {
+    pub fn start(upstreams: Vec<SocketAddr>, own: Networks) -> Result<Option<Forwarder>> {
         if upstreams.is_empty() {
             return Ok(None);
         }
@@ -61,7 +61,7 @@ fn fail(job: Job) {
     (job.answer)(&reply);
 }
 
-fn work(jobs: &Mutex<Receiver<Job>>, upstreams: &[SocketAddr], own: &[Cidr]) {
+fn work(jobs: &Mutex<Receiver<Job>>, upstreams: &[SocketAddr], own: &Networks) {
     loop {
         let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok(job) = job else { return };
@@ -77,17 +77,17 @@ fn work(jobs: &Mutex<Receiver<Job>>, upstreams: &[SocketAddr], own: &[Cidr]) {
 }
 
 /// Whether an answer has an address that nobody outside can have; one that cannot be read counts as having one.
-fn names_inside(reply: &[u8], own: &[Cidr]) -> bool {
+fn names_inside(reply: &[u8], own: &Networks) -> bool {
     let v4 = |address: Ipv4Addr| {
-        address.is_loopback()
-            || address.is_link_local()
-            || address.octets()[0] == 0
-            || own.iter().any(|network| network.contains(address))
+        address.is_loopback() || address.is_link_local() || address.octets()[0] == 0 || own.contains(address.into())
     };
     let inside = |address: IpAddr| match address {
         IpAddr::V4(address) => v4(address),
         IpAddr::V6(address) => {
-            address.to_ipv4().is_some_and(v4) || address.is_unicast_link_local() || address.is_unique_local()
+            address.to_ipv4().is_some_and(v4)
+                || address.is_unicast_link_local()
+                || address.is_unique_local()
+                || own.contains(address.into())
         }
     };
     codec::addresses(reply).is_none_or(|all| all.into_iter().any(inside))
@@ -122,23 +122,32 @@ mod tests {
     use super::*;
     use codec::{Data, Record, Reply, TYPE_A};
 
-    fn answer(addresses: &[Ipv4Addr]) -> Vec<u8> {
+    fn answer(addresses: &[IpAddr]) -> Vec<u8> {
         let query = codec::parse(&codec::question(1, "www.example.org", TYPE_A, None)).unwrap();
         let mut reply = Reply::of(Code::NoError);
         let alias = Record { name: None, ttl: 1, data: Data::Cname("x.example.org".into()) };
-        let record = |a: &Ipv4Addr| Record { name: Some("x.example.org".into()), ttl: 1, data: Data::A(*a) };
+        let data = |a: &IpAddr| match a {
+            IpAddr::V4(a) => Data::A(*a),
+            IpAddr::V6(a) => Data::Aaaa(*a),
+        };
+        let record = |a: &IpAddr| Record { name: Some("x.example.org".into()), ttl: 1, data: data(a) };
         reply.answers = std::iter::once(alias).chain(addresses.iter().map(record)).collect();
         codec::write(&query, &reply, false)
     }
 
     #[test]
     fn answers_that_point_inside_are_seen() {
-        let own: Vec<Cidr> = vec!["10.42.0.0/16".parse().unwrap(), "10.43.0.0/16".parse().unwrap()];
-        let outside = Ipv4Addr::new(192, 0, 2, 1);
-        assert!(!names_inside(&answer(&[outside]), &own));
+        let own =
+            crate::RouterConfig { pod_cidr6: "2001:db8:1::/64".parse().unwrap(), ..crate::RouterConfig::new("", "") };
+        let own = own.networks();
+        let outside = IpAddr::from([192, 0, 2, 1]);
+        assert!(!names_inside(&answer(&[outside, "2001:db8:2::1".parse().unwrap()]), &own));
         assert!(!names_inside(&answer(&[]), &own));
-        for bad in ["10.42.0.7", "10.43.0.1", "127.0.0.1", "169.254.169.254", "0.0.0.0"] {
+        for bad in ["10.42.0.7", "10.43.0.1", "127.0.0.1", "169.254.169.254", "0.0.0.0", "2001:db8:1::7"] {
             assert!(names_inside(&answer(&[outside, bad.parse().unwrap()]), &own), "{bad}");
+        }
+        for bad in ["fd00::1", "::1", "fe80::1", "::ffff:10.42.0.7", "::"] {
+            assert!(names_inside(&answer(&[bad.parse().unwrap()]), &own), "{bad}");
         }
         let whole = answer(&[outside]);
         for cut in 12..whole.len() {

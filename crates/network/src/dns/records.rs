@@ -1,8 +1,8 @@
 //! What the cluster's names are made from.
 
-use crate::config::Cidr;
+use crate::config::Networks;
 use crate::services::Protocol;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// Everything that has a name. Set as a whole: [`super::DnsServer::set`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -20,7 +20,8 @@ pub struct ServiceRecord {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServiceKind {
-    ClusterIp(Ipv4Addr),
+    /// One address, or one of each family.
+    ClusterIp(Vec<IpAddr>),
     /// `clusterIP: None`: the endpoints' own addresses.
     Headless(Vec<EndpointRecord>),
     /// An alias of a name elsewhere.
@@ -29,7 +30,7 @@ pub enum ServiceKind {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointRecord {
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Pod hostname: `<hostname>.<service>.<namespace>.svc.<domain>`.
     pub hostname: Option<String>,
 }
@@ -49,6 +50,6 @@ pub struct Authority {
     /// `cluster.local`, lower case, no dot at the end.
     pub domain: String,
     /// Reverse names of these networks are ours.
-    pub networks: Vec<Cidr>,
-    pub dns_address: Ipv4Addr,
+    pub networks: Networks,
+    pub dns_addresses: Vec<IpAddr>,
 }

@@ -6,7 +6,7 @@ use super::forward::{Forwarder, Job};
 use super::records::{Authority, Records};
 use super::views::{View, Views};
 use super::zone::{Outcome, Zone};
-use crate::config::Cidr;
+use crate::config::RouterConfig;
 use crate::error::{Error, Result};
 use crate::router::Router;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -40,19 +40,16 @@ struct Shared {
     turn: AtomicUsize,
     connections: AtomicUsize,
     forwarder: Option<Forwarder>,
-    networks: Vec<Cidr>,
-    dns_address: Ipv4Addr,
-    router_address: Ipv4Addr,
+    config: RouterConfig,
 }
 
 impl DnsServer {
-    /// Serves `cluster.local` at `address` inside the router's namespace. Names outside go to `upstreams`, asked from
-    /// that namespace too; with none they do not exist.
+    /// Serves `cluster.local` at `address` inside the router's namespace; at the DNS service's address also at its IPv6
+    /// address. Names outside go to `upstreams`, asked from that namespace too; with none they do not exist.
     pub fn start(router: &Router, address: SocketAddr, upstreams: Vec<SocketAddr>) -> Result<DnsServer> {
         let config = router.config();
-        let networks = vec![config.pod_cidr, config.service_cidr];
-        let own = (config.dns_address, config.router_address());
-        router.run(|| start(networks, own, address, upstreams))?
+        let second = (router.ipv6 && address.ip() == config.dns_address).then(|| config.dns_address6());
+        router.run(|| start(config.clone(), address, second.map(IpAddr::V6), upstreams))?
     }
 
     /// Where it listens; of interest if port 0 was asked for.
@@ -60,11 +57,29 @@ impl DnsServer {
         self.address
     }
 
+    /// Answers at one address, with so many threads for UDP.
+    fn listen(&mut self, address: SocketAddr, udp_threads: usize) -> Result<SocketAddr> {
+        let udp = UdpSocket::bind(address).map_err(Error::system("bind the DNS server's UDP socket"))?;
+        let address = udp.local_addr().map_err(Error::system("read the DNS server's address"))?;
+        let tcp = TcpListener::bind(address).map_err(Error::system("bind the DNS server's TCP socket"))?;
+        for result in [udp.set_nonblocking(true), tcp.set_nonblocking(true)] {
+            result.map_err(Error::system("prepare the DNS server's sockets"))?;
+        }
+        let udp = Arc::new(udp);
+        for _ in 0..udp_threads {
+            let (udp, shared, stop) = (udp.clone(), self.shared.clone(), self.stop.clone());
+            self.threads.push(spawn("atoll-dns-udp", move || serve_udp(&udp, &shared, &stop))?);
+        }
+        let (shared, stop) = (self.shared.clone(), self.stop.clone());
+        self.threads.push(spawn("atoll-dns-tcp", move || serve_tcp(&tcp, &shared, &stop))?);
+        Ok(address)
+    }
+
     /// Replaces all records at once.
     pub fn set(&self, records: &Records) {
         let shared = &self.shared;
         let serial = shared.serial.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
-        let zone = Arc::new(Zone::new(authority(&shared.networks, shared.dns_address), serial, records));
+        let zone = Arc::new(Zone::new(authority(&shared.config), serial, records));
         *shared.zone.write().unwrap_or_else(PoisonError::into_inner) = zone;
     }
 
@@ -84,44 +99,35 @@ impl Drop for DnsServer {
     }
 }
 
-fn authority(networks: &[Cidr], dns_address: Ipv4Addr) -> Authority {
-    Authority { domain: DOMAIN.to_owned(), networks: networks.to_vec(), dns_address }
+fn authority(config: &RouterConfig) -> Authority {
+    let dns_addresses = vec![config.dns_address.into(), config.dns_address6().into()];
+    Authority { domain: DOMAIN.to_owned(), networks: config.networks(), dns_addresses }
 }
 
 /// Runs in the router's namespace: sockets and threads made here belong to it.
 fn start(
-    networks: Vec<Cidr>,
-    (dns_address, router_address): (Ipv4Addr, Ipv4Addr),
+    config: RouterConfig,
     address: SocketAddr,
+    second: Option<IpAddr>,
     upstreams: Vec<SocketAddr>,
 ) -> Result<DnsServer> {
-    let udp = UdpSocket::bind(address).map_err(Error::system("bind the DNS server's UDP socket"))?;
-    let address = udp.local_addr().map_err(Error::system("read the DNS server's address"))?;
-    let tcp = TcpListener::bind(address).map_err(Error::system("bind the DNS server's TCP socket"))?;
-    for result in [udp.set_nonblocking(true), tcp.set_nonblocking(true)] {
-        result.map_err(Error::system("prepare the DNS server's sockets"))?;
-    }
-    let zone = Zone::new(authority(&networks, dns_address), 0, &Records::default());
+    let zone = Zone::new(authority(&config), 0, &Records::default());
     let shared = Arc::new(Shared {
         zone: RwLock::new(Arc::new(zone)),
         views: RwLock::default(),
         serial: AtomicU32::new(0),
         turn: AtomicUsize::new(0),
         connections: AtomicUsize::new(0),
-        forwarder: Forwarder::start(upstreams, networks.clone())?,
-        networks,
-        dns_address,
-        router_address,
+        forwarder: Forwarder::start(upstreams, config.networks())?,
+        config,
     });
     let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let stop = Arc::new(stop.map_err(Error::errno("make an event descriptor"))?);
-    let mut server = DnsServer { shared: shared.clone(), address, stop: stop.clone(), threads: Vec::new() };
-    let udp = Arc::new(udp);
-    for _ in 0..UDP_THREADS {
-        let (udp, shared, stop) = (udp.clone(), shared.clone(), stop.clone());
-        server.threads.push(spawn("atoll-dns-udp", move || serve_udp(&udp, &shared, &stop))?);
+    let mut server = DnsServer { shared, address, stop, threads: Vec::new() };
+    server.address = server.listen(address, UDP_THREADS)?;
+    if let Some(second) = second {
+        server.listen(SocketAddr::new(second, server.address.port()), 1)?;
     }
-    server.threads.push(spawn("atoll-dns-tcp", move || serve_tcp(&tcp, &shared, &stop))?);
     Ok(server)
 }
 
@@ -206,8 +212,23 @@ fn serve_connection(mut stream: TcpStream, client: IpAddr, shared: &Arc<Shared>)
 
 impl Shared {
     /// Whether the router itself asks.
-    fn is_own(&self, address: Ipv4Addr) -> bool {
-        address.is_loopback() || address == self.dns_address || address == self.router_address
+    fn is_own(&self, address: IpAddr) -> bool {
+        let config = &self.config;
+        let own: [IpAddr; 4] = [
+            config.dns_address.into(),
+            config.router_address().into(),
+            config.dns_address6().into(),
+            config.router_address6().into(),
+        ];
+        address.is_loopback() || own.contains(&address)
+    }
+
+    /// The workload that has an address, by its IPv4 address.
+    fn workload(&self, address: IpAddr) -> Option<Ipv4Addr> {
+        match address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(address) => self.config.v4_of(address),
+        }
     }
 
     /// Answers one packet, now or from a forwarding thread.
@@ -219,10 +240,10 @@ impl Shared {
         };
         let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner).clone();
         let views = self.views.read().unwrap_or_else(PoisonError::into_inner).clone();
-        let view = match client {
-            IpAddr::V4(address) if self.is_own(address) => View::Everything,
-            IpAddr::V4(address) => views.of(address),
-            IpAddr::V6(_) => View::Nothing,
+        let view = match self.workload(client) {
+            _ if self.is_own(client) => View::Everything,
+            Some(address) => views.of(address),
+            None => View::Nothing,
         };
         match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed), view) {
             Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),

@@ -1,13 +1,14 @@
 //! Finds the answer to a question: an index of all names, made once per change of the records.
 
 use super::codec::{
-    Code, Data, Query, Record, Reply, TYPE_A, TYPE_ANY, TYPE_CNAME, TYPE_NS, TYPE_PTR, TYPE_SOA, TYPE_SRV, TYPE_TXT,
+    Code, Data, Query, Record, Reply, TYPE_A, TYPE_AAAA, TYPE_ANY, TYPE_CNAME, TYPE_NS, TYPE_PTR, TYPE_SOA, TYPE_SRV,
+    TYPE_TXT,
 };
 use super::records::{Authority, EndpointRecord, Records, ServiceKind};
 use super::views::View;
 use crate::services::Protocol;
-use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Seconds; short, because answers follow live state.
 pub const TTL: u32 = 5;
@@ -15,7 +16,7 @@ const MAX_ALIASES: usize = 8;
 
 #[derive(Default)]
 struct Node {
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
     services: Vec<(u16, String)>,
     alias: Option<String>,
     text: Option<String>,
@@ -26,7 +27,7 @@ pub struct Zone {
     authority: Authority,
     serial: u32,
     nodes: HashMap<String, Node>,
-    reverse: HashMap<Ipv4Addr, Vec<String>>,
+    reverse: HashMap<IpAddr, Vec<String>>,
 }
 
 /// What to do with a question.
@@ -44,14 +45,19 @@ impl Zone {
             let (namespace, name) = (service.namespace.to_lowercase(), service.name.to_lowercase());
             let name = format!("{name}.{namespace}.svc.{domain}");
             match &service.kind {
-                ServiceKind::ClusterIp(address) => {
-                    zone.node(&name).addresses.push(*address);
-                    zone.reverse.entry(*address).or_default().push(name.clone());
+                ServiceKind::ClusterIp(addresses) => {
+                    zone.node(&name).addresses.extend(addresses);
+                    for address in addresses {
+                        zone.reverse.entry(*address).or_default().push(name.clone());
+                    }
                     zone.ports(service, &name, std::slice::from_ref(&name));
                 }
                 ServiceKind::Headless(endpoints) => {
-                    let targets: Vec<String> =
+                    let mut targets: Vec<String> =
                         endpoints.iter().map(|endpoint| zone.endpoint(&name, endpoint)).collect();
+                    // A host with an address of each family is one target.
+                    let mut seen = HashSet::new();
+                    targets.retain(|target| seen.insert(target.clone()));
                     zone.ports(service, &name, &targets);
                 }
                 ServiceKind::External(target) => {
@@ -60,8 +66,8 @@ impl Zone {
                 }
             }
         }
-        let dns = zone.authority.dns_address;
-        zone.node(&zone.primary()).addresses = vec![dns];
+        let dns = zone.authority.dns_addresses.clone();
+        zone.node(&zone.primary()).addresses = dns;
         zone.node(&format!("dns-version.{domain}")).text = Some("1.1.0".to_owned());
         for node in zone.nodes.values_mut() {
             node.addresses.sort_unstable();
@@ -74,7 +80,7 @@ impl Zone {
     fn endpoint(&mut self, service: &str, endpoint: &EndpointRecord) -> String {
         let EndpointRecord { address, hostname } = endpoint;
         self.node(service).addresses.push(*address);
-        let dashed = address.to_string().replace('.', "-");
+        let dashed = address.to_string().replace(['.', ':'], "-");
         let host = hostname.as_ref().filter(|name| !name.is_empty()).map_or(dashed, |name| name.to_lowercase());
         let name = format!("{host}.{service}");
         self.node(&name).addresses.push(*address);
@@ -120,16 +126,12 @@ impl Zone {
         if self.is_inside(name) {
             return Outcome::Reply(self.inside(name, query.kind, turn, view));
         }
-        if let Some(reversed) = name.strip_suffix(".in-addr.arpa") {
-            let address = reverse_address(reversed);
-            return match address {
-                Some(address) if self.authority.networks.iter().any(|network| network.contains(address)) => {
-                    Outcome::Reply(self.pointer(address, query.kind, view))
-                }
-                _ => Outcome::Elsewhere,
-            };
+        match reverse_address(name) {
+            Some(address) if self.authority.networks.contains(address) => {
+                Outcome::Reply(self.pointer(address, query.kind, view))
+            }
+            _ => Outcome::Elsewhere,
         }
-        Outcome::Elsewhere
     }
 
     fn is_inside(&self, name: &str) -> bool {
@@ -145,8 +147,8 @@ impl Zone {
     fn inside(&self, name: &str, kind: u16, turn: usize, view: View<'_>) -> Reply {
         let mut reply = Reply { authoritative: true, ..Reply::of(Code::NoError) };
         if let Some(address) = self.pod_address(name) {
-            if kind == TYPE_A || kind == TYPE_ANY {
-                reply.answers.push(record(None, Data::A(address)));
+            if is_asked(kind, &address) {
+                reply.answers.push(address_record(None, address));
             }
             return self.or_no_data(reply);
         }
@@ -173,18 +175,17 @@ impl Zone {
 
     fn collect(&self, reply: &mut Reply, name: &str, node: &Node, kind: u16, owner: Option<String>, turn: usize) {
         let any = kind == TYPE_ANY;
-        if kind == TYPE_A || any {
-            let count = node.addresses.len();
-            let start = turn.checked_rem(count).unwrap_or(0);
-            let turned = node.addresses.iter().cycle().skip(start).take(count);
-            reply.answers.extend(turned.map(|address| record(owner.clone(), Data::A(*address))));
-        }
+        let count = node.addresses.iter().filter(|address| is_asked(kind, address)).count();
+        let start = turn.checked_rem(count).unwrap_or(0);
+        let asked = node.addresses.iter().filter(|address| is_asked(kind, address));
+        let turned = asked.cycle().skip(start).take(count);
+        reply.answers.extend(turned.map(|address| address_record(owner.clone(), *address)));
         if kind == TYPE_SRV || any {
             for (port, target) in &node.services {
                 let data = Data::Srv { priority: 0, weight: 100, port: *port, target: target.clone() };
                 reply.answers.push(record(owner.clone(), data));
                 let addresses = self.nodes.get(target).map_or(&[][..], |node| &node.addresses);
-                let glue = addresses.iter().map(|address| record(Some(target.clone()), Data::A(*address)));
+                let glue = addresses.iter().map(|address| address_record(Some(target.clone()), *address));
                 reply.additional.extend(glue);
             }
         }
@@ -203,7 +204,7 @@ impl Zone {
         }
     }
 
-    fn pointer(&self, address: Ipv4Addr, kind: u16, view: View<'_>) -> Reply {
+    fn pointer(&self, address: IpAddr, kind: u16, view: View<'_>) -> Reply {
         let names = self.reverse.get(&address).map(Vec::as_slice).unwrap_or_default();
         let names: Vec<&String> = names.iter().filter(|name| self.is_seen(name, view)).collect();
         if names.is_empty() {
@@ -216,12 +217,13 @@ impl Zone {
         self.or_no_data(reply)
     }
 
-    /// `10-42-0-7.<namespace>.pod.<domain>`.
-    fn pod_address(&self, name: &str) -> Option<Ipv4Addr> {
+    /// `10-42-0-7.<namespace>.pod.<domain>`, or `fd00-10-42--7`.
+    fn pod_address(&self, name: &str) -> Option<IpAddr> {
         let rest = name.strip_suffix(self.authority.domain.as_str())?.strip_suffix(".pod.")?;
         let (dashed, _namespace) = rest.split_once('.')?;
-        let address: Ipv4Addr = dashed.replace('-', ".").parse().ok()?;
-        self.authority.networks.iter().any(|network| network.contains(address)).then_some(address)
+        let v4 = || dashed.replace('-', ".").parse::<Ipv4Addr>().ok().map(IpAddr::V4);
+        let v6 = || dashed.replace('-', ":").parse::<Ipv6Addr>().ok().map(IpAddr::V6);
+        v4().or_else(v6).filter(|address| self.authority.networks.contains(*address))
     }
 
     fn or_no_data(&self, reply: Reply) -> Reply {
@@ -244,11 +246,36 @@ fn record(name: Option<String>, data: Data) -> Record {
     Record { name, ttl: TTL, data }
 }
 
-/// `4.3.2.1` of a reverse name is 1.2.3.4.
-fn reverse_address(text: &str) -> Option<Ipv4Addr> {
-    let address: Ipv4Addr = text.parse().ok()?;
-    let [a, b, c, d] = address.octets();
-    Some(Ipv4Addr::new(d, c, b, a))
+/// Whether a question of this type asks for such an address.
+fn is_asked(kind: u16, address: &IpAddr) -> bool {
+    match kind {
+        TYPE_A => address.is_ipv4(),
+        TYPE_AAAA => address.is_ipv6(),
+        other => other == TYPE_ANY,
+    }
+}
+
+fn address_record(name: Option<String>, address: IpAddr) -> Record {
+    let data = match address {
+        IpAddr::V4(address) => Data::A(address),
+        IpAddr::V6(address) => Data::Aaaa(address),
+    };
+    record(name, data)
+}
+
+/// `4.3.2.1.in-addr.arpa` is 1.2.3.4; below `ip6.arpa` each of 32 labels is a hexadecimal digit, the last one first.
+fn reverse_address(name: &str) -> Option<IpAddr> {
+    if let Some(text) = name.strip_suffix(".in-addr.arpa") {
+        let [a, b, c, d] = text.parse::<Ipv4Addr>().ok()?.octets();
+        return Some(Ipv4Addr::new(d, c, b, a).into());
+    }
+    let (mut bits, mut count) = (0u128, 0);
+    for label in name.strip_suffix(".ip6.arpa")?.rsplit('.') {
+        let digit = label.chars().next().filter(|_| label.len() == 1)?.to_digit(16)?;
+        bits = (bits << 4) | u128::from(digit);
+        count += 1;
+    }
+    (count == 32).then(|| Ipv6Addr::from_bits(bits).into())
 }
 
 #[cfg(test)]
@@ -257,19 +284,28 @@ mod tests {
     use super::super::{PortRecord, ServiceRecord};
     use super::*;
 
-    const CODE_OF_AAAA: u16 = 28;
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
 
     fn zone() -> Zone {
         let port = |name: Option<&str>| PortRecord { name: name.map(str::to_owned), protocol: Protocol::Tcp, port: 80 };
         let service =
             |name: &str, kind, ports| ServiceRecord { namespace: "shop".into(), name: name.into(), kind, ports };
         let endpoints = vec![
-            EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 7), hostname: Some("db-0".into()) },
-            EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 8), hostname: None },
+            EndpointRecord { address: ip("10.42.0.7"), hostname: Some("db-0".into()) },
+            EndpointRecord { address: ip("10.42.0.8"), hostname: None },
+            EndpointRecord { address: ip("fd00:10:42::7"), hostname: Some("db-0".into()) },
+            EndpointRecord { address: ip("fd00:10:42::8"), hostname: None },
         ];
         let records = Records {
             services: vec![
-                service("web", ServiceKind::ClusterIp(Ipv4Addr::new(10, 43, 0, 5)), vec![port(Some("http"))]),
+                service("web", ServiceKind::ClusterIp(vec![ip("10.43.0.5")]), vec![port(Some("http"))]),
+                service(
+                    "two",
+                    ServiceKind::ClusterIp(vec![ip("fd00:10:43::6"), ip("10.43.0.6")]),
+                    vec![port(Some("h"))],
+                ),
                 service("db", ServiceKind::Headless(endpoints), vec![port(Some("pg")), port(None)]),
                 service("out", ServiceKind::External("Example.org.".into()), vec![]),
                 service("alias", ServiceKind::External("web.shop.svc.cluster.local".into()), vec![]),
@@ -279,8 +315,8 @@ mod tests {
         };
         let authority = Authority {
             domain: "cluster.local".into(),
-            networks: vec!["10.42.0.0/16".parse().unwrap(), "10.43.0.0/16".parse().unwrap()],
-            dns_address: Ipv4Addr::new(10, 43, 0, 10),
+            networks: crate::RouterConfig::new("", "").networks(),
+            dns_addresses: vec![ip("10.43.0.10"), ip("fd00:10:43::a")],
         };
         Zone::new(authority, 1, &records)
     }
@@ -311,8 +347,38 @@ mod tests {
         assert_eq!(reply.additional[0].data, web);
         let name = Data::Ptr("web.shop.svc.cluster.local".into());
         assert_eq!(data("5.0.43.10.in-addr.arpa", TYPE_PTR), (Code::NoError, vec![name]));
-        assert_eq!(data("6.0.43.10.in-addr.arpa", TYPE_PTR).0, Code::NameError);
+        assert_eq!(data("7.0.43.10.in-addr.arpa", TYPE_PTR).0, Code::NameError);
         assert!(ask("1.0.0.127.in-addr.arpa", TYPE_PTR).is_none());
+    }
+
+    #[test]
+    fn both_families_have_names() {
+        let two = "two.shop.svc.cluster.local";
+        let (v4, v6) = (Data::A(Ipv4Addr::new(10, 43, 0, 6)), Data::Aaaa("fd00:10:43::6".parse().unwrap()));
+        assert_eq!(data(two, TYPE_A).1, vec![v4.clone()]);
+        assert_eq!(data(two, TYPE_AAAA).1, vec![v6.clone()]);
+        let reply = ask("_h._tcp.two.shop.svc.cluster.local", TYPE_SRV).unwrap();
+        let glue: Vec<Data> = reply.additional.into_iter().map(|record| record.data).collect();
+        assert_eq!(glue, [v4, v6]);
+        let reverse = |address: &str| {
+            let digits: Vec<char> =
+                format!("{:032x}", address.parse::<Ipv6Addr>().unwrap().to_bits()).chars().rev().collect();
+            digits.iter().map(|digit| format!("{digit}.")).collect::<String>() + "ip6.arpa"
+        };
+        assert_eq!(data(&reverse("fd00:10:43::6"), TYPE_PTR).1, [Data::Ptr(two.into())]);
+        assert_eq!(data(&reverse("fd00:10:42::7"), TYPE_PTR).1, [Data::Ptr("db-0.db.shop.svc.cluster.local".into())]);
+        assert_eq!(data(&reverse("fd00:10:43::7"), TYPE_PTR).0, Code::NameError);
+        assert!(ask(&reverse("2001:db8::1"), TYPE_PTR).is_none());
+        assert!(ask("1.ip6.arpa", TYPE_PTR).is_none());
+        assert!(ask(&reverse("fd00:10:43::6").replace("0.", "0"), TYPE_PTR).is_none());
+        assert_eq!(data("db.shop.svc.cluster.local", TYPE_AAAA).1.len(), 2);
+        let first = vec![Data::Aaaa("fd00:10:42::7".parse().unwrap())];
+        assert_eq!(data("db-0.db.shop.svc.cluster.local", TYPE_AAAA).1, first);
+        assert_eq!(data("fd00-10-42--8.db.shop.svc.cluster.local", TYPE_AAAA).1.len(), 1);
+        let named = vec![Data::Aaaa("fd00:10:42::304".parse().unwrap())];
+        assert_eq!(data("fd00-10-42--304.shop.pod.cluster.local", TYPE_AAAA).1, named);
+        assert_eq!(data("fd00-10-42--304.shop.pod.cluster.local", TYPE_A), (Code::NoError, vec![]));
+        assert_eq!(data("2001-db8--1.shop.pod.cluster.local", TYPE_AAAA).0, Code::NameError);
     }
 
     #[test]
@@ -321,7 +387,7 @@ mod tests {
         let first = vec![Data::A(Ipv4Addr::new(10, 42, 0, 7))];
         assert_eq!(data("db-0.db.shop.svc.cluster.local", TYPE_A).1, first);
         assert_eq!(data("10-42-0-8.db.shop.svc.cluster.local", TYPE_A).1.len(), 1);
-        assert_eq!(data("_pg._tcp.db.shop.svc.cluster.local", TYPE_SRV).1.len(), 2);
+        assert_eq!(data("_pg._tcp.db.shop.svc.cluster.local", TYPE_SRV).1.len(), 3);
         assert_eq!(data("7.0.42.10.in-addr.arpa", TYPE_PTR).1, [Data::Ptr("db-0.db.shop.svc.cluster.local".into())]);
         assert_eq!(data("10-42-3-4.shop.pod.cluster.local", TYPE_A).1, [Data::A(Ipv4Addr::new(10, 42, 3, 4))]);
     }
@@ -366,7 +432,7 @@ mod tests {
 
     #[test]
     fn absence_is_said_in_the_right_way() {
-        let reply = ask("web.shop.svc.cluster.local", CODE_OF_AAAA).unwrap();
+        let reply = ask("web.shop.svc.cluster.local", TYPE_AAAA).unwrap();
         assert!(reply.code == Code::NoError && reply.answers.is_empty() && reply.authority.len() == 1);
         assert_eq!(data("shop.svc.cluster.local", TYPE_A), (Code::NoError, vec![]));
         assert_eq!(data("nothing.shop.svc.cluster.local", TYPE_A), (Code::NameError, vec![]));
