@@ -254,7 +254,11 @@ impl Worker {
                 self.dirty = true;
             }
             _ if self.end.is_some() => self.stage = Stage::Ended,
-            _ => self.lose_running(),
+            _ => {
+                self.lose_running();
+                // `atoll down`, or a reboot: no fault of theirs.
+                self.slots.iter_mut().for_each(|slot| slot.not_before = None);
+            }
         }
     }
 

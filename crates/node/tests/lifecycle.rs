@@ -468,9 +468,16 @@ async fn down_works_without_the_api() {
     assert_eq!(node.boundary.sandbox_count(), 0);
     assert!(node.networks.attached.lock().unwrap().is_empty());
     assert_eq!(node.agent().destroy_all().await, 0);
-    let _agent = node.start();
-    node.until("a", "comes back", |p| running(p) && restarts(p, "c") == 1).await;
-    node.until("b", "comes back", running).await;
+    let mut agent = node.start();
+    for times in 1..4 {
+        node.until("a", "comes back", |p| running(p) && restarts(p, "c") == times).await;
+        node.until("b", "comes back", running).await;
+        agent.stop().await;
+        assert_eq!(node.agent().destroy_all().await, 2);
+        agent = node.start();
+    }
+    let events = node.events().await;
+    assert!(!events.iter().any(|e| e.contains("BackOff")), "nothing crashed: {events:#?}");
 }
 
 #[tokio::test(start_paused = true)]
