@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use network::policy::{Allow, Direction, Ports, Profile};
+use network::policy::{Action, Direction, Otherwise, Ports, Profile, Rule};
 use network::{AttachRequest, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -42,9 +42,20 @@ fn policies(router: &Router, count: u32) -> Policies {
         let members: BTreeSet<Ipv4Addr> = (0..20).map(|m| Ipv4Addr::from_bits(0x0a2a_1000 + n * 20 + m)).collect();
         policies.groups.insert(group.as_str().into(), members);
         let ports = vec![Ports { protocol: Protocol::Tcp, first: 80, last: 80 }];
-        let allow =
-            Allow { origin: "bench".into(), anyone: false, group: Some(group.into()), blocks: Vec::new(), ports };
-        let profile = Profile { direction: Direction::Ingress, origin: "bench".into(), allows: vec![allow] };
+        let rule = Rule {
+            origin: "bench".into(),
+            action: Action::Allow,
+            anyone: false,
+            group: Some(group.into()),
+            blocks: Vec::new(),
+            ports,
+        };
+        let profile = Profile {
+            direction: Direction::Ingress,
+            origin: "bench".into(),
+            rules: vec![rule],
+            otherwise: Otherwise::Refuse,
+        };
         policies.profiles.insert(format!("profile {n}").into(), profile);
     }
     policies
@@ -232,7 +243,7 @@ fn main() {
     });
     let policies_rule = measure(30, |n| {
         let profile = all.profiles.values_mut().next().unwrap();
-        profile.allows[0].ports[0].last = 81 + n as u16;
+        profile.rules[0].ports[0].last = 81 + n as u16;
         router.sync_policies(all.clone()).unwrap();
     });
     let traffic = traffic(&router);

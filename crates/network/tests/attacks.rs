@@ -5,7 +5,7 @@
 mod common;
 use common::*;
 use network::dns::{Views, codec};
-use network::policy::{Allow, Direction, Ports, Profile, Workload};
+use network::policy::{Action, Direction, Otherwise, Ports, Profile, Rule, Workload};
 use network::{AttachRequest, Attachment, DnsServer, Isolation, LinkKind, Policies, Protocol, Records, in_netns};
 use rustix::fd::OwnedFd;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -230,8 +230,14 @@ fn only_port_99(field: &Field) {
     let workloads = leases.iter().map(|l| (l.address, l.namespace.as_str(), l.uid.as_str()));
     let mut policies = Policies::without_rules(Isolation::Private, workloads);
     let ports = vec![Ports { protocol: Protocol::Udp, first: 99, last: 99 }];
-    let allow = Allow { origin: "test".into(), anyone: true, group: None, blocks: Vec::new(), ports };
-    let profile = Profile { direction: Direction::Ingress, origin: "test".into(), allows: vec![allow] };
+    let rule =
+        Rule { origin: "test".into(), action: Action::Allow, anyone: true, group: None, blocks: Vec::new(), ports };
+    let profile = Profile {
+        direction: Direction::Ingress,
+        origin: "test".into(),
+        rules: vec![rule],
+        otherwise: Otherwise::Refuse,
+    };
     policies.profiles.insert("only 99".into(), profile);
     let victim: &mut Workload = policies.workloads.get_mut(&field.victim.address).unwrap();
     victim.ingress = Some("only 99".into());

@@ -4,7 +4,7 @@
 
 mod common;
 use common::*;
-use network::policy::{Allow, Direction, Ports, Profile};
+use network::policy::{Action, Direction, Otherwise, Ports, Profile, Rule};
 use network::{AttachRequest, Isolation, LinkKind, Policies, Protocol, Router, in_netns};
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Read, Write};
@@ -19,10 +19,11 @@ fn defaults(router: &Router) -> Policies {
     Policies::without_rules(Isolation::Private, workloads)
 }
 
-fn allow(group: &str, ports: &[(u16, u16)]) -> Allow {
+fn allow(group: &str, ports: &[(u16, u16)]) -> Rule {
     let ports = ports.iter().map(|(first, last)| Ports { protocol: Protocol::Tcp, first: *first, last: *last });
-    Allow {
+    Rule {
         origin: format!("allow {group}").into(),
+        action: Action::Allow,
         anyone: false,
         group: Some(group.into()),
         blocks: Vec::new(),
@@ -30,8 +31,8 @@ fn allow(group: &str, ports: &[(u16, u16)]) -> Allow {
     }
 }
 
-fn isolate(policies: &mut Policies, address: Ipv4Addr, key: &str, allows: Vec<Allow>) {
-    let profile = Profile { direction: Direction::Ingress, origin: key.into(), allows };
+fn isolate(policies: &mut Policies, address: Ipv4Addr, key: &str, rules: Vec<Rule>) {
+    let profile = Profile { direction: Direction::Ingress, origin: key.into(), rules, otherwise: Otherwise::Refuse };
     policies.profiles.insert(key.into(), profile);
     policies.workloads.get_mut(&address).unwrap().ingress = Some(key.into());
 }
@@ -120,7 +121,7 @@ fn state(router: &Router, server: Ipv4Addr, friend: Ipv4Addr, n: u32) -> Policie
     }
     let name = if n.is_multiple_of(2) { "friends" } else { "more friends" };
     policies.groups.insert(name.into(), BTreeSet::from([friend]));
-    let mut allows: Vec<Allow> = (0..n % 7).map(|group| allow(&format!("others {group}"), &[(1, 9)])).collect();
+    let mut allows: Vec<Rule> = (0..n % 7).map(|group| allow(&format!("others {group}"), &[(1, 9)])).collect();
     allows.push(allow(name, &[(80, 80 + (n % 3) as u16)]));
     isolate(&mut policies, server, &format!("profile {}", n % 5), allows);
     policies
@@ -258,7 +259,8 @@ fn machines_and_rules_by_the_thousand() {
         let profile = Profile {
             direction: Direction::Ingress,
             origin: "many".into(),
-            allows: vec![allow(&group, &[(80, 80)]), allow(&group, &[(1000, 2000), (3000, 3001)])],
+            rules: vec![allow(&group, &[(80, 80)]), allow(&group, &[(1000, 2000), (3000, 3001)])],
+            otherwise: Otherwise::Refuse,
         };
         policies.profiles.insert(format!("profile {n}").into(), profile);
     }

@@ -168,10 +168,8 @@ impl Running {
         let mut helpers = JoinSet::new();
         let mut networks = agent.networks.clone();
         if let Some(router) = &agent.router {
-            let policies = follow("networking.k8s.io", "networkpolicies", ListOptions::default());
-            let namespaces = follow("", "namespaces", ListOptions::default());
             let inner = networks.clone();
-            let enforcer = Enforcer::new(config.isolation, inner.clone(), policies, namespaces, pods.clone());
+            let enforcer = Enforcer::new(config.isolation, client.clone(), inner.clone(), pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
             let inspector = Inspector::new(router.router(), enforcer.clone(), services.clone(), slices.clone());

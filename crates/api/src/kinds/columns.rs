@@ -14,7 +14,7 @@ pub use core::{
     config_map, custom_resource_definition, endpoint_slice, event, lease, namespace, node, runtime_class, secret,
     service, service_account,
 };
-pub use network::network_policy;
+pub use network::{admin_network_policy, baseline_admin_network_policy, network_policy};
 pub use pod::pod;
 pub use workloads::{deployment, replica_set};
 

@@ -3,6 +3,7 @@
 //!
 //! Types have been checked before any of this runs; what is absent or odd all the same reads as empty.
 
+mod admin;
 mod config;
 mod custom;
 mod field;
@@ -136,6 +137,14 @@ pub fn ingress() -> Hooks {
 
 pub fn network_policy() -> Hooks {
     Hooks { default: Some(network::default_policy), validate: Some(network::validate_policy), ..Default::default() }
+}
+
+pub fn admin_network_policy() -> Hooks {
+    Hooks { validate: Some(admin::validate), ..Default::default() }
+}
+
+pub fn baseline_admin_network_policy() -> Hooks {
+    Hooks { validate: Some(admin::validate_baseline), ..Default::default() }
 }
 
 pub fn ingress_class() -> Hooks {

@@ -23,6 +23,7 @@ pub const SOURCES: &[&str] = &[
     include_str!("knative.types"),
     include_str!("gateway.types"),
     include_str!("policy.types"),
+    include_str!("network.types"),
 ];
 
 /// Adds the types that `source` describes.

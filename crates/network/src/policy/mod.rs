@@ -1,6 +1,7 @@
-//! Who may talk to whom. A connection passes if its source's side lets it out and its destination's side lets it in. A
-//! side that no policy isolates follows the default: own namespace only, or ([`Isolation::Open`]) everything; a side that
-//! policies isolate lets through what one of their rules names, and nothing else.
+//! Who may talk to whom. A connection passes if its source's side lets it out and its destination's side lets it in. Each
+//! side goes through the [`Profile`]s of its workload, one after the other: the rules of administrators, of the namespace's
+//! own policies, of the baseline. The first rule that matches decides; if none does, the last profile's [`Otherwise`] does,
+//! in the end the default: own namespace only, or ([`Isolation::Open`]) everything.
 //!
 //! This module decides ([`Policies::decide`], for explanations and for ending connections that are no longer allowed);
 //! `program` makes the kernel decide the same.
@@ -40,11 +41,21 @@ pub struct Ports {
     pub last: u16,
 }
 
-/// One rule: peers and ports that may be talked to, or from.
+/// What a rule does with what it matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    Allow,
+    Deny,
+    /// Goes on with what the profile's [`Otherwise`] says.
+    Pass,
+}
+
+/// One rule: peers and ports that are talked to, or from, and what is done about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Allow {
+pub struct Rule {
     /// Where it comes from, for people: `NetworkPolicy shop/web ingress[0]`.
     pub origin: Arc<str>,
+    pub action: Action,
     /// Any peer at all; then `group` and `blocks` do not matter.
     pub anyone: bool,
     /// Key in [`Policies::groups`].
@@ -55,20 +66,35 @@ pub struct Allow {
     pub ports: Vec<Ports>,
 }
 
-/// All rules of one direction that hold for some workloads.
+/// What happens to what no rule of a profile decides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Otherwise {
+    /// The workload is isolated.
+    Refuse,
+    /// As if no policy selected the workload.
+    Default,
+    /// The profile of this key goes on; at most [`TIERS`] follow one another.
+    Profile(Arc<str>),
+}
+
+/// Administrators' rules, the namespace's own, the baseline.
+pub const TIERS: usize = 3;
+
+/// All rules of one direction and tier that hold for some workloads.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Profile {
     pub direction: Direction,
     /// The policies it is made from, for people.
     pub origin: Arc<str>,
-    pub allows: Vec<Allow>,
+    pub rules: Vec<Rule>,
+    pub otherwise: Otherwise,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Workload {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
-    /// Keys in [`Policies::profiles`]; `None`: no policy isolates it in that direction.
+    /// Keys in [`Policies::profiles`], of the first that is asked; `None`: no policy is about it in that direction.
     pub egress: Option<Arc<str>>,
     pub ingress: Option<Arc<str>>,
 }
@@ -102,6 +128,8 @@ pub enum Reason {
     Open,
     /// The rule of this origin.
     Rule(Arc<str>),
+    /// The rule of this origin is against it.
+    Denied(Arc<str>),
     /// Nothing isolates it, and the other is of another namespace, or no workload.
     OtherNamespace,
     /// The policies of this origin isolate it, and none of their rules allows this.
@@ -114,7 +142,7 @@ impl Reason {
     pub fn allows(&self) -> bool {
         match self {
             Reason::Itself | Reason::SameNamespace | Reason::Open | Reason::Rule(_) => true,
-            Reason::OtherNamespace | Reason::NoRule(_) | Reason::NoWorkload => false,
+            Reason::OtherNamespace | Reason::Denied(_) | Reason::NoRule(_) | Reason::NoWorkload => false,
         }
     }
 }
@@ -126,6 +154,7 @@ impl fmt::Display for Reason {
             Reason::SameNamespace => f.write_str("no policy isolates it, and both are in one namespace"),
             Reason::Open => f.write_str("no policy isolates it, and the network's default is open"),
             Reason::Rule(origin) => write!(f, "{origin} allows it"),
+            Reason::Denied(origin) => write!(f, "{origin} denies it"),
             Reason::OtherNamespace => {
                 f.write_str("no policy isolates it, and the other side is not in its namespace: a namespace is private")
             }
@@ -173,35 +202,41 @@ impl Policies {
         direction: Direction,
         flow: &Flow,
     ) -> Reason {
-        let key = match direction {
-            Direction::Egress => &own.egress,
-            Direction::Ingress => &own.ingress,
+        let mut next = match direction {
+            Direction::Egress => own.egress.as_ref(),
+            Direction::Ingress => own.ingress.as_ref(),
         };
-        let Some(key) = key else {
-            return match self.isolation {
-                Isolation::Open => Reason::Open,
-                Isolation::Private if other.is_some_and(|other| other.namespace == own.namespace) => {
-                    Reason::SameNamespace
-                }
-                Isolation::Private => Reason::OtherNamespace,
+        for _ in 0..TIERS {
+            let Some(key) = next else { break };
+            let Some(profile) = self.profiles.get(key) else { return Reason::NoRule(key.clone()) };
+            let decides = profile.rules.iter().find(|rule| self.matches(rule, peer, flow));
+            match decides.map(|rule| (rule.action, rule.origin.clone())) {
+                Some((Action::Allow, origin)) => return Reason::Rule(origin),
+                Some((Action::Deny, origin)) => return Reason::Denied(origin),
+                Some((Action::Pass, _)) | None => {}
+            }
+            next = match &profile.otherwise {
+                Otherwise::Refuse => return Reason::NoRule(profile.origin.clone()),
+                Otherwise::Default => break,
+                Otherwise::Profile(key) => Some(key),
             };
-        };
-        let Some(profile) = self.profiles.get(key) else { return Reason::NoRule(key.clone()) };
-        match profile.allows.iter().find(|allow| self.matches(allow, peer, flow)) {
-            Some(allow) => Reason::Rule(allow.origin.clone()),
-            None => Reason::NoRule(profile.origin.clone()),
+        }
+        match self.isolation {
+            Isolation::Open => Reason::Open,
+            Isolation::Private if other.is_some_and(|other| other.namespace == own.namespace) => Reason::SameNamespace,
+            Isolation::Private => Reason::OtherNamespace,
         }
     }
 
-    fn matches(&self, allow: &Allow, peer: Ipv4Addr, flow: &Flow) -> bool {
+    fn matches(&self, rule: &Rule, peer: Ipv4Addr, flow: &Flow) -> bool {
         let port =
             |ports: &Ports| ports.protocol.number() == flow.protocol && (ports.first..=ports.last).contains(&flow.port);
         let member = || {
-            let group = allow.group.as_ref().and_then(|key| self.groups.get(key));
+            let group = rule.group.as_ref().and_then(|key| self.groups.get(key));
             group.is_some_and(|group| group.contains(&peer))
         };
-        let inside = || allow.blocks.iter().any(|(first, last)| (*first..=*last).contains(&peer));
-        (allow.ports.is_empty() || allow.ports.iter().any(port)) && (allow.anyone || member() || inside())
+        let inside = || rule.blocks.iter().any(|(first, last)| (*first..=*last).contains(&peer));
+        (rule.ports.is_empty() || rule.ports.iter().any(port)) && (rule.anyone || member() || inside())
     }
 
     /// Every workload follows the default.

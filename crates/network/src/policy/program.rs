@@ -2,7 +2,7 @@
 //! in the maps of `firewall.rs`. Only what differs is written, in up to three transactions ([`Work`]): a process killed
 //! between them leaves what the next one replaces.
 
-use super::{Allow, Direction, Flow, Isolation, Policies, Profile, Workload};
+use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Workload};
 use crate::error::Result;
 use crate::firewall::{
     self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
@@ -192,19 +192,28 @@ impl Work {
             self.tighter |= wanted.isolation == Isolation::Private;
             self.objects += 1;
         }
+        let against = denied(wanted);
         for (key, members) in &wanted.groups {
-            self.group(key, old.groups.get(key), members);
+            self.group(key, old.groups.get(key), members, against.contains(key));
+        }
+        // One may lead to another, so all are there before the rules of any.
+        for key in wanted.profiles.keys().filter(|key| !old.profiles.contains_key(*key)) {
+            let chain = self.numbers.profile(key);
+            self.add.add_chain(&chain);
         }
         for (key, profile) in &wanted.profiles {
             self.profile(key, old.profiles.get(key), profile);
         }
         self.workloads(old, wanted);
-        for key in old.profiles.keys().filter(|key| !wanted.profiles.contains_key(*key)) {
-            let chain = self.numbers.profile(key);
-            self.remove.flush_chain(&chain);
-            self.remove.delete_chain(&chain);
-            self.objects += 1;
+        let gone = old.profiles.keys().filter(|key| !wanted.profiles.contains_key(*key));
+        let gone: Vec<String> = gone.map(|key| self.numbers.profile(key)).collect();
+        for chain in &gone {
+            self.remove.flush_chain(chain);
         }
+        for chain in &gone {
+            self.remove.delete_chain(chain);
+        }
+        self.objects += gone.len();
         for key in old.groups.keys().filter(|key| !wanted.groups.contains_key(*key)) {
             let set = self.numbers.group(key);
             self.remove.delete_set(&set);
@@ -214,7 +223,8 @@ impl Work {
         self.remove.delete_elements(MEMBERS, &strays);
     }
 
-    fn group(&mut self, key: &Arc<str>, old: Option<&BTreeSet<Ipv4Addr>>, wanted: &BTreeSet<Ipv4Addr>) {
+    /// `denied`: a rule refuses its members, so that being one of them is what comes late and goes early.
+    fn group(&mut self, key: &Arc<str>, old: Option<&BTreeSet<Ipv4Addr>>, wanted: &BTreeSet<Ipv4Addr>, denied: bool) {
         if old == Some(wanted) {
             return;
         }
@@ -228,9 +238,16 @@ impl Work {
             some.into_iter().map(|address| Element::key(address.octets().to_vec())).collect()
         };
         let gone: Vec<&Ipv4Addr> = before.difference(wanted).collect();
-        self.tighter |= !gone.is_empty();
-        self.remove.delete_elements(&name, &keys(gone));
-        self.add.add_elements(&name, &keys(wanted.difference(before).collect()));
+        let new: Vec<&Ipv4Addr> = wanted.difference(before).collect();
+        self.tighter |= !gone.is_empty() || (denied && !new.is_empty());
+        let (early, late) = (&mut self.add, &mut self.remove);
+        if denied && old.is_some() {
+            early.delete_elements(&name, &keys(gone));
+            late.add_elements(&name, &keys(new));
+        } else {
+            late.delete_elements(&name, &keys(gone));
+            early.add_elements(&name, &keys(new));
+        }
         self.objects += 1;
     }
 
@@ -242,16 +259,22 @@ impl Work {
         let numbers = &mut self.numbers;
         // A new chain, to which nothing leads yet; or new rules of one, all of which take effect at once.
         let t = if old.is_none() {
-            self.add.add_chain(&chain);
             &mut self.add
         } else {
             self.switch.flush_chain(&chain);
             &mut self.switch
         };
-        for one in &wanted.allows {
-            allow(t, numbers, &chain, wanted.direction, one);
+        let otherwise = match (&wanted.otherwise, wanted.direction) {
+            (Otherwise::Refuse, _) => REFUSED.to_owned(),
+            (Otherwise::Default, Direction::Egress) => EGRESS_DEFAULT.to_owned(),
+            (Otherwise::Default, Direction::Ingress) => INGRESS_DEFAULT.to_owned(),
+            (Otherwise::Profile(next), _) => numbers.profile(next),
+        };
+        let place = Place { chain: &chain, direction: wanted.direction, otherwise: &otherwise };
+        for one in &wanted.rules {
+            place.add(t, numbers, one);
         }
-        t.add_rule(&chain, Rule::new().goto(REFUSED).comment(&wanted.origin));
+        t.add_rule(&chain, Rule::new().goto(&otherwise).comment(&wanted.origin));
         self.tighter = true;
         self.objects += 1;
     }
@@ -317,39 +340,65 @@ type Batches = BTreeMap<&'static str, Vec<Element>>;
 /// Set, key, value.
 type OneElement = (&'static str, Vec<u8>, Held);
 
-fn allow(t: &mut Transaction, numbers: &mut Numbers, chain: &str, direction: Direction, allow: &Allow) {
-    let peer = |rule: Rule| match direction {
-        Direction::Egress => rule.load_destination(R0),
-        Direction::Ingress => rule.load_source(R0),
+/// The groups that a rule refuses, and none allows or passes on.
+fn denied(policies: &Policies) -> BTreeSet<&Arc<str>> {
+    let rules = || policies.profiles.values().flat_map(|profile| &profile.rules);
+    let groups = |denied: bool| {
+        rules().filter(move |rule| (rule.action == Action::Deny) == denied).filter_map(|rule| rule.group.as_ref())
     };
-    if allow.anyone {
-        return rule(t, chain, direction, allow, Rule::new());
+    let mut all: BTreeSet<_> = groups(true).collect();
+    if !all.is_empty() {
+        groups(false).for_each(|key| {
+            all.remove(key);
+        });
     }
-    if let Some(key) = &allow.group {
-        let set = numbers.group(key);
-        rule(t, chain, direction, allow, peer(Rule::new()).if_in_set(&set, R0));
-    }
-    if !allow.blocks.is_empty() {
-        let set = t.add_anonymous_ranges(&allow.blocks);
-        rule(t, chain, direction, allow, peer(Rule::new()).if_in(set, R0));
-    }
+    all
 }
 
-/// The rule that goes on from matched peers: ports, then the verdict.
-fn rule(t: &mut Transaction, chain: &str, direction: Direction, allow: &Allow, matched: Rule) {
-    let matched = match allow.ports.as_slice() {
-        [] => matched,
-        [one] if one.first == one.last => matched.if_protocol(one.protocol.number()).if_destination_port(one.first),
-        many => {
-            let set = t.add_anonymous_ports(&merged(many));
-            matched.load_protocol(R0).load_destination_port(R1).if_in(set, R0)
+/// Where a rule goes, and where what it passes on goes.
+struct Place<'a> {
+    chain: &'a str,
+    direction: Direction,
+    otherwise: &'a str,
+}
+
+impl Place<'_> {
+    fn add(&self, t: &mut Transaction, numbers: &mut Numbers, wanted: &super::Rule) {
+        let peer = |rule: Rule| match self.direction {
+            Direction::Egress => rule.load_destination(R0),
+            Direction::Ingress => rule.load_source(R0),
+        };
+        if wanted.anyone {
+            return self.matched(t, wanted, Rule::new());
         }
-    };
-    let rule = match direction {
-        Direction::Egress => matched.goto(TO_INGRESS),
-        Direction::Ingress => matched.accept(),
-    };
-    t.add_rule(chain, rule.comment(&allow.origin));
+        if let Some(key) = &wanted.group {
+            let set = numbers.group(key);
+            self.matched(t, wanted, peer(Rule::new()).if_in_set(&set, R0));
+        }
+        if !wanted.blocks.is_empty() {
+            let set = t.add_anonymous_ranges(&wanted.blocks);
+            self.matched(t, wanted, peer(Rule::new()).if_in(set, R0));
+        }
+    }
+
+    /// The rule that goes on from matched peers: ports, then the verdict.
+    fn matched(&self, t: &mut Transaction, wanted: &super::Rule, matched: Rule) {
+        let matched = match wanted.ports.as_slice() {
+            [] => matched,
+            [one] if one.first == one.last => matched.if_protocol(one.protocol.number()).if_destination_port(one.first),
+            many => {
+                let set = t.add_anonymous_ports(&merged(many));
+                matched.load_protocol(R0).load_destination_port(R1).if_in(set, R0)
+            }
+        };
+        let rule = match (wanted.action, self.direction) {
+            (Action::Allow, Direction::Egress) => matched.goto(TO_INGRESS),
+            (Action::Allow, Direction::Ingress) => matched.accept(),
+            (Action::Deny, _) => matched.goto(REFUSED),
+            (Action::Pass, _) => matched.goto(self.otherwise),
+        };
+        t.add_rule(self.chain, rule.comment(&wanted.origin));
+    }
 }
 
 #[derive(PartialEq, Eq)]

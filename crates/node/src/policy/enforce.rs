@@ -1,14 +1,16 @@
 //! Keeps the network's policies up to date. One sync at a time; those who ask while one runs share the next.
 
-use super::{Compiled, Member, Policy, compile};
+use super::{AdminPolicy, Compiled, Member, Node, Policy, World, compile};
 use crate::boundary::SandboxNetwork;
 use crate::ports::{Attach, Leased, NetworkError, Networks, Records, ServiceRule};
-use api::informer::Informer;
+use api::client::{Client, ListOptions, Patch};
+use api::informer::{Informer, Subscription};
+use api::kind::Resource;
 use api::object::{Meta, SharedObject};
 use async_trait::async_trait;
 use network::Isolation;
-use serde_json::Value;
-use std::collections::{BTreeMap, HashMap};
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -20,10 +22,16 @@ const RETRY: Duration = Duration::from_secs(2);
 /// Everything is looked at again this often.
 const RESYNC: Duration = Duration::from_secs(300);
 
+const ADMIN: &str = "policy.networking.k8s.io";
+
 pub(crate) struct Enforcer {
     isolation: Isolation,
+    client: Arc<dyn Client>,
     networks: Arc<dyn Networks>,
     policies: Informer,
+    /// AdminNetworkPolicies, and the baseline.
+    admin: [(Resource, Informer); 2],
+    nodes: Informer,
     namespaces: Informer,
     pods: Informer,
     asked: AtomicU64,
@@ -35,24 +43,54 @@ pub(crate) struct Enforcer {
 struct Work {
     /// Everything asked up to this has been done.
     done: u64,
-    /// Parsed policies by uid, with the version they were read from.
-    parsed: HashMap<String, (String, Arc<Policy>)>,
+    policies: Parsed<Policy>,
+    admin: Parsed<AdminPolicy>,
+}
+
+/// Read objects by uid, with the version they were read from.
+struct Parsed<T>(HashMap<String, (String, Arc<T>)>);
+
+impl<T> Default for Parsed<T> {
+    fn default() -> Self {
+        Parsed(HashMap::new())
+    }
+}
+
+impl<T> Parsed<T> {
+    /// Reads what is new, forgets what is gone.
+    fn update(&mut self, objects: &[SharedObject], read: impl Fn(&SharedObject) -> T) -> Vec<Arc<T>> {
+        let mut parsed = HashMap::with_capacity(objects.len());
+        let all = objects.iter().map(|object| {
+            let version = object.resource_version();
+            let known = self.0.get(object.uid()).filter(|(known, _)| known == version && !version.is_empty());
+            let one = known.map_or_else(|| Arc::new(read(object)), |(_, one)| one.clone());
+            parsed.insert(object.uid().to_owned(), (version.to_owned(), one.clone()));
+            one
+        });
+        let all = all.collect();
+        self.0 = parsed;
+        all
+    }
 }
 
 impl Enforcer {
-    pub fn new(
-        isolation: Isolation,
-        networks: Arc<dyn Networks>,
-        policies: Informer,
-        namespaces: Informer,
-        pods: Informer,
-    ) -> Enforcer {
+    pub fn new(isolation: Isolation, client: Arc<dyn Client>, networks: Arc<dyn Networks>, pods: Informer) -> Enforcer {
+        let follow =
+            |resource: &Resource| Informer::spawn(client.clone(), resource.clone(), "", ListOptions::default());
+        let admin = ["adminnetworkpolicies", "baselineadminnetworkpolicies"].map(|plural| {
+            let resource = Resource::new(ADMIN, "v1alpha1", plural);
+            let informer = follow(&resource);
+            (resource, informer)
+        });
         Enforcer {
             isolation,
             networks,
-            policies,
-            namespaces,
+            policies: follow(&Resource::new("networking.k8s.io", "v1", "networkpolicies")),
+            admin,
+            nodes: follow(&Resource::new("", "v1", "nodes")),
+            namespaces: follow(&Resource::new("", "v1", "namespaces")),
             pods,
+            client,
             asked: AtomicU64::new(0),
             work: Mutex::default(),
             current: RwLock::default(),
@@ -66,32 +104,86 @@ impl Enforcer {
 
     /// Follows the API until cancelled.
     pub async fn run(self: Arc<Self>) {
-        let mut changes = [self.policies.subscribe(), self.namespaces.subscribe(), self.pods.subscribe()];
+        let mut changes: Vec<Subscription> = self.informers().map(Informer::subscribe).collect();
+        let mut nodes = self.nodes.subscribe();
         loop {
             for changes in &mut changes {
                 while changes.try_next().is_some() {}
             }
+            let seen = self.nodes();
+            let admin = self.admin.each_ref().map(|(resource, informer)| (resource, informer.list()));
             let failed = match self.settle().await {
-                Ok(()) => false,
+                Ok(()) => {
+                    self.tell(admin).await;
+                    false
+                }
                 Err(error) => {
                     tracing::warn!("network policies are not up to date, trying again: {error}");
                     true
                 }
             };
-            let [policies, namespaces, pods] = &mut changes;
             tokio::time::sleep(PAUSE).await;
+            // Nodes say every few seconds that they are alive, which changes nothing here.
+            let node_changed = async {
+                while self.nodes() == seen {
+                    nodes.next().await;
+                }
+            };
             tokio::select! {
-                _ = policies.next() => {}
-                _ = namespaces.next() => {}
-                _ = pods.next() => {}
+                _ = futures_util::future::select_all(changes.iter_mut().map(|changes| Box::pin(changes.next()))) => {}
+                () = node_changed => {}
                 () = tokio::time::sleep(if failed { RETRY } else { RESYNC }) => {}
+            }
+        }
+    }
+
+    /// All whose changes matter whatever they are.
+    fn informers(&self) -> impl Iterator<Item = &Informer> {
+        let admin = self.admin.iter().map(|(_, informer)| informer);
+        [&self.policies, &self.namespaces, &self.pods].into_iter().chain(admin)
+    }
+
+    /// Labels and addresses.
+    fn nodes(&self) -> Vec<Node> {
+        let address = |one: &Value| one.get("address")?.as_str()?.parse().ok();
+        let read = |node: &SharedObject| Node {
+            labels: labels(node).clone(),
+            addresses: node
+                .pointer("/status/addresses")
+                .and_then(Value::as_array)
+                .map(|all| all.iter().filter_map(address).collect())
+                .unwrap_or_default(),
+        };
+        self.nodes.list().iter().map(read).collect()
+    }
+
+    /// Writes into the status of administrators' policies that they are in force.
+    async fn tell(&self, admin: [(&Resource, Vec<SharedObject>); 2]) {
+        for (resource, objects) in admin {
+            for object in objects {
+                let told = object
+                    .pointer("/status/conditions")
+                    .and_then(Value::as_array)
+                    .into_iter()
+                    .flatten()
+                    .any(|one| one.get("observedGeneration").and_then(Value::as_i64) == Some(object.generation()));
+                if told {
+                    continue;
+                }
+                let condition = json!({"type": "Programmed", "status": "True", "reason": "Programmed",
+                    "message": "The network enforces it.", "observedGeneration": object.generation(),
+                    "lastTransitionTime": api::time::now_rfc3339()});
+                let patch = Patch::Merge(json!({"status": {"conditions": [condition]}}));
+                if let Err(error) = self.client.patch(resource, "", object.name(), "status", patch).await {
+                    tracing::debug!("status of {} {}: {}", resource.plural, object.name(), error.message);
+                }
             }
         }
     }
 
     /// Returns once the network enforces what the API says now, for all that is attached now.
     pub async fn settle(&self) -> Result<(), NetworkError> {
-        for informer in [&self.policies, &self.namespaces, &self.pods] {
+        for informer in self.informers().chain([&self.nodes]) {
             informer.synced().await;
         }
         let mine = self.asked.fetch_add(1, Ordering::AcqRel) + 1;
@@ -109,19 +201,11 @@ impl Enforcer {
     }
 
     fn compile(&self, work: &mut Work, leases: &[Leased]) -> Compiled {
-        let objects = self.policies.list();
-        let mut parsed = HashMap::with_capacity(objects.len());
-        let policies: Vec<Arc<Policy>> = objects
-            .iter()
-            .map(|object| {
-                let version = object.resource_version();
-                let known = work.parsed.get(object.uid()).filter(|(known, _)| known == version && !version.is_empty());
-                let policy = known.map_or_else(|| Arc::new(Policy::read(object)), |(_, policy)| policy.clone());
-                parsed.insert(object.uid().to_owned(), (version.to_owned(), policy.clone()));
-                policy
-            })
-            .collect();
-        work.parsed = parsed;
+        let policies = work.policies.update(&self.policies.list(), |object| Policy::read(object));
+        let [of_admin, of_baseline] = &self.admin;
+        let baseline: BTreeSet<String> = of_baseline.1.list().iter().map(|object| object.uid().to_owned()).collect();
+        let objects: Vec<SharedObject> = of_admin.1.list().into_iter().chain(of_baseline.1.list()).collect();
+        let admin = work.admin.update(&objects, |object| AdminPolicy::read(object, baseline.contains(object.uid())));
         let namespaces: BTreeMap<String, Value> =
             self.namespaces.list().iter().map(|object| (object.name().to_owned(), labels(object).clone())).collect();
         let addresses: HashMap<&str, Ipv4Addr> = leases.iter().map(|l| (l.uid.as_str(), l.address)).collect();
@@ -138,7 +222,14 @@ impl Enforcer {
                 })
             })
             .collect();
-        compile(self.isolation, &policies, &namespaces, &members)
+        compile(&World {
+            isolation: self.isolation,
+            policies: &policies,
+            admin: &admin,
+            namespaces: &namespaces,
+            nodes: &self.nodes(),
+            members: &members,
+        })
     }
 }
 

@@ -1,16 +1,20 @@
-//! NetworkPolicies as the network enforces them: selectors become sets of addresses, named ports numbers, and the policies
-//! that select one pod a profile (<https://kubernetes.io/docs/concepts/services-networking/network-policies/>).
+//! Policies as the network enforces them: selectors become sets of addresses, named ports numbers, and the policies of one
+//! tier that select one pod a profile (<https://kubernetes.io/docs/concepts/services-networking/network-policies/>,
+//! <https://network-policy-api.sigs.k8s.io/api-overview/>).
 //!
 //! - [`compile`]: pure; policies, namespaces and pods in, [`network::Policies`] out.
 //! - `enforce`: follows the API, and admits each pod to the network before its first container starts.
 //! - [`inspect`]: says whether and why a connection passes, and what was refused, over a socket for the command line.
 
+mod admin;
 mod enforce;
 pub mod inspect;
 mod parse;
 
+pub use admin::{AdminPolicy, Tier};
 pub(crate) use enforce::{Enforced, Enforcer};
-use network::policy::{Allow, Direction, Isolation, Policies, Ports, Profile, Workload};
+use network::Protocol;
+use network::policy::{Action, Block, Direction, Isolation, Network, Otherwise, Policies, Ports, Profile, Workload};
 pub use parse::Policy;
 use parse::{Peer, Port, PortName, Rule};
 use serde_json::Value;
@@ -29,6 +33,24 @@ pub struct Member<'a> {
     pub spec: &'a Value,
 }
 
+/// A node's labels and addresses.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Node {
+    pub labels: Value,
+    pub addresses: Vec<Ipv4Addr>,
+}
+
+/// All that [`compile`] looks at.
+pub struct World<'a> {
+    pub isolation: Isolation,
+    pub policies: &'a [Arc<Policy>],
+    pub admin: &'a [Arc<AdminPolicy>],
+    /// Names with `metadata.labels`.
+    pub namespaces: &'a BTreeMap<String, Value>,
+    pub nodes: &'a [Node],
+    pub members: &'a [Member<'a>],
+}
+
 /// What [`compile`] makes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Compiled {
@@ -38,116 +60,153 @@ pub struct Compiled {
     pub visible: BTreeMap<String, BTreeSet<String>>,
 }
 
-/// Resolves all policies. `namespaces` are names with `metadata.labels`.
-pub fn compile(
-    isolation: Isolation,
-    policies: &[Arc<Policy>],
-    namespaces: &BTreeMap<String, Value>,
-    members: &[Member<'_>],
-) -> Compiled {
+/// Resolves all policies.
+pub fn compile(world: &World<'_>) -> Compiled {
     let mut by_namespace: BTreeMap<&str, Vec<&Arc<Policy>>> = BTreeMap::new();
-    for policy in policies {
+    for policy in world.policies {
         by_namespace.entry(&policy.namespace).or_default().push(policy);
     }
-    let mut world = World { namespaces, members, out: Policies { isolation, ..Policies::default() } };
-    for member in members {
+    let mut admin: Vec<&AdminPolicy> = world.admin.iter().map(Arc::as_ref).collect();
+    admin.sort_by(|a, b| (a.tier, &a.name).cmp(&(b.tier, &b.name)));
+    let mut compiler = Compiler { world, out: Policies { isolation: world.isolation, ..Policies::default() } };
+    for member in world.members {
         let own = by_namespace.get(member.namespace).map(Vec::as_slice).unwrap_or_default();
-        let selecting: Vec<&Arc<Policy>> =
-            own.iter().copied().filter(|policy| policy.selector.matches(member.labels)).collect();
-        let [egress, ingress] = [Direction::Egress, Direction::Ingress].map(|d| world.profile(d, &selecting, member));
+        let own: Vec<&Policy> =
+            own.iter().map(|policy| &***policy).filter(|policy| policy.selector.matches(member.labels)).collect();
+        let labels = world.namespaces.get(member.namespace).unwrap_or(&Value::Null);
+        let admin: Vec<&AdminPolicy> =
+            admin.iter().copied().filter(|policy| policy.selects(labels, member.labels)).collect();
+        let [egress, ingress] =
+            [Direction::Egress, Direction::Ingress].map(|direction| compiler.tiers(direction, &own, &admin, member));
         let workload = Workload { namespace: member.namespace.into(), name: member.name.into(), egress, ingress };
-        world.out.workloads.insert(member.address, workload);
+        compiler.out.workloads.insert(member.address, workload);
     }
-    Compiled { visible: visible(isolation, policies, namespaces), policies: world.out }
+    Compiled { visible: visible(world), policies: compiler.out }
 }
 
-fn visible(
-    isolation: Isolation,
-    policies: &[Arc<Policy>],
-    namespaces: &BTreeMap<String, Value>,
-) -> BTreeMap<String, BTreeSet<String>> {
+fn visible(world: &World<'_>) -> BTreeMap<String, BTreeSet<String>> {
+    let namespaces = world.namespaces;
     let mut all: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
-    if isolation == Isolation::Open {
+    if world.isolation == Isolation::Open {
         let names: BTreeSet<String> = namespaces.keys().cloned().collect();
         return namespaces.keys().map(|name| (name.clone(), names.clone())).collect();
     }
-    for policy in policies {
+    let mut let_in = |into: &str, rule: &Rule| {
+        let lets_in = |labels: &Value| {
+            rule.peers.is_empty()
+                || rule.peers.iter().any(|peer| match peer {
+                    Peer::Pods { namespaces: Some(selector), .. } => selector.matches(labels),
+                    Peer::Pods { namespaces: None, .. } | Peer::Block(_) | Peer::Nodes(_) => false,
+                })
+        };
+        for (name, _) in namespaces.iter().filter(|(name, labels)| *name != into && lets_in(labels)) {
+            all.entry(name.clone()).or_default().insert(into.to_owned());
+        }
+    };
+    for policy in world.policies {
         for rule in policy.rules(Direction::Ingress).into_iter().flatten() {
-            let lets_in = |labels: &Value| {
-                rule.peers.is_empty()
-                    || rule.peers.iter().any(|peer| match peer {
-                        Peer::Pods { namespaces: Some(selector), .. } => selector.matches(labels),
-                        Peer::Pods { namespaces: None, .. } | Peer::Block(_) => false,
-                    })
-            };
-            for (name, _) in namespaces.iter().filter(|(name, labels)| **name != policy.namespace && lets_in(labels)) {
-                all.entry(name.clone()).or_default().insert(policy.namespace.clone());
-            }
+            let_in(&policy.namespace, rule);
+        }
+    }
+    for policy in world.admin {
+        let subjects = || namespaces.iter().filter(|(_, labels)| policy.selects_namespace(labels));
+        for rule in policy.rules(Direction::Ingress).iter().filter(|rule| rule.action == Action::Allow) {
+            subjects().for_each(|(name, _)| let_in(name, rule));
         }
     }
     all
 }
 
-struct World<'a> {
-    namespaces: &'a BTreeMap<String, Value>,
-    members: &'a [Member<'a>],
+struct Compiler<'a> {
+    world: &'a World<'a>,
     out: Policies,
 }
 
-impl World<'_> {
-    /// The profile of a pod that these policies select; `None`: none of them is about this direction.
-    fn profile(&mut self, direction: Direction, selecting: &[&Arc<Policy>], own: &Member<'_>) -> Option<Arc<str>> {
-        let about: Vec<_> =
-            selecting.iter().filter_map(|policy| policy.rules(direction).map(|rules| (*policy, rules))).collect();
-        if about.is_empty() {
-            return None;
+impl Compiler<'_> {
+    /// The profile that a pod's connections go through first: administrators' policies lead to the namespace's own, or to
+    /// the baseline where none of those is about this direction. `None`: the default holds.
+    fn tiers(
+        &mut self,
+        direction: Direction,
+        own: &[&Policy],
+        admin: &[&AdminPolicy],
+        pod: &Member<'_>,
+    ) -> Option<Arc<str>> {
+        let of_tier = |baseline: bool| -> (Vec<String>, Vec<&Rule>) {
+            let about = admin
+                .iter()
+                .filter(|policy| (policy.tier == Tier::Baseline) == baseline && !policy.rules(direction).is_empty());
+            (about.clone().map(|p| p.origin()).collect(), about.flat_map(|p| p.rules(direction)).collect())
+        };
+        let isolating: Vec<_> = own.iter().filter_map(|p| p.rules(direction).map(|rules| (*p, rules))).collect();
+        let mut first = None;
+        if !isolating.is_empty() {
+            let names = isolating.iter().map(|(policy, _)| policy.origin()).collect();
+            let rules: Vec<&Rule> = isolating.iter().flat_map(|(_, rules)| rules.iter()).collect();
+            first = Some(self.profile(direction, names, &rules, Otherwise::Refuse, pod));
+        } else if let (names, rules) = of_tier(true)
+            && !rules.is_empty()
+        {
+            first = Some(self.profile(direction, names, &rules, Otherwise::Default, pod));
         }
-        let names: Vec<String> = about.iter().map(|(policy, _)| policy.origin()).collect();
+        let (names, rules) = of_tier(false);
+        if rules.is_empty() {
+            return first;
+        }
+        let otherwise = first.map_or(Otherwise::Default, Otherwise::Profile);
+        Some(self.profile(direction, names, &rules, otherwise, pod))
+    }
+
+    /// The key of the profile with these rules for a pod; pods for which they mean the same share it.
+    fn profile(
+        &mut self,
+        direction: Direction,
+        names: Vec<String>,
+        rules: &[&Rule],
+        otherwise: Otherwise,
+        own: &Member<'_>,
+    ) -> Arc<str> {
         let origin = names.join(" and ");
         let mut key = format!("{direction:?} {origin}");
         if direction == Direction::Ingress {
             // The names of ports mean what this pod's containers say.
-            let wanted = about.iter().flat_map(|(_, rules)| rules.iter()).flat_map(|rule| &rule.ports);
-            for name in wanted.filter_map(Port::name) {
-                let numbers: Vec<String> = numbers(own.spec, name).iter().map(u16::to_string).collect();
-                key.push_str(&format!(" {}/{}={}", name.protocol, name.name, numbers.join("+")));
+            for name in rules.iter().flat_map(|rule| &rule.ports).filter_map(Port::name) {
+                key.push_str(&format!(" {}={:?}", name.name, numbers(own.spec, name)));
             }
+        }
+        if let Otherwise::Profile(next) = &otherwise {
+            key.push_str(&format!(" then {next}"));
         }
         let key: Arc<str> = key.into();
         if !self.out.profiles.contains_key(&key) {
-            let mut allows = Vec::new();
-            for (policy, rules) in about {
-                for (index, rule) in rules.iter().enumerate() {
-                    let field = if direction == Direction::Egress { "egress" } else { "ingress" };
-                    let origin: Arc<str> = format!("{} {field}[{index}]", policy.origin()).into();
-                    match direction {
-                        Direction::Ingress => self.ingress(policy, rule, origin, own, &mut allows),
-                        Direction::Egress => self.egress(policy, rule, origin, &mut allows),
-                    }
+            let mut out = Vec::new();
+            for rule in rules {
+                match direction {
+                    Direction::Ingress => self.ingress(rule, own, &mut out),
+                    Direction::Egress => self.egress(rule, own.namespace, &mut out),
                 }
             }
-            self.out.profiles.insert(key.clone(), Profile { direction, origin: origin.into(), allows });
+            self.out.profiles.insert(key.clone(), Profile { direction, origin: origin.into(), rules: out, otherwise });
         }
-        Some(key)
+        key
     }
 
-    fn ingress(&mut self, policy: &Policy, rule: &Rule, origin: Arc<str>, own: &Member<'_>, out: &mut Vec<Allow>) {
+    fn ingress(&mut self, rule: &Rule, own: &Member<'_>, out: &mut Vec<network::policy::Rule>) {
         let mut ports = Vec::new();
         for port in &rule.ports {
             match port {
                 Port::Numbers(range) => ports.push(*range),
-                Port::Name(name) => ports.extend(numbers(own.spec, name).into_iter().map(|n| one(name, n))),
+                Port::Name(name) => ports.extend(numbers(own.spec, name)),
             }
         }
-        // Ports that no container has: nothing is allowed, which is not the same as no ports at all.
+        // Ports that no container has: nothing matches, which is not the same as no ports at all.
         if ports.is_empty() && !rule.ports.is_empty() {
             return;
         }
-        let (anyone, group, blocks) = self.peers(policy, rule);
-        out.push(Allow { origin, anyone, group, blocks, ports });
+        out.push(self.rule(rule, own.namespace, ports));
     }
 
-    fn egress(&mut self, policy: &Policy, rule: &Rule, origin: Arc<str>, out: &mut Vec<Allow>) {
+    fn egress(&mut self, rule: &Rule, namespace: &str, out: &mut Vec<network::policy::Rule>) {
         let numeric: Vec<Ports> = rule
             .ports
             .iter()
@@ -157,38 +216,49 @@ impl World<'_> {
             })
             .collect();
         if rule.ports.is_empty() || !numeric.is_empty() {
-            let (anyone, group, blocks) = self.peers(policy, rule);
-            out.push(Allow { origin: origin.clone(), anyone, group, blocks, ports: numeric });
+            out.push(self.rule(rule, namespace, numeric));
         }
         for name in rule.ports.iter().filter_map(Port::name) {
             // A name means something else at every destination: one rule for each number it stands for.
-            let mut by_number: BTreeMap<u16, BTreeSet<Ipv4Addr>> = BTreeMap::new();
-            for member in self.members.iter().filter(|member| self.is_peer(policy, rule, member)) {
+            let mut by_number: BTreeMap<Ports, BTreeSet<Ipv4Addr>> = BTreeMap::new();
+            for member in self.world.members.iter().filter(|member| self.is_peer(rule, namespace, member)) {
                 for number in numbers(member.spec, name) {
                     by_number.entry(number).or_default().insert(member.address);
                 }
             }
             for (number, addresses) in by_number {
-                let key: Arc<str> =
-                    format!("{} with {}/{}={number}", rule.peers_key(policy), name.protocol, name.name).into();
+                let key = format!("{} with {}={number:?}", rule.peers_key(namespace), name.name);
+                let key: Arc<str> = key.into();
                 self.out.groups.insert(key.clone(), addresses);
-                let ports = vec![one(name, number)];
-                out.push(Allow { origin: origin.clone(), anyone: false, group: Some(key), blocks: Vec::new(), ports });
+                out.push(network::policy::Rule {
+                    origin: rule.origin.clone(),
+                    action: rule.action,
+                    anyone: false,
+                    group: Some(key),
+                    blocks: Vec::new(),
+                    ports: vec![number],
+                });
             }
         }
     }
 
+    fn rule(&mut self, rule: &Rule, namespace: &str, ports: Vec<Ports>) -> network::policy::Rule {
+        let (anyone, group, blocks) = self.peers(rule, namespace);
+        network::policy::Rule { origin: rule.origin.clone(), action: rule.action, anyone, group, blocks, ports }
+    }
+
     /// Anyone, a group of pods, ranges of addresses.
-    fn peers(&mut self, policy: &Policy, rule: &Rule) -> (bool, Option<Arc<str>>, Vec<(Ipv4Addr, Ipv4Addr)>) {
+    fn peers(&mut self, rule: &Rule, namespace: &str) -> (bool, Option<Arc<str>>, Vec<(Ipv4Addr, Ipv4Addr)>) {
         if rule.peers.is_empty() {
             return (true, None, Vec::new());
         }
-        let blocks: Vec<_> = rule.peers.iter().filter_map(Peer::block).collect();
-        let group = rule.peers.iter().any(|peer| peer.block().is_none()).then(|| {
-            let key: Arc<str> = rule.peers_key(policy).into();
+        let is_pods = |peer: &&Peer| matches!(peer, Peer::Pods { .. });
+        let blocks: Vec<Block> = rule.peers.iter().flat_map(|peer| self.blocks(peer)).collect();
+        let group = rule.peers.iter().any(|peer| is_pods(&peer)).then(|| {
+            let key: Arc<str> = rule.peers_key(namespace).into();
             if !self.out.groups.contains_key(&key) {
-                let peers = self.members.iter().filter(|member| {
-                    rule.peers.iter().any(|peer| peer.block().is_none() && self.matches(policy, peer, member))
+                let peers = self.world.members.iter().filter(|member| {
+                    rule.peers.iter().filter(is_pods).any(|peer| self.matches(namespace, peer, member))
                 });
                 let addresses = peers.map(|member| member.address).collect();
                 self.out.groups.insert(key.clone(), addresses);
@@ -198,44 +268,52 @@ impl World<'_> {
         (false, group, network::policy::ranges(&blocks))
     }
 
-    fn is_peer(&self, policy: &Policy, rule: &Rule, member: &Member<'_>) -> bool {
-        rule.peers.is_empty() || rule.peers.iter().any(|peer| self.matches(policy, peer, member))
+    fn blocks(&self, peer: &Peer) -> Vec<Block> {
+        match peer {
+            Peer::Pods { .. } => Vec::new(),
+            Peer::Block(block) => vec![block.clone()],
+            Peer::Nodes(selector) => {
+                let nodes = self.world.nodes.iter().filter(|node| selector.matches(&node.labels));
+                let one = |base: &Ipv4Addr| Block { network: Network { base: *base, prefix: 32 }, except: Vec::new() };
+                nodes.flat_map(|node| &node.addresses).map(one).collect()
+            }
+        }
     }
 
-    fn matches(&self, policy: &Policy, peer: &Peer, member: &Member<'_>) -> bool {
+    fn is_peer(&self, rule: &Rule, namespace: &str, member: &Member<'_>) -> bool {
+        rule.peers.is_empty() || rule.peers.iter().any(|peer| self.matches(namespace, peer, member))
+    }
+
+    fn matches(&self, own: &str, peer: &Peer, member: &Member<'_>) -> bool {
         match peer {
             Peer::Pods { namespaces, pods } => {
                 let namespace = match namespaces {
-                    None => member.namespace == policy.namespace,
+                    None => member.namespace == own,
                     Some(selector) => {
-                        let labels = self.namespaces.get(member.namespace);
+                        let labels = self.world.namespaces.get(member.namespace);
                         labels.is_some_and(|labels| selector.matches(labels))
                     }
                 };
                 namespace && pods.matches(member.labels)
             }
-            Peer::Block(block) => {
-                let ranges = network::policy::ranges(std::slice::from_ref(block));
+            Peer::Block(_) | Peer::Nodes(_) => {
+                let ranges = network::policy::ranges(&self.blocks(peer));
                 ranges.iter().any(|(first, last)| (*first..=*last).contains(&member.address))
             }
         }
     }
 }
 
-fn one(name: &PortName, number: u16) -> Ports {
-    Ports { protocol: parse::protocol(&name.protocol), first: number, last: number }
-}
-
-/// The numbers that a pod's containers give a port's name; usually one.
-fn numbers(spec: &Value, wanted: &PortName) -> BTreeSet<u16> {
+/// The ports that a pod's containers give a name; usually one.
+fn numbers(spec: &Value, wanted: &PortName) -> BTreeSet<Ports> {
     let lists = ["containers", "initContainers"].into_iter().filter_map(|list| spec.get(list)?.as_array());
     let ports = lists.flatten().filter_map(|container| container.get("ports")?.as_array()).flatten();
-    let text = |port: &Value, field: &str| port.get(field).and_then(Value::as_str).map(str::to_owned);
-    ports
-        .filter(|port| {
-            text(port, "name").as_deref() == Some(&wanted.name)
-                && text(port, "protocol").unwrap_or_else(|| "TCP".into()) == wanted.protocol
-        })
-        .filter_map(|port| u16::try_from(port.get("containerPort")?.as_u64()?).ok())
-        .collect()
+    let named = ports.filter(|port| port.get("name").and_then(Value::as_str) == Some(&wanted.name));
+    let one = |port: &Value| {
+        let protocol = parse::protocol(port.get("protocol").and_then(Value::as_str).unwrap_or("TCP"));
+        let number = u16::try_from(port.get("containerPort")?.as_u64()?).ok()?;
+        let right: bool = wanted.protocol.is_none_or(|wanted: Protocol| wanted == protocol);
+        right.then_some(Ports { protocol, first: number, last: number })
+    };
+    named.filter_map(one).collect()
 }

@@ -1,10 +1,11 @@
-//! NetworkPolicies read from the API, once for each version of an object.
+//! Policies read from the API, once for each version of an object.
 
 use api::object::{Meta, Object};
 use api::selector::Selector;
 use network::Protocol;
-use network::policy::{Block, Direction, Network, Ports};
+use network::policy::{Action, Block, Direction, Network, Ports};
 use serde_json::Value;
+use std::sync::Arc;
 
 /// One NetworkPolicy.
 #[derive(Clone, Debug)]
@@ -20,6 +21,9 @@ pub struct Policy {
 
 #[derive(Clone, Debug)]
 pub(super) struct Rule {
+    /// Where it comes from, for people.
+    pub origin: Arc<str>,
+    pub action: Action,
     /// Empty: anyone.
     pub peers: Vec<Peer>,
     /// Empty: everything.
@@ -34,6 +38,7 @@ pub(super) enum Peer {
         pods: Selector,
     },
     Block(Block),
+    Nodes(Selector),
 }
 
 #[derive(Clone, Debug)]
@@ -44,17 +49,9 @@ pub(super) enum Port {
 
 #[derive(Clone, Debug)]
 pub(super) struct PortName {
-    pub protocol: String,
+    /// `None`: any.
+    pub protocol: Option<Protocol>,
     pub name: String,
-}
-
-impl Peer {
-    pub fn block(&self) -> Option<Block> {
-        match self {
-            Peer::Block(block) => Some(block.clone()),
-            Peer::Pods { .. } => None,
-        }
-    }
 }
 
 impl Port {
@@ -68,16 +65,20 @@ impl Port {
 
 impl Rule {
     /// What its peers mean, as text: rules with the same share one set in the kernel.
-    pub fn peers_key(&self, policy: &Policy) -> String {
+    /// A set that a rule refuses is one of its own, since its members change in another order.
+    pub fn peers_key(&self, namespace: &str) -> String {
         let text = |peer: &Peer| match peer {
-            Peer::Pods { namespaces: None, pods } => format!("{}:{pods}", policy.namespace),
+            Peer::Pods { namespaces: None, pods } => format!("{namespace}:{pods}"),
             Peer::Pods { namespaces: Some(namespaces), pods } => format!("({namespaces}):{pods}"),
             Peer::Block(block) => format!("{block:?}"),
+            Peer::Nodes(nodes) => format!("nodes {nodes}"),
         };
-        if self.peers.is_empty() {
-            return "anyone".to_owned();
-        }
-        self.peers.iter().map(text).collect::<Vec<_>>().join("|")
+        let peers = if self.peers.is_empty() {
+            "anyone".to_owned()
+        } else {
+            self.peers.iter().map(text).collect::<Vec<_>>().join("|")
+        };
+        if self.action == Action::Deny { format!("denied {peers}") } else { peers }
     }
 }
 
@@ -91,7 +92,15 @@ impl Policy {
             [] => (!list(spec, "egress").is_empty(), true),
             _ => (about("Egress"), about("Ingress")),
         };
-        let rules = |field, peers| list(spec, field).iter().map(|one| rule(one, peers)).collect();
+        let rules = |field, peers| -> Vec<Rule> {
+            let rule = |(index, one): (usize, &Value)| Rule {
+                origin: format!("NetworkPolicy {}/{} {field}[{index}]", object.namespace(), object.name()).into(),
+                action: Action::Allow,
+                peers: list(one, peers).iter().map(peer).collect(),
+                ports: list(one, "ports").iter().filter_map(port).collect(),
+            };
+            list(spec, field).iter().enumerate().map(rule).collect()
+        };
         Policy {
             namespace: object.namespace().to_owned(),
             name: object.name().to_owned(),
@@ -114,19 +123,12 @@ impl Policy {
     }
 }
 
-fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
+pub(super) fn list<'a>(value: &'a Value, field: &str) -> &'a [Value] {
     value.get(field).and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default()
 }
 
-fn selector(value: &Value) -> Selector {
+pub(super) fn selector(value: &Value) -> Selector {
     Selector::from_object(value).unwrap_or_else(|_| Selector::nothing())
-}
-
-fn rule(value: &Value, peers: &str) -> Rule {
-    Rule {
-        peers: list(value, peers).iter().map(peer).collect(),
-        ports: list(value, "ports").iter().filter_map(port).collect(),
-    }
 }
 
 fn peer(value: &Value) -> Peer {
@@ -152,9 +154,7 @@ fn port(value: &Value) -> Option<Port> {
     let protocol = protocol(protocol_name);
     match value.get("port") {
         None | Some(Value::Null) => Some(Port::Numbers(Ports { protocol, first: 0, last: u16::MAX })),
-        Some(Value::String(name)) => {
-            Some(Port::Name(PortName { protocol: protocol_name.to_owned(), name: name.clone() }))
-        }
+        Some(Value::String(name)) => Some(Port::Name(PortName { protocol: Some(protocol), name: name.clone() })),
         Some(_) => {
             let first = number("port")?;
             Some(Port::Numbers(Ports { protocol, first, last: number("endPort").unwrap_or(first) }))

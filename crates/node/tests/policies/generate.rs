@@ -24,7 +24,67 @@ impl Dice {
 pub fn policies(seed: u64) -> Vec<Value> {
     let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
     let count = 4 + dice.below(12);
-    (0..count).map(|index| policy(&mut dice, index)).collect()
+    let mut all: Vec<Value> = (0..count).map(|index| policy(&mut dice, index)).collect();
+    // Two of three rounds have administrators; some with one priority, where the names decide.
+    if dice.below(3) > 0 {
+        for index in 0..1 + dice.below(4) {
+            let spec = json!({"priority": dice.below(4), "subject": subject(&mut dice)});
+            let name = format!("admin-{index}");
+            all.push(admin(&mut dice, "AdminNetworkPolicy", &name, spec, &["Allow", "Deny", "Pass"]));
+        }
+    }
+    if dice.below(2) > 0 {
+        let spec = json!({"subject": subject(&mut dice)});
+        all.push(admin(&mut dice, "BaselineAdminNetworkPolicy", "default", spec, &["Allow", "Deny"]));
+    }
+    all
+}
+
+fn admin(dice: &mut Dice, kind: &str, name: &str, mut spec: Value, actions: &[&str]) -> Value {
+    for (rules, peers) in [("ingress", "from"), ("egress", "to")] {
+        if dice.below(4) > 0 {
+            spec[rules] = dice.some(0, 3, |dice| {
+                let mut rule = json!({"action": dice.one_of(actions)});
+                rule[peers] = dice.some(1, 2, |dice| admin_peer(dice, rules));
+                let nameless = rule[peers].as_array().unwrap().iter().any(|peer| peer["networks"].is_array());
+                if dice.below(2) > 0 {
+                    rule["ports"] = dice.some(1, 3, |dice| admin_port(dice, !nameless));
+                }
+                rule
+            });
+        }
+    }
+    json!({"kind": kind, "metadata": {"name": name}, "spec": spec})
+}
+
+fn subject(dice: &mut Dice) -> Value {
+    match dice.below(2) {
+        0 => json!({"namespaces": namespace_selector(dice)}),
+        _ => json!({"pods": {"namespaceSelector": namespace_selector(dice), "podSelector": pod_selector(dice)}}),
+    }
+}
+
+fn admin_peer(dice: &mut Dice, rules: &str) -> Value {
+    match dice.below(6) {
+        0 if rules == "egress" => {
+            json!({"networks": dice.one_of(&[json!(["10.42.0.0/28"]), json!(["10.42.0.8/29", "192.0.2.0/24"])])})
+        }
+        1 if rules == "egress" => json!({"nodes": {"matchLabels": {"zone": "one"}}}),
+        _ => subject(dice),
+    }
+}
+
+fn admin_port(dice: &mut Dice, named: bool) -> Value {
+    let all = [
+        json!({"portNumber": {"port": 80}}),
+        json!({"portNumber": {"port": 81, "protocol": "UDP"}}),
+        json!({"portRange": {"start": 70, "end": 80}}),
+        json!({"portRange": {"start": 81, "end": 65535, "protocol": "UDP"}}),
+        json!({"portNumber": {"port": 80, "protocol": "SCTP"}}),
+        json!({"namedPort": "http"}),
+        json!({"namedPort": "none"}),
+    ];
+    dice.one_of(&all[..if named { 7 } else { 5 }])
 }
 
 fn policy(dice: &mut Dice, index: u64) -> Value {

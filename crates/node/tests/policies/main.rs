@@ -1,5 +1,5 @@
-//! NetworkPolicies against real packets: generated policies compared with an independent model of what Kubernetes means,
-//! and the recipes of its documentation as named cases. All in network namespaces that the test makes.
+//! Policies against real packets: generated policies compared with an independent model of what Kubernetes means, and the
+//! recipes of its documentation as named cases. All in network namespaces that the test makes.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
 
 mod generate;
@@ -66,7 +66,7 @@ fn generated_policies_mean_what_the_model_says() {
 #[test]
 fn recipes_of_the_documentation() {
     let Some(mut lab) = Lab::new() else { return };
-    for recipe in recipes::all() {
+    for recipe in recipes::all().into_iter().chain(recipes::administrators()) {
         // In open networks, as Kubernetes has them, each says what must and must not pass.
         let passed = compare(&mut lab, recipe.name, false, &recipe.policies);
         for (from, to, port, wanted) in &recipe.checks {

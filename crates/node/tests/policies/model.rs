@@ -1,6 +1,7 @@
-//! What Kubernetes says a NetworkPolicy means, written down a second time: straight from the objects, one pair and port
-//! at a time, with nothing of the code under test.
-//! <https://kubernetes.io/docs/concepts/services-networking/network-policies/>
+//! What Kubernetes says a policy means, written down a second time: straight from the objects, one pair and port at a
+//! time, with nothing of the code under test.
+//! <https://kubernetes.io/docs/concepts/services-networking/network-policies/>,
+//! <https://network-policy-api.sigs.k8s.io/reference/spec/>
 
 use serde_json::Value;
 use std::net::Ipv4Addr;
@@ -29,8 +30,22 @@ pub fn allowed(world: &World<'_>, from: &Pod, to: &Pod, protocol: &str, port: u1
 }
 
 fn side(world: &World<'_>, kind: &str, own: &Pod, peer: &Pod, to: &Pod, protocol: &str, port: u16) -> bool {
+    let of_kind = |kind: &'static str| world.policies.iter().filter(move |policy| policy["kind"] == kind);
+    let mut admin: Vec<&Value> = of_kind("AdminNetworkPolicy").collect();
+    admin.sort_by_key(|policy| {
+        (policy["spec"]["priority"].as_u64().unwrap(), policy["metadata"]["name"].as_str().unwrap())
+    });
+    let first_action = |policies: Vec<&Value>| -> Option<String> {
+        let action = |policy| admin_action(world, policy, kind, own, peer, to, protocol, port);
+        policies.into_iter().find_map(|policy| action(policy).map(str::to_owned))
+    };
+    match first_action(admin).as_deref() {
+        Some("Allow") => return true,
+        Some("Deny") => return false,
+        _ => {}
+    }
     let mut isolated = false;
-    for policy in world.policies {
+    for policy in world.policies.iter().filter(|policy| policy["kind"].is_null()) {
         let spec = &policy["spec"];
         let mine = policy["metadata"]["namespace"] == own.namespace && selects(&spec["podSelector"], &own.labels);
         if !mine || !types(spec).contains(&kind) {
@@ -48,7 +63,75 @@ fn side(world: &World<'_>, kind: &str, own: &Pod, peer: &Pod, to: &Pod, protocol
             }
         }
     }
-    !isolated && (!world.private || own.namespace == peer.namespace)
+    if isolated {
+        return false;
+    }
+    match first_action(of_kind("BaselineAdminNetworkPolicy").collect()).as_deref() {
+        Some("Allow") => true,
+        Some("Deny") => false,
+        _ => !world.private || own.namespace == peer.namespace,
+    }
+}
+
+/// What the first rule of an administrator's policy that matches says.
+#[allow(clippy::too_many_arguments)]
+fn admin_action<'a>(
+    world: &World<'_>,
+    policy: &'a Value,
+    kind: &str,
+    own: &Pod,
+    peer: &Pod,
+    to: &Pod,
+    protocol: &str,
+    port: u16,
+) -> Option<&'a str> {
+    let spec = &policy["spec"];
+    if !is_chosen(world, &spec["subject"], own) {
+        return None;
+    }
+    let (rules, peers) = if kind == "Egress" { ("egress", "to") } else { ("ingress", "from") };
+    let matches = |rule: &&Value| {
+        array(&rule[peers]).iter().any(|one| is_chosen(world, one, peer))
+            && (rule["ports"].is_null()
+                || array(&rule["ports"]).iter().any(|one| is_admin_port(one, to, protocol, port)))
+    };
+    array(&spec[rules]).iter().find(matches).and_then(|rule| rule["action"].as_str())
+}
+
+/// Whether a subject or peer of an administrator's policy names a pod; nodes are no pods.
+fn is_chosen(world: &World<'_>, chosen: &Value, pod: &Pod) -> bool {
+    let namespace = |selector: &Value| {
+        world.namespaces.iter().any(|(name, labels)| *name == pod.namespace && selects(selector, labels))
+    };
+    let inside = |network: &Value| is_inside(network, pod);
+    (chosen["namespaces"].is_object() && namespace(&chosen["namespaces"]))
+        || (chosen["pods"].is_object()
+            && namespace(&chosen["pods"]["namespaceSelector"])
+            && selects(&chosen["pods"]["podSelector"], &pod.labels))
+        || array(&chosen["networks"]).iter().any(inside)
+}
+
+fn is_admin_port(wanted: &Value, to: &Pod, protocol: &str, port: u16) -> bool {
+    if let Some(name) = wanted["namedPort"].as_str() {
+        return name == "http" && protocol == "TCP" && to.http == port;
+    }
+    let (range, number) = (&wanted["portRange"], &wanted["portNumber"]);
+    let of = if range.is_object() { range } else { number };
+    if of["protocol"].as_str().unwrap_or("TCP") != protocol {
+        return false;
+    }
+    if range.is_object() {
+        (range["start"].as_u64().unwrap()..=range["end"].as_u64().unwrap()).contains(&u64::from(port))
+    } else {
+        number["port"] == u64::from(port)
+    }
+}
+
+fn is_inside(network: &Value, pod: &Pod) -> bool {
+    let (base, prefix) = network.as_str().unwrap().split_once('/').unwrap();
+    let base: Ipv4Addr = base.parse().unwrap();
+    let drop = 32 - prefix.parse::<u32>().unwrap();
+    (u64::from(base.to_bits()) >> drop) == (u64::from(pod.address.to_bits()) >> drop)
 }
 
 fn types(spec: &Value) -> Vec<&str> {
@@ -62,12 +145,7 @@ fn types(spec: &Value) -> Vec<&str> {
 
 fn is_peer(world: &World<'_>, own: &str, peer: &Value, pod: &Pod) -> bool {
     if peer["ipBlock"].is_object() {
-        let inside = |network: &Value| {
-            let (base, prefix) = network.as_str().unwrap().split_once('/').unwrap();
-            let base: Ipv4Addr = base.parse().unwrap();
-            let drop = 32 - prefix.parse::<u32>().unwrap();
-            (u64::from(base.to_bits()) >> drop) == (u64::from(pod.address.to_bits()) >> drop)
-        };
+        let inside = |network: &Value| is_inside(network, pod);
         return inside(&peer["ipBlock"]["cidr"]) && !array(&peer["ipBlock"]["except"]).iter().any(inside);
     }
     let namespace = match &peer["namespaceSelector"] {

@@ -13,6 +13,86 @@ fn policy(namespace: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": namespace, "name": "recipe"}, "spec": spec})
 }
 
+fn admin(name: &str, spec: Value) -> Value {
+    json!({"kind": "AdminNetworkPolicy", "metadata": {"name": name}, "spec": spec})
+}
+
+fn baseline(spec: Value) -> Value {
+    json!({"kind": "BaselineAdminNetworkPolicy", "metadata": {"name": "default"}, "spec": spec})
+}
+
+/// The user stories of <https://network-policy-api.sigs.k8s.io/user-stories/>.
+pub fn administrators() -> Vec<Recipe> {
+    let testing = || json!({"namespaces": {"matchLabels": {"purpose": "testing"}}});
+    let all = || json!({"namespaces": {}});
+    let open_a = || policy("a", json!({"podSelector": {}, "ingress": [{}]}));
+    vec![
+        Recipe {
+            name: "deny traffic at a cluster level, whatever namespaces say",
+            policies: vec![
+                admin(
+                    "deny",
+                    json!({"priority": 10, "subject": {"namespaces": {"matchLabels": {"team": "one"}}},
+                    "ingress": [{"action": "Deny", "from": [testing()]}]}),
+                ),
+                open_a(),
+            ],
+            checks: vec![("b/p0", "a/p0", 80, false), ("c/p0", "a/p0", 80, true)],
+        },
+        Recipe {
+            name: "allow traffic at a cluster level, whatever namespaces say",
+            policies: vec![
+                admin(
+                    "allow",
+                    json!({"priority": 30, "subject": all(),
+                    "ingress": [{"action": "Allow", "from": [testing()], "ports": [{"portNumber": {"port": 80}}]}]}),
+                ),
+                policy("a", json!({"podSelector": {}, "ingress": []})),
+            ],
+            checks: vec![("b/p0", "a/p0", 80, true), ("b/p0", "a/p0", 81, false), ("c/p0", "a/p0", 80, false)],
+        },
+        Recipe {
+            name: "leave it to the namespace",
+            policies: vec![
+                admin(
+                    "pass",
+                    json!({"priority": 1, "subject": all(), "ingress": [{"action": "Pass", "from": [testing()]}]}),
+                ),
+                admin(
+                    "rest",
+                    json!({"priority": 2, "subject": all(), "ingress": [{"action": "Deny", "from": [all()]}]}),
+                ),
+                policy("a", json!({"podSelector": web(), "ingress": [{"ports": [{"port": 80}]}]})),
+            ],
+            checks: vec![
+                ("b/p0", "a/p0", 80, true),
+                ("b/p0", "a/p0", 81, false),
+                ("b/p0", "a/p1", 81, true),
+                ("c/p0", "a/p0", 80, false),
+            ],
+        },
+        Recipe {
+            name: "namespaces are apart unless they say otherwise",
+            policies: vec![
+                baseline(json!({"subject": all(), "ingress": [{"action": "Deny", "from": [all()]}]})),
+                open_a(),
+            ],
+            checks: vec![("b/p0", "a/p0", 80, true), ("b/p0", "c/p0", 80, false), ("c/p1", "c/p0", 80, false)],
+        },
+        Recipe {
+            name: "lower numbers come first, whatever the names",
+            policies: vec![
+                admin("a", json!({"priority": 9, "subject": all(), "ingress": [{"action": "Allow", "from": [all()]}]})),
+                admin(
+                    "b",
+                    json!({"priority": 8, "subject": all(), "ingress": [{"action": "Deny", "from": [testing()]}]}),
+                ),
+            ],
+            checks: vec![("b/p0", "a/p0", 80, false), ("a/p0", "b/p0", 80, true)],
+        },
+    ]
+}
+
 fn web() -> Value {
     json!({"matchLabels": {"app": "web", "role": "front"}})
 }

@@ -1,6 +1,6 @@
 //! Columns of the networking kinds.
 
-use super::{age_column, code, name_column, or_none};
+use super::{CREATED, age_column, code, name_column, or_none, paths};
 use crate::kind::Column;
 use crate::selector::Selector;
 use serde_json::Value;
@@ -14,4 +14,19 @@ pub fn network_policy() -> Vec<Column> {
         }),
         age_column(),
     ]
+}
+
+pub fn admin_network_policy() -> Vec<Column> {
+    paths(&[
+        ("Priority", "string", 0, ".spec.priority"),
+        ("Programmed", "string", 0, ".status.conditions[?(@.type=='Programmed')].status"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
+pub fn baseline_admin_network_policy() -> Vec<Column> {
+    paths(&[
+        ("Programmed", "string", 0, ".status.conditions[?(@.type=='Programmed')].status"),
+        ("Age", "date", 0, CREATED),
+    ])
 }

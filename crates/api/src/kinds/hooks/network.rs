@@ -98,7 +98,7 @@ fn peer(p: &mut Problems, path: &str, peer: &Value) {
 }
 
 /// Address bits (IPv4 in the upper 32 of 128), prefix length, whether IPv4. Host bits may be set, as in Kubernetes.
-fn network(text: &str) -> Option<(u128, u8, bool)> {
+pub(super) fn network(text: &str) -> Option<(u128, u8, bool)> {
     let (address, prefix) = text.split_once('/')?;
     let plain = prefix.bytes().all(|b| b.is_ascii_digit()) && (prefix.len() == 1 || !prefix.starts_with('0'));
     let prefix: u8 = prefix.parse().ok().filter(|_| plain)?;
