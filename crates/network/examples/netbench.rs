@@ -47,7 +47,7 @@ fn policies(router: &Router, count: u32) -> Policies {
             action: Action::Allow,
             anyone: false,
             group: Some(group.into()),
-            blocks: Vec::new(),
+            blocks: Default::default(),
             ports,
         };
         let profile = Profile {

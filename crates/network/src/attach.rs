@@ -122,7 +122,7 @@ impl Router {
             firewall::expel(&mut transaction, &link_of(&self.config, lease.kind, lease.address));
             {
                 let mut firewall = guard(&self.firewall);
-                firewall.policies.forget(&mut transaction, lease.address);
+                firewall.policies.forget(&mut transaction, &self.config, lease.address);
                 transaction.commit(&mut firewall.socket)?;
                 firewall.policies.forgotten(lease.address);
             }
@@ -286,8 +286,8 @@ impl Router {
 const WORKLOAD_LINK: &str = "eth0";
 /// `addr_gen_mode`: no link-local address.
 pub(crate) const NO_ADDRESS: &str = "1";
-const VETH_PREFIX: &str = "veth";
-const TAP_PREFIX: &str = "tap";
+pub(crate) const VETH_PREFIX: &str = "veth";
+pub(crate) const TAP_PREFIX: &str = "tap";
 
 /// Made from the address, so that name and address cannot disagree.
 pub(crate) fn link_name(kind: Kind, address: Ipv4Addr) -> String {

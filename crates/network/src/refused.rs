@@ -10,7 +10,7 @@ use crate::router::Router;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::OwnedFd;
 use std::collections::VecDeque;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
@@ -113,20 +113,20 @@ fn packet(attributes: &[u8]) -> Option<Flow> {
     flow(Attributes::get(attributes, PAYLOAD)?)
 }
 
-/// Addresses, protocol and destination port of an IPv4 packet's beginning.
+/// Addresses, protocol and destination port of a packet's beginning. Behind IPv6 extension headers, which the router lets
+/// nobody have, there is no port.
 pub fn flow(packet: &[u8]) -> Option<Flow> {
     let first = *packet.first()?;
-    let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
-    let header = usize::from(first & 15) * 4;
-    let protocol = *packet.get(9)?;
+    let v4 = |at: usize| Some(IpAddr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?));
+    let v6 = |at: usize| Some(IpAddr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?));
+    let (source, destination, protocol, header) = match first >> 4 {
+        4 => (v4(12)?, v4(16)?, *packet.get(9)?, usize::from(first & 15) * 4),
+        6 => (v6(8)?, v6(24)?, *packet.get(6)?, 40),
+        _ => return None,
+    };
     let has_ports = matches!(protocol, 6 | 17 | 132);
     let port = packet.get(header + 2..header + 4).filter(|_| has_ports).and_then(|bytes| bytes.try_into().ok());
-    (first >> 4 == 4).then_some(Flow {
-        source: address(12)?,
-        destination: address(16)?,
-        protocol,
-        port: port.map_or(0, u16::from_be_bytes),
-    })
+    Some(Flow { source, destination, protocol, port: port.map_or(0, u16::from_be_bytes) })
 }
 
 #[cfg(test)]

@@ -146,7 +146,7 @@ impl Router {
         let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
         policies.workloads.retain(|address, _| live.contains(address));
         let Firewall { socket, policies: programmed, .. } = &mut *firewall;
-        programmed.sync(socket, policies)
+        programmed.sync(socket, &self.config, policies)
     }
 
     /// Workloads that have an address here, with it.

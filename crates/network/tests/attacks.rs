@@ -230,8 +230,14 @@ fn only_port_99(field: &Field) {
     let workloads = leases.iter().map(|l| (l.address, l.namespace.as_str(), l.uid.as_str()));
     let mut policies = Policies::without_rules(Isolation::Private, workloads);
     let ports = vec![Ports { protocol: Protocol::Udp, first: 99, last: 99 }];
-    let rule =
-        Rule { origin: "test".into(), action: Action::Allow, anyone: true, group: None, blocks: Vec::new(), ports };
+    let rule = Rule {
+        origin: "test".into(),
+        action: Action::Allow,
+        anyone: true,
+        group: None,
+        blocks: Default::default(),
+        ports,
+    };
     let profile = Profile {
         direction: Direction::Ingress,
         origin: "test".into(),

@@ -26,7 +26,7 @@ fn allow(group: &str, ports: &[(u16, u16)]) -> Rule {
         action: Action::Allow,
         anyone: false,
         group: Some(group.into()),
-        blocks: Vec::new(),
+        blocks: Default::default(),
         ports: ports.collect(),
     }
 }
@@ -288,7 +288,8 @@ fn what_is_refused_is_told() {
     let told: Vec<_> =
         log.since(0).iter().map(|r| (r.flow.source, r.flow.destination, r.flow.protocol, r.flow.port)).collect();
     let metadata = Ipv4Addr::new(169, 254, 169, 254);
-    assert_eq!(told, [(stranger.address, a.address, 6, 80), (stranger.address, metadata, 6, 443)]);
+    let from = stranger.address.into();
+    assert_eq!(told, [(from, a.address.into(), 6, 80), (from, metadata.into(), 6, 443)]);
     assert!(log.since(2).is_empty());
     // A flood of them is cut to some tens a second.
     let begun = Instant::now();

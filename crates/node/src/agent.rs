@@ -169,7 +169,8 @@ impl Running {
         let mut networks = agent.networks.clone();
         if let Some(router) = &agent.router {
             let inner = networks.clone();
-            let enforcer = Enforcer::new(config.isolation, client.clone(), inner.clone(), pods.clone());
+            let network = router.router().config().clone();
+            let enforcer = Enforcer::new(network, config.isolation, client.clone(), inner.clone(), pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
             let inspector = Inspector::new(router.router(), enforcer.clone(), services.clone(), slices.clone());

@@ -8,10 +8,11 @@
 
 mod program;
 
+use crate::config::RouterConfig;
 use crate::services::Protocol;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 pub use program::Changed;
@@ -60,8 +61,7 @@ pub struct Rule {
     pub anyone: bool,
     /// Key in [`Policies::groups`].
     pub group: Option<Arc<str>>,
-    /// Inclusive ranges of addresses, sorted and disjoint; see [`ranges`].
-    pub blocks: Vec<(Ipv4Addr, Ipv4Addr)>,
+    pub blocks: Ranges,
     /// Empty: everything, of any protocol.
     pub ports: Vec<Ports>,
 }
@@ -99,7 +99,8 @@ pub struct Workload {
     pub ingress: Option<Arc<str>>,
 }
 
-/// Everything the kernel is to enforce. What is not a workload in here reaches nobody.
+/// Everything the kernel is to enforce, for both addresses of a workload, which the IPv4 one stands for
+/// ([`RouterConfig::v6_of`]). What is not a workload in here reaches nobody.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policies {
     pub isolation: Isolation,
@@ -112,9 +113,9 @@ pub struct Policies {
 /// A connection to judge, by its first packet after a Service's address has been replaced by an endpoint's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Flow {
-    pub source: Ipv4Addr,
-    pub destination: Ipv4Addr,
-    /// As in the IP header: 1 ICMP, 6 TCP, 17 UDP, 132 SCTP.
+    pub source: IpAddr,
+    pub destination: IpAddr,
+    /// As in the IP header: 1 ICMP, 6 TCP, 17 UDP, 58 ICMPv6, 132 SCTP.
     pub protocol: u8,
     pub port: u16,
 }
@@ -177,31 +178,41 @@ impl Decision {
     }
 }
 
+/// One end of a connection.
+#[derive(Clone, Copy)]
+struct End {
+    address: IpAddr,
+    /// The IPv4 address that stands for a workload.
+    pod: Option<Ipv4Addr>,
+}
+
+/// The IPv4 address that stands for the workload with this address, if one can have it.
+pub fn pod_address(config: &RouterConfig, address: IpAddr) -> Option<Ipv4Addr> {
+    match address {
+        IpAddr::V4(address) => Some(address),
+        IpAddr::V6(address) => config.v4_of(address),
+    }
+}
+
 impl Policies {
     /// Says whether and why a connection passes. The same decision as the kernel's.
-    pub fn decide(&self, flow: &Flow) -> Decision {
-        let (source, destination) = (self.workloads.get(&flow.source), self.workloads.get(&flow.destination));
+    pub fn decide(&self, config: &RouterConfig, flow: &Flow) -> Decision {
+        let ends = [flow.source, flow.destination].map(|address| End { address, pod: pod_address(config, address) });
+        let [source, destination] = ends.map(|end| self.workloads.get(&end.pod?));
         if flow.source == flow.destination && source.is_some() {
             return Decision { egress: Reason::Itself, ingress: Reason::Itself };
         }
-        let side = |own: Option<&Workload>, peer: Ipv4Addr, other: Option<&Workload>, direction| match own {
+        let side = |own: Option<&Workload>, peer: End, other: Option<&Workload>, direction| match own {
             None => Reason::NoWorkload,
             Some(own) => self.side(own, peer, other, direction, flow),
         };
         Decision {
-            egress: side(source, flow.destination, destination, Direction::Egress),
-            ingress: side(destination, flow.source, source, Direction::Ingress),
+            egress: side(source, ends[1], destination, Direction::Egress),
+            ingress: side(destination, ends[0], source, Direction::Ingress),
         }
     }
 
-    fn side(
-        &self,
-        own: &Workload,
-        peer: Ipv4Addr,
-        other: Option<&Workload>,
-        direction: Direction,
-        flow: &Flow,
-    ) -> Reason {
+    fn side(&self, own: &Workload, peer: End, other: Option<&Workload>, direction: Direction, flow: &Flow) -> Reason {
         let mut next = match direction {
             Direction::Egress => own.egress.as_ref(),
             Direction::Ingress => own.ingress.as_ref(),
@@ -228,14 +239,14 @@ impl Policies {
         }
     }
 
-    fn matches(&self, rule: &Rule, peer: Ipv4Addr, flow: &Flow) -> bool {
+    fn matches(&self, rule: &Rule, peer: End, flow: &Flow) -> bool {
         let port =
             |ports: &Ports| ports.protocol.number() == flow.protocol && (ports.first..=ports.last).contains(&flow.port);
         let member = || {
             let group = rule.group.as_ref().and_then(|key| self.groups.get(key));
-            group.is_some_and(|group| group.contains(&peer))
+            group.is_some_and(|group| peer.pod.is_some_and(|pod| group.contains(&pod)))
         };
-        let inside = || rule.blocks.iter().any(|(first, last)| (*first..=*last).contains(&peer));
+        let inside = || rule.blocks.contains(peer.address);
         (rule.ports.is_empty() || rule.ports.iter().any(port)) && (rule.anyone || member() || inside())
     }
 
@@ -251,51 +262,88 @@ impl Policies {
     }
 }
 
-/// The addresses in one of `blocks` (base, prefix length, what is excepted), as sorted, disjoint, inclusive ranges. Bits
-/// below a prefix are ignored.
-pub fn ranges(blocks: &[Block]) -> Vec<(Ipv4Addr, Ipv4Addr)> {
-    let mut all: Vec<(u64, u64)> = Vec::new();
-    for block in blocks {
-        let (first, last) = block.network.bounds();
-        let mut excepts: Vec<(u64, u64)> = block.except.iter().map(|network| network.bounds()).collect();
-        excepts.sort_unstable();
-        let mut from = first;
-        for (begin, end) in excepts {
-            if begin > from {
-                all.push((from, last.min(begin - 1)));
-            }
-            from = from.max(end + 1);
-        }
-        if from <= last {
-            all.push((from, last));
+/// Addresses as inclusive ranges, sorted and disjoint; see [`ranges`].
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Ranges {
+    pub v4: Vec<(Ipv4Addr, Ipv4Addr)>,
+    pub v6: Vec<(Ipv6Addr, Ipv6Addr)>,
+}
+
+impl Ranges {
+    pub fn contains(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.v4.iter().any(|(first, last)| (*first..=*last).contains(&address)),
+            IpAddr::V6(address) => self.v6.iter().any(|(first, last)| (*first..=*last).contains(&address)),
         }
     }
-    all.retain(|(first, last)| first <= last);
+}
+
+/// The addresses in one of `blocks`. Bits below a prefix are ignored, and so is what is excepted of the other family.
+pub fn ranges(blocks: &[Block]) -> Ranges {
+    let of = |v4: bool| -> Vec<(u128, u128)> {
+        let blocks = blocks.iter().filter(|block| block.network.base.is_ipv4() == v4);
+        merged(blocks.flat_map(|block| remaining(block, v4)).collect())
+    };
+    let v4 = |bits: u128| Ipv4Addr::from_bits(u32::try_from(bits).unwrap_or(u32::MAX));
+    Ranges {
+        v4: of(true).into_iter().map(|(first, last)| (v4(first), v4(last))).collect(),
+        v6: of(false).into_iter().map(|(first, last)| (first.into(), last.into())).collect(),
+    }
+}
+
+/// What is left of a block.
+fn remaining(block: &Block, v4: bool) -> Vec<(u128, u128)> {
+    let mut left = Vec::new();
+    let (first, last) = block.network.bounds();
+    let excepts = block.except.iter().filter(|network| network.base.is_ipv4() == v4);
+    let mut excepts: Vec<(u128, u128)> = excepts.map(|network| network.bounds()).collect();
+    excepts.sort_unstable();
+    let mut from = first;
+    for (begin, end) in excepts {
+        if begin > from {
+            left.push((from, last.min(begin - 1)));
+        }
+        let Some(after) = end.checked_add(1) else { return left };
+        from = from.max(after);
+    }
+    if from <= last {
+        left.push((from, last));
+    }
+    left.retain(|(first, last)| first <= last);
+    left
+}
+
+fn merged(mut all: Vec<(u128, u128)>) -> Vec<(u128, u128)> {
     all.sort_unstable();
-    let mut merged: Vec<(u64, u64)> = Vec::with_capacity(all.len());
+    let mut merged: Vec<(u128, u128)> = Vec::with_capacity(all.len());
     for (first, last) in all {
         match merged.last_mut() {
-            Some(before) if first <= before.1 + 1 => before.1 = before.1.max(last),
+            Some(before) if first <= before.1.saturating_add(1) => before.1 = before.1.max(last),
             _ => merged.push((first, last)),
         }
     }
-    let address = |bits: u64| Ipv4Addr::from_bits(u32::try_from(bits).unwrap_or(u32::MAX));
-    merged.into_iter().map(|(first, last)| (address(first), address(last))).collect()
+    merged
 }
 
-/// A network of any size, unlike [`crate::Cidr`].
+/// A network of either family and any size, unlike [`crate::Cidr`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
-    pub base: Ipv4Addr,
-    /// 0 to 32; more counts as 32.
+    pub base: IpAddr,
+    /// 0 to 32, or 128; more counts as that.
     pub prefix: u8,
 }
 
 impl Network {
-    fn bounds(self) -> (u64, u64) {
-        let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix.min(32))).unwrap_or(0);
-        let base = self.base.to_bits() & mask;
-        (u64::from(base), u64::from(base | !mask))
+    pub fn whole(address: impl Into<IpAddr>) -> Network {
+        Network { base: address.into(), prefix: 128 }
+    }
+    fn bounds(self) -> (u128, u128) {
+        let (base, width) = match self.base {
+            IpAddr::V4(base) => (u128::from(base.to_bits()), 32),
+            IpAddr::V6(base) => (base.to_bits(), 128),
+        };
+        let host = u128::MAX.checked_shr(128 - width + u32::from(self.prefix)).unwrap_or(0);
+        (base & !host, base | host)
     }
 }
 
@@ -303,8 +351,10 @@ impl std::str::FromStr for Network {
     type Err = ();
     fn from_str(text: &str) -> Result<Network, ()> {
         let (base, prefix) = text.split_once('/').ok_or(())?;
-        let prefix = prefix.parse().ok().filter(|prefix| *prefix <= 32).ok_or(())?;
-        Ok(Network { base: base.parse().map_err(|_| ())?, prefix })
+        let base: IpAddr = base.parse().map_err(|_| ())?;
+        let most = if base.is_ipv4() { 32 } else { 128 };
+        let prefix = prefix.parse().ok().filter(|prefix| *prefix <= most).ok_or(())?;
+        Ok(Network { base, prefix })
     }
 }
 
@@ -331,7 +381,9 @@ mod tests {
             except: except.iter().map(|text| network(text)).collect(),
         };
         let text = |blocks: &[Block]| -> Vec<String> {
-            ranges(blocks).iter().map(|(first, last)| format!("{first}-{last}")).collect()
+            let Ranges { v4, v6 } = ranges(blocks);
+            let v4 = v4.iter().map(|(first, last)| format!("{first}-{last}"));
+            v4.chain(v6.iter().map(|(first, last)| format!("{first}-{last}"))).collect()
         };
         assert_eq!(text(&[block("0.0.0.0/0", &[])]), ["0.0.0.0-255.255.255.255"]);
         assert_eq!(
@@ -341,6 +393,18 @@ mod tests {
         assert_eq!(text(&[block("10.0.0.0/24", &[]), block("10.0.1.7/24", &[])]), ["10.0.0.0-10.0.1.255"]);
         assert!(text(&[block("10.0.0.0/24", &["10.0.0.0/25", "10.0.0.128/25"])]).is_empty());
         assert!(text(&[]).is_empty());
+        assert_eq!(
+            text(&[block("::/0", &["fd00::/8", "10.0.0.0/8"]), block("192.0.2.1/32", &[])]),
+            [
+                "192.0.2.1-192.0.2.1",
+                "::-fcff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+                "fe00::-ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
+            ]
+        );
+        assert!(text(&[block("ff00::/8", &["ff00::/9", "ff80::/9"])]).is_empty());
+        for bad in ["10.0.0.0/33", "::/129", "10.0.0.0", "x/8", "::/-1"] {
+            assert!(bad.parse::<Network>().is_err(), "{bad}");
+        }
     }
 
     proptest! {
@@ -348,24 +412,34 @@ mod tests {
         fn ranges_hold_what_blocks_hold(
             blocks in proptest::collection::vec((0u32..64, 24u8..=32, proptest::collection::vec((0u32..64, 26u8..=32), 0..4)), 0..4),
             probe in 0u32..300,
+            v6: bool,
         ) {
-            let at = |n: u32| Ipv4Addr::from_bits(0x0a00_0000 + n * 4);
-            let blocks: Vec<Block> = blocks.into_iter().map(|(base, prefix, except)| Block {
-                network: Network { base: at(base), prefix },
-                except: except.into_iter().map(|(base, prefix)| Network { base: at(base), prefix }).collect(),
-            }).collect();
-            let inside = |network: &Network, bits: u32| {
-                let (first, last) = network.bounds();
-                (first..=last).contains(&u64::from(bits))
+            let at = |bits: u32| match v6 {
+                false => IpAddr::V4(Ipv4Addr::from_bits(0x0a00_0000 + bits)),
+                true => IpAddr::V6(Ipv6Addr::from_bits((0xfd << 120) + u128::from(bits))),
             };
-            let bits = 0x0a00_0000 + probe;
+            let wide = |prefix: u8| if v6 { prefix + 96 } else { prefix };
+            let network = |(base, prefix): (u32, u8)| Network { base: at(base * 4), prefix: wide(prefix) };
+            let blocks: Vec<Block> = blocks.into_iter().map(|(base, prefix, except)| Block {
+                network: network((base, prefix)),
+                except: except.into_iter().map(network).collect(),
+            }).collect();
+            let bits = |address: IpAddr| match address {
+                IpAddr::V4(address) => u128::from(address.to_bits()),
+                IpAddr::V6(address) => address.to_bits(),
+            };
+            let inside = |network: &Network, address: IpAddr| {
+                let (first, last) = network.bounds();
+                (first..=last).contains(&bits(address))
+            };
+            let address = at(probe);
             let wanted = blocks.iter().any(|block| {
-                inside(&block.network, bits) && !block.except.iter().any(|network| inside(network, bits))
+                inside(&block.network, address) && !block.except.iter().any(|network| inside(network, address))
             });
             let found = ranges(&blocks);
-            let address = Ipv4Addr::from_bits(bits);
-            prop_assert_eq!(found.iter().any(|(first, last)| (*first..=*last).contains(&address)), wanted);
-            prop_assert!(found.windows(2).all(|pair| u64::from(pair[0].1.to_bits()) + 1 < u64::from(pair[1].0.to_bits())));
+            prop_assert_eq!(found.contains(address), wanted);
+            prop_assert!(found.v4.windows(2).all(|pair| u64::from(pair[0].1.to_bits()) + 1 < u64::from(pair[1].0.to_bits())));
+            prop_assert!(found.v6.windows(2).all(|pair| pair[0].1.to_bits() + 1 < pair[1].0.to_bits()));
         }
     }
 }

@@ -1,16 +1,17 @@
-//! Policies as the kernel holds them. A chain for each profile, a set for each group, and for each workload its elements
-//! in the maps of `firewall.rs`. Only what differs is written, in up to three transactions ([`Work`]): a process killed
+//! Policies as the kernel holds them, in the tables of both IP families under the same names. A chain for each profile, a
+//! set for each group, and for each workload its elements in the maps of `firewall.rs`. Only what differs is written, in up to three transactions ([`Work`]): a process killed
 //! between them leaves what the next one replaces.
 
-use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Workload};
+use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Workload, pod_address};
+use crate::config::RouterConfig;
 use crate::error::Result;
 use crate::firewall::{
     self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
 };
-use crate::netlink::nft::{self, Element, ElementValue, Family, Field, R0, R1, Rule, Transaction, Verdict, concat};
+use crate::netlink::nft::{self, Element, ElementValue, Family, R0, R1, Rule, Transaction, Verdict, concat, octets};
 use crate::netlink::{Socket, conntrack};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 const CHAIN_PREFIX: &str = "policy/";
@@ -67,11 +68,11 @@ impl Programmed {
     }
 
     /// Makes the kernel enforce these.
-    pub fn sync(&mut self, socket: &mut Socket, wanted: Policies) -> Result<Changed> {
+    pub fn sync(&mut self, socket: &mut Socket, config: &RouterConfig, wanted: Policies) -> Result<Changed> {
         if self.current.as_ref() == Some(&wanted) {
             return Ok(Changed::default());
         }
-        let mut work = Work::new(self.numbers.clone());
+        let mut work = Work::new(config, self.numbers.clone());
         // Should a step fail, what the kernel holds is unknown.
         let known = self.current.take();
         let old = match &known {
@@ -88,30 +89,32 @@ impl Programmed {
             step.commit(socket)?;
         }
         self.numbers.prune(&wanted);
-        let ended = if tighter || known.is_none() { end_connections(socket, &wanted)? } else { 0 };
+        let ended = if tighter || known.is_none() { end_connections(socket, config, &wanted)? } else { 0 };
         self.current = Some(wanted);
         Ok(Changed { objects, ended })
     }
 
     /// Adds what makes the kernel forget a workload that is being detached; [`Programmed::forgotten`] when that has been
     /// committed.
-    pub fn forget(&self, t: &mut Transaction, address: Ipv4Addr) {
+    pub fn forget(&self, t: &mut Transaction, config: &RouterConfig, address: Ipv4Addr) {
         let Some(current) = &self.current else { return };
-        let key = || Element::key(address.octets().to_vec());
-        for (group, members) in &current.groups {
-            if let Some(number) = self.numbers.groups.get(group)
-                && members.contains(&address)
-            {
-                t.delete_elements(&format!("{SET_PREFIX}{number}"), &[key()]);
+        both(t, |t, family| {
+            let key = || Element::key(own(config, family, address));
+            for (group, members) in &current.groups {
+                if let Some(number) = self.numbers.groups.get(group)
+                    && members.contains(&address)
+                {
+                    t.delete_elements(&format!("{SET_PREFIX}{number}"), &[key()]);
+                }
             }
-        }
-        let Some(workload) = current.workloads.get(&address) else { return };
-        for map in [EGRESS, INGRESS, NAMESPACES] {
-            t.delete_elements(map, &[key()]);
-        }
-        if let Some(number) = self.numbers.namespaces.get(&workload.namespace) {
-            t.delete_elements(MEMBERS, &[Element::key(member(*number, address))]);
-        }
+            let Some(workload) = current.workloads.get(&address) else { return };
+            for map in [EGRESS, INGRESS, NAMESPACES] {
+                t.delete_elements(map, &[key()]);
+            }
+            if let Some(number) = self.numbers.namespaces.get(&workload.namespace) {
+                t.delete_elements(MEMBERS, &[Element::key(member(config, family, *number, address))]);
+            }
+        });
     }
 
     pub fn forgotten(&mut self, address: Ipv4Addr) {
@@ -134,14 +137,32 @@ impl Numbers {
     }
 }
 
-fn member(namespace: u32, address: Ipv4Addr) -> Vec<u8> {
-    concat(&[&namespace.to_ne_bytes(), &address.octets()])
+/// Writes the same for the tables of both families, and leaves the transaction at the first.
+fn both(t: &mut Transaction, mut write: impl FnMut(&mut Transaction, Family)) {
+    for family in Family::INET {
+        t.family(family);
+        write(t, family);
+    }
+    t.family(Family::Ip);
+}
+
+/// A workload's address of a family, as a key.
+fn own(config: &RouterConfig, family: Family, address: Ipv4Addr) -> Vec<u8> {
+    match family {
+        Family::Ip | Family::Arp => octets(address),
+        Family::Ip6 => octets(config.v6_of(address)),
+    }
+}
+
+fn member(config: &RouterConfig, family: Family, namespace: u32, address: Ipv4Addr) -> Vec<u8> {
+    concat(&[&namespace.to_ne_bytes(), &own(config, family, address)])
 }
 
 /// A change in the making, as three transactions. A packet on its way reads rules of one generation, but elements of sets
 /// as they are at that moment; so what is new is there before anything leads to it, and what is old goes when nothing does
 /// any more. A packet that is allowed before and after is allowed throughout.
-struct Work {
+struct Work<'a> {
+    config: &'a RouterConfig,
     add: Transaction,
     switch: Transaction,
     remove: Transaction,
@@ -149,47 +170,58 @@ struct Work {
     objects: usize,
     /// Something may be refused that was allowed before.
     tighter: bool,
-    /// Elements of [`MEMBERS`] that an unknown earlier state left.
-    strays: BTreeSet<Vec<u8>>,
+    /// Elements of [`MEMBERS`] that an unknown earlier state left, by [`index`] of their family.
+    strays: [BTreeSet<Vec<u8>>; 2],
 }
 
-impl Work {
-    fn new(numbers: Numbers) -> Work {
+impl Work<'_> {
+    fn new(config: &RouterConfig, numbers: Numbers) -> Work<'_> {
         let [add, switch, remove] = [(); 3].map(|()| Transaction::new(TABLE));
-        Work { add, switch, remove, numbers, objects: 0, tighter: false, strays: BTreeSet::new() }
+        Work { config, add, switch, remove, numbers, objects: 0, tighter: false, strays: Default::default() }
     }
 
     /// Makes way for a state that is written anew beside what an earlier process left, under numbers of its own.
     fn replace_everything(&mut self, socket: &mut Socket) -> Result<()> {
-        let (chains, sets) = (nft::chains(socket, TABLE, Family::Ip)?, nft::sets(socket, TABLE, Family::Ip)?);
-        let chains: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
-        let sets: Vec<&String> = sets.iter().filter(|name| name.starts_with(SET_PREFIX)).collect();
-        let members = nft::keys(socket, TABLE, Family::Ip, MEMBERS)?;
-        let number = |name: &&String| name.rsplit('/').next().and_then(|n| n.parse::<u32>().ok());
-        let namespace = |key: &Vec<u8>| key.get(..4).and_then(|n| n.try_into().ok()).map(u32::from_ne_bytes);
-        let used = chains.iter().chain(&sets).filter_map(number).chain(members.iter().filter_map(namespace));
-        self.numbers = Numbers { next: used.max().unwrap_or(0), ..Numbers::default() };
-        for map in [EGRESS, INGRESS, NAMESPACES] {
-            self.switch.flush_set(map);
+        let mut highest = 0;
+        for (index, family) in Family::INET.into_iter().enumerate() {
+            let (chains, sets) = (nft::chains(socket, TABLE, family)?, nft::sets(socket, TABLE, family)?);
+            let chains: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
+            let sets: Vec<&String> = sets.iter().filter(|name| name.starts_with(SET_PREFIX)).collect();
+            let members = nft::keys(socket, TABLE, family, MEMBERS)?;
+            let number = |name: &&String| name.rsplit('/').next().and_then(|n| n.parse::<u32>().ok());
+            let namespace = |key: &Vec<u8>| key.get(..4).and_then(|n| n.try_into().ok()).map(u32::from_ne_bytes);
+            let used = chains.iter().chain(&sets).filter_map(number).chain(members.iter().filter_map(namespace));
+            highest = used.fold(highest, u32::max);
+            for t in [&mut self.switch, &mut self.remove] {
+                t.family(family);
+            }
+            for map in [EGRESS, INGRESS, NAMESPACES] {
+                self.switch.flush_set(map);
+            }
+            firewall::defaults(&mut self.switch, family, true);
+            for chain in &chains {
+                self.remove.flush_chain(chain);
+            }
+            for chain in chains {
+                self.remove.delete_chain(chain);
+            }
+            for set in sets {
+                self.remove.delete_set(set);
+            }
+            self.strays[index] = members.into_iter().collect();
         }
-        firewall::defaults(&mut self.switch, Family::Ip, true);
-        for chain in &chains {
-            self.remove.flush_chain(chain);
+        for t in [&mut self.switch, &mut self.remove] {
+            t.family(Family::Ip);
         }
-        for chain in chains {
-            self.remove.delete_chain(chain);
-        }
-        for set in sets {
-            self.remove.delete_set(set);
-        }
-        self.strays = members.into_iter().collect();
+        self.numbers = Numbers { next: highest, ..Numbers::default() };
         Ok(())
     }
 
     fn difference(&mut self, old: &Policies, wanted: &Policies) {
         if old.isolation != wanted.isolation {
-            firewall::defaults(&mut self.switch, Family::Ip, wanted.isolation == Isolation::Private);
-            self.tighter |= wanted.isolation == Isolation::Private;
+            let private = wanted.isolation == Isolation::Private;
+            both(&mut self.switch, |t, family| firewall::defaults(t, family, private));
+            self.tighter |= private;
             self.objects += 1;
         }
         let against = denied(wanted);
@@ -199,7 +231,7 @@ impl Work {
         // One may lead to another, so all are there before the rules of any.
         for key in wanted.profiles.keys().filter(|key| !old.profiles.contains_key(*key)) {
             let chain = self.numbers.profile(key);
-            self.add.add_chain(&chain);
+            both(&mut self.add, |t, _| t.add_chain(&chain));
         }
         for (key, profile) in &wanted.profiles {
             self.profile(key, old.profiles.get(key), profile);
@@ -207,20 +239,19 @@ impl Work {
         self.workloads(old, wanted);
         let gone = old.profiles.keys().filter(|key| !wanted.profiles.contains_key(*key));
         let gone: Vec<String> = gone.map(|key| self.numbers.profile(key)).collect();
-        for chain in &gone {
-            self.remove.flush_chain(chain);
-        }
-        for chain in &gone {
-            self.remove.delete_chain(chain);
-        }
+        both(&mut self.remove, |t, _| {
+            gone.iter().for_each(|chain| t.flush_chain(chain));
+            gone.iter().for_each(|chain| t.delete_chain(chain));
+        });
         self.objects += gone.len();
         for key in old.groups.keys().filter(|key| !wanted.groups.contains_key(*key)) {
             let set = self.numbers.group(key);
-            self.remove.delete_set(&set);
+            both(&mut self.remove, |t, _| t.delete_set(&set));
             self.objects += 1;
         }
-        let strays: Vec<Element> = std::mem::take(&mut self.strays).into_iter().map(Element::key).collect();
-        self.remove.delete_elements(MEMBERS, &strays);
+        let strays =
+            std::mem::take(&mut self.strays).map(|keys| keys.into_iter().map(Element::key).collect::<Vec<_>>());
+        both(&mut self.remove, |t, family| t.delete_elements(MEMBERS, &strays[index(family)]));
     }
 
     /// `denied`: a rule refuses its members, so that being one of them is what comes late and goes early.
@@ -232,22 +263,21 @@ impl Work {
         let none = BTreeSet::new();
         let before = old.unwrap_or(&none);
         if old.is_none() {
-            self.add.add_set(&name, &[Field::Address], &nft::Value::None);
+            both(&mut self.add, |t, family| t.add_set(&name, &[family.address()], &nft::Value::None));
         }
-        let keys = |some: Vec<&Ipv4Addr>| -> Vec<Element> {
-            some.into_iter().map(|address| Element::key(address.octets().to_vec())).collect()
-        };
         let gone: Vec<&Ipv4Addr> = before.difference(wanted).collect();
         let new: Vec<&Ipv4Addr> = wanted.difference(before).collect();
         self.tighter |= !gone.is_empty() || (denied && !new.is_empty());
-        let (early, late) = (&mut self.add, &mut self.remove);
-        if denied && old.is_some() {
-            early.delete_elements(&name, &keys(gone));
-            late.add_elements(&name, &keys(new));
-        } else {
-            late.delete_elements(&name, &keys(gone));
-            early.add_elements(&name, &keys(new));
-        }
+        let config = self.config;
+        let keys = |family, some: &[&Ipv4Addr]| -> Vec<Element> {
+            some.iter().map(|address| Element::key(own(config, family, **address))).collect()
+        };
+        let (removing, adding) = match denied && old.is_some() {
+            true => (&mut self.add, &mut self.remove),
+            false => (&mut self.remove, &mut self.add),
+        };
+        both(removing, |t, family| t.delete_elements(&name, &keys(family, &gone)));
+        both(adding, |t, family| t.add_elements(&name, &keys(family, &new)));
         self.objects += 1;
     }
 
@@ -258,12 +288,7 @@ impl Work {
         let chain = self.numbers.profile(key);
         let numbers = &mut self.numbers;
         // A new chain, to which nothing leads yet; or new rules of one, all of which take effect at once.
-        let t = if old.is_none() {
-            &mut self.add
-        } else {
-            self.switch.flush_chain(&chain);
-            &mut self.switch
-        };
+        let t = if old.is_none() { &mut self.add } else { &mut self.switch };
         let otherwise = match (&wanted.otherwise, wanted.direction) {
             (Otherwise::Refuse, _) => REFUSED.to_owned(),
             (Otherwise::Default, Direction::Egress) => EGRESS_DEFAULT.to_owned(),
@@ -271,10 +296,15 @@ impl Work {
             (Otherwise::Profile(next), _) => numbers.profile(next),
         };
         let place = Place { chain: &chain, direction: wanted.direction, otherwise: &otherwise };
-        for one in &wanted.rules {
-            place.add(t, numbers, one);
-        }
-        t.add_rule(&chain, Rule::new().goto(&otherwise).comment(&wanted.origin));
+        both(t, |t, family| {
+            if old.is_some() {
+                t.flush_chain(&chain);
+            }
+            for one in &wanted.rules {
+                place.add(t, family, numbers, one);
+            }
+            t.add_rule(&chain, Rule::new().goto(&otherwise).comment(&wanted.origin));
+        });
         self.tighter = true;
         self.objects += 1;
     }
@@ -289,7 +319,7 @@ impl Work {
             let next = next.map(|next| self.elements(*address, next));
             for one in self.elements(*address, workload) {
                 if !next.as_ref().is_some_and(|next| next.contains(&one)) {
-                    gone.entry(one.0).or_default().push(Element::key(one.1));
+                    gone.entry((index(one.0), one.1)).or_default().push(Element::key(one.2));
                 }
             }
             self.tighter = true;
@@ -302,43 +332,54 @@ impl Work {
             let before = before.map(|before| self.elements(*address, before));
             for one in self.elements(*address, workload) {
                 if !before.as_ref().is_some_and(|before| before.contains(&one)) {
-                    self.strays.remove(&one.1);
-                    new.entry(one.0).or_default().push(Element::new(one.1, one.2.into_element()));
+                    self.strays[index(one.0)].remove(&one.2);
+                    new.entry((index(one.0), one.1)).or_default().push(Element::new(one.2, one.3.into_element()));
                 }
             }
         }
         self.objects += gone.values().chain(new.values()).map(Vec::len).sum::<usize>();
-        for (set, elements) in gone {
+        for ((family, set), elements) in gone {
             let t = if set == MEMBERS { &mut self.remove } else { &mut self.switch };
+            t.family(Family::INET[family]);
             t.delete_elements(set, &elements);
         }
-        for (set, elements) in new {
+        for ((family, set), elements) in new {
             let t = if set == MEMBERS { &mut self.add } else { &mut self.switch };
+            t.family(Family::INET[family]);
             t.add_elements(set, &elements);
         }
     }
 
     /// All elements of a workload.
-    fn elements(&mut self, address: Ipv4Addr, workload: &Workload) -> [OneElement; 4] {
-        let octets = address.octets().to_vec();
+    fn elements(&mut self, address: Ipv4Addr, workload: &Workload) -> Vec<OneElement> {
         let number = self.numbers.namespace(&workload.namespace);
         let mut chain = |key: &Option<Arc<str>>, default: &str| {
             Held::Chain(key.as_ref().map_or_else(|| default.to_owned(), |key| self.numbers.profile(key)))
         };
         let (egress, ingress) = (chain(&workload.egress, EGRESS_DEFAULT), chain(&workload.ingress, INGRESS_DEFAULT));
-        [
-            (EGRESS, octets.clone(), egress),
-            (INGRESS, octets.clone(), ingress),
-            (NAMESPACES, octets, Held::Number(number)),
-            (MEMBERS, member(number, address), Held::Nothing),
-        ]
+        let config = self.config;
+        let of_family = |family| {
+            let own = own(config, family, address);
+            [
+                (family, EGRESS, own.clone(), egress.clone()),
+                (family, INGRESS, own.clone(), ingress.clone()),
+                (family, NAMESPACES, own, Held::Number(number)),
+                (family, MEMBERS, member(config, family, number, address), Held::Nothing),
+            ]
+        };
+        Family::INET.into_iter().flat_map(of_family).collect()
     }
 }
 
-/// Elements by set.
-type Batches = BTreeMap<&'static str, Vec<Element>>;
-/// Set, key, value.
-type OneElement = (&'static str, Vec<u8>, Held);
+/// Elements by family's [`index`] and set.
+type Batches = BTreeMap<(usize, &'static str), Vec<Element>>;
+/// Family, set, key, value.
+type OneElement = (Family, &'static str, Vec<u8>, Held);
+
+/// A family's place in [`Family::INET`].
+fn index(family: Family) -> usize {
+    usize::from(family == Family::Ip6)
+}
 
 /// The groups that a rule refuses, and none allows or passes on.
 fn denied(policies: &Policies) -> BTreeSet<&Arc<str>> {
@@ -363,7 +404,7 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    fn add(&self, t: &mut Transaction, numbers: &mut Numbers, wanted: &super::Rule) {
+    fn add(&self, t: &mut Transaction, family: Family, numbers: &mut Numbers, wanted: &super::Rule) {
         let peer = |rule: Rule| match self.direction {
             Direction::Egress => rule.load_destination(R0),
             Direction::Ingress => rule.load_source(R0),
@@ -373,12 +414,14 @@ impl Place<'_> {
         }
         if let Some(key) = &wanted.group {
             let set = numbers.group(key);
-            self.matched(t, wanted, peer(Rule::new()).if_in_set(&set, R0));
+            self.matched(t, wanted, peer(t.rule()).if_in_set(&set, R0));
         }
-        if !wanted.blocks.is_empty() {
-            let set = t.add_anonymous_ranges(&wanted.blocks);
-            self.matched(t, wanted, peer(Rule::new()).if_in(set, R0));
-        }
+        let set = match family {
+            Family::Ip6 if !wanted.blocks.v6.is_empty() => t.add_anonymous_ranges6(&wanted.blocks.v6),
+            Family::Ip if !wanted.blocks.v4.is_empty() => t.add_anonymous_ranges(&wanted.blocks.v4),
+            Family::Ip | Family::Ip6 | Family::Arp => return,
+        };
+        self.matched(t, wanted, peer(t.rule()).if_in(set, R0));
     }
 
     /// The rule that goes on from matched peers: ports, then the verdict.
@@ -401,7 +444,7 @@ impl Place<'_> {
     }
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 enum Held {
     Nothing,
     Number(u32),
@@ -436,16 +479,18 @@ fn merged(ports: &[super::Ports]) -> Vec<(u8, u16, u16)> {
 }
 
 /// Ends connections between workloads that are no longer allowed: their next packet is judged anew, and refused.
-fn end_connections(socket: &mut Socket, policies: &Policies) -> Result<usize> {
+fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Policies) -> Result<usize> {
+    let is_workload =
+        |address| pod_address(config, address).is_some_and(|address| policies.workloads.contains_key(&address));
     let stale = conntrack::find(socket, |entry| {
-        // Where the connection really goes: past a Service's address.
-        let (IpAddr::V4(source), IpAddr::V4(destination)) = (entry.original.source, entry.reply.source) else {
-            return false;
+        let flow = Flow {
+            source: entry.original.source,
+            // Where the connection really goes: past a Service's address.
+            destination: entry.reply.source,
+            protocol: entry.original.protocol,
+            port: entry.reply.source_port,
         };
-        let flow = Flow { source, destination, protocol: entry.original.protocol, port: entry.reply.source_port };
-        policies.workloads.contains_key(&flow.source)
-            && policies.workloads.contains_key(&flow.destination)
-            && !policies.decide(&flow).allowed()
+        is_workload(flow.source) && is_workload(flow.destination) && !policies.decide(config, &flow).allowed()
     })?;
     conntrack::delete(socket, &stale)?;
     Ok(stale.len())

@@ -124,7 +124,6 @@ fn peers(value: &Value) -> Option<Vec<Peer>> {
         return Some(vec![Peer::Nodes(selector(nodes))]);
     }
     let networks = value.get("networks")?.as_array()?;
-    // Those of the other family name no address that there is.
     let read = networks.iter().filter_map(|one| one.as_str()?.parse::<Network>().ok());
     Some(read.map(|network| Peer::Block(Block { network, except: Vec::new() })).collect())
 }

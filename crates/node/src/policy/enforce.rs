@@ -8,7 +8,7 @@ use api::informer::{Informer, Subscription};
 use api::kind::Resource;
 use api::object::{Meta, SharedObject};
 use async_trait::async_trait;
-use network::Isolation;
+use network::{Isolation, RouterConfig};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
@@ -25,6 +25,7 @@ const RESYNC: Duration = Duration::from_secs(300);
 const ADMIN: &str = "policy.networking.k8s.io";
 
 pub(crate) struct Enforcer {
+    config: RouterConfig,
     isolation: Isolation,
     client: Arc<dyn Client>,
     networks: Arc<dyn Networks>,
@@ -74,7 +75,13 @@ impl<T> Parsed<T> {
 }
 
 impl Enforcer {
-    pub fn new(isolation: Isolation, client: Arc<dyn Client>, networks: Arc<dyn Networks>, pods: Informer) -> Enforcer {
+    pub fn new(
+        config: RouterConfig,
+        isolation: Isolation,
+        client: Arc<dyn Client>,
+        networks: Arc<dyn Networks>,
+        pods: Informer,
+    ) -> Enforcer {
         let follow =
             |resource: &Resource| Informer::spawn(client.clone(), resource.clone(), "", ListOptions::default());
         let admin = ["adminnetworkpolicies", "baselineadminnetworkpolicies"].map(|plural| {
@@ -83,6 +90,7 @@ impl Enforcer {
             (resource, informer)
         });
         Enforcer {
+            config,
             isolation,
             networks,
             policies: follow(&Resource::new("networking.k8s.io", "v1", "networkpolicies")),
@@ -223,6 +231,7 @@ impl Enforcer {
             })
             .collect();
         compile(&World {
+            config: &self.config,
             isolation: self.isolation,
             policies: &policies,
             admin: &admin,

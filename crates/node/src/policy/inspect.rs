@@ -5,11 +5,11 @@ use super::{Compiled, Enforcer};
 use crate::ports::Protocol;
 use crate::proxy;
 use api::informer::Informer;
-use network::policy::{Flow, Reason};
+use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
 use network::{Router, RouterConfig};
 use serde::{Deserialize, Serialize};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -174,29 +174,44 @@ impl Inspector {
             let why = "the node, with its probes and the gateway, reaches every workload".to_owned();
             return (Ok(why.clone()), Ok(why));
         }
-        let decision = current.policies.decide(flow);
+        let decision = current.policies.decide(&self.config, flow);
         let text = |reason: &Reason| if reason.allows() { Ok(reason.to_string()) } else { Err(reason.to_string()) };
         if self.is_node(flow.destination) {
-            let dns = flow.destination == self.config.dns_address && flow.port == 53;
-            return match dns || flow.protocol == 1 {
+            let dns = flow.port == 53 && self.is_dns(flow.destination);
+            return match dns || matches!(flow.protocol, 1 | 58) {
                 true => (Ok("names and ping are for everyone".into()), Ok("names and ping are for everyone".into())),
                 false => (Ok(String::new()), Err("the node and Atoll's own ports are closed to workloads".into())),
             };
         }
-        let outside = !self.config.pod_cidr.contains(flow.destination);
-        if outside && !self.config.service_cidr.contains(flow.destination) {
+        let inside = match flow.destination {
+            IpAddr::V4(to) => self.config.pod_cidr.contains(to) || self.config.service_cidr.contains(to),
+            IpAddr::V6(to) => self.config.pod_cidr6.contains(to) || self.config.service_cidr6.contains(to),
+        };
+        if !inside {
             let why = "the address is outside, and there is no way outside".to_owned();
             return (text(&decision.egress), Err(why));
         }
         (text(&decision.egress), text(&decision.ingress))
     }
 
-    fn is_node(&self, address: Ipv4Addr) -> bool {
-        [self.config.router_address(), self.config.dns_address, network::GATEWAY].contains(&address)
+    fn is_node(&self, address: IpAddr) -> bool {
+        let router = match address {
+            IpAddr::V4(address) => [self.config.router_address(), network::GATEWAY].contains(&address),
+            IpAddr::V6(address) => [self.config.router_address6(), network::GATEWAY6].contains(&address),
+        };
+        router || self.is_dns(address)
     }
 
-    fn name(&self, current: &Compiled, address: Ipv4Addr) -> String {
-        match current.policies.workloads.get(&address) {
+    fn is_dns(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => address == self.config.dns_address,
+            IpAddr::V6(address) => address == self.config.dns_address6(),
+        }
+    }
+
+    fn name(&self, current: &Compiled, address: IpAddr) -> String {
+        let pod = pod_address(&self.config, address).and_then(|pod| current.policies.workloads.get(&pod));
+        match pod {
             Some(workload) => format!("{}/{} ({address})", workload.namespace, workload.name),
             None if self.is_node(address) => format!("node ({address})"),
             None => address.to_string(),
@@ -213,12 +228,19 @@ impl Inspector {
             other => return Err(format!("protocol: {other:?}: must be tcp, udp, sctp or icmp")),
         };
         let (source, wanted) = (self.resolve(&current, from)?, self.resolve(&current, to)?);
+        let wanted = self.as_family_of(source, wanted);
+        let source = self.as_family_of(wanted, source);
         let mut destinations = vec![(wanted, port)];
-        if self.config.service_cidr.contains(wanted) && wanted != self.config.dns_address {
+        let service = match wanted {
+            IpAddr::V4(address) => self.config.service_cidr.contains(address),
+            IpAddr::V6(address) => self.config.service_cidr6.contains(address),
+        };
+        if service && !self.is_dns(wanted) {
             destinations = self.endpoints(wanted, number, port)?;
         }
-        let one = |(destination, port): (Ipv4Addr, Option<u16>)| {
-            let flow = Flow { source, destination, protocol: number, port: port.unwrap_or(0) };
+        let one = |(destination, port): (IpAddr, Option<u16>)| {
+            let protocol_number = if number == 1 && destination.is_ipv6() { 58 } else { number };
+            let flow = Flow { source, destination, protocol: protocol_number, port: port.unwrap_or(0) };
             let (egress, ingress) = self.judge(&current, &flow);
             let (allowed, text) = (egress.is_ok() && ingress.is_ok(), |side: Result<String, String>| match side {
                 Ok(why) | Err(why) => why,
@@ -236,15 +258,18 @@ impl Inspector {
         Ok(destinations.into_iter().map(one).collect())
     }
 
+    /// A workload's other address where one of IPv6 was named as its peer.
+    fn as_family_of(&self, peer: IpAddr, address: IpAddr) -> IpAddr {
+        match address {
+            IpAddr::V4(pod) if peer.is_ipv6() && self.config.pod_cidr.contains(pod) => self.config.v6_of(pod).into(),
+            other => other,
+        }
+    }
+
     /// Where connections to a Service's address go.
-    fn endpoints(
-        &self,
-        address: Ipv4Addr,
-        number: u8,
-        port: Option<u16>,
-    ) -> Result<Vec<(Ipv4Addr, Option<u16>)>, String> {
+    fn endpoints(&self, address: IpAddr, number: u8, port: Option<u16>) -> Result<Vec<(IpAddr, Option<u16>)>, String> {
         let (rules, _) = proxy::compute("", &self.services.list(), &self.slices.list());
-        let of: Vec<_> = rules.iter().filter(|rule| rule.cluster_ip == address).collect();
+        let of: Vec<_> = rules.iter().filter(|rule| IpAddr::from(rule.cluster_ip) == address).collect();
         let Some(first) = of.first() else { return Err(format!("{address}: no Service has that address")) };
         let name = format!("Service {}/{}", first.namespace, first.name);
         let protocol = |rule: &Protocol| rule.number() == number;
@@ -254,14 +279,14 @@ impl Inspector {
         };
         match rule.endpoints.as_slice() {
             [] => Err(format!("{name} has no endpoint that is ready: connections are refused")),
-            all => Ok(all.iter().map(|(address, port)| (*address, Some(*port))).collect()),
+            all => Ok(all.iter().map(|(address, port)| (IpAddr::from(*address), Some(*port))).collect()),
         }
     }
 
     /// `NAMESPACE/POD`, `POD` (of namespace `default`), `svc/NAMESPACE/NAME`, `node` or an address.
-    fn resolve(&self, current: &Compiled, text: &str) -> Result<Ipv4Addr, String> {
+    fn resolve(&self, current: &Compiled, text: &str) -> Result<IpAddr, String> {
         if text == "node" {
-            return Ok(self.config.router_address());
+            return Ok(self.config.router_address().into());
         }
         if let Ok(address) = text.parse() {
             return Ok(address);
@@ -273,10 +298,10 @@ impl Inspector {
         }
         let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
         let found = current.policies.workloads.iter().find(|(_, w)| &*w.namespace == namespace && &*w.name == name);
-        found.map(|(address, _)| *address).ok_or_else(|| {
+        found.map(|(address, _)| IpAddr::V4(*address)).ok_or_else(|| {
             format!(
                 "{text}: no pod {name} with an address in namespace {namespace}; name it NAMESPACE/POD, svc/NAMESPACE/NAME, \
-                 node, or give an IPv4 address"
+                 node, or give an address"
             )
         })
     }
@@ -284,7 +309,7 @@ impl Inspector {
 
 fn protocol_name(number: u8) -> String {
     match number {
-        1 => "icmp".into(),
+        1 | 58 => "icmp".into(),
         6 => "tcp".into(),
         17 => "udp".into(),
         132 => "sctp".into(),

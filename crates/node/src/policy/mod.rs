@@ -14,12 +14,15 @@ mod parse;
 pub use admin::{AdminPolicy, Tier};
 pub(crate) use enforce::{Enforced, Enforcer};
 use network::Protocol;
-use network::policy::{Action, Block, Direction, Isolation, Network, Otherwise, Policies, Ports, Profile, Workload};
+use network::RouterConfig;
+use network::policy::{
+    Action, Block, Direction, Isolation, Network, Otherwise, Policies, Ports, Profile, Ranges, Workload,
+};
 pub use parse::Policy;
 use parse::{Peer, Port, PortName, Rule};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 /// A pod with an address.
@@ -37,11 +40,12 @@ pub struct Member<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Node {
     pub labels: Value,
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
 }
 
 /// All that [`compile`] looks at.
 pub struct World<'a> {
+    pub config: &'a RouterConfig,
     pub isolation: Isolation,
     pub policies: &'a [Arc<Policy>],
     pub admin: &'a [Arc<AdminPolicy>],
@@ -220,22 +224,35 @@ impl Compiler<'_> {
         }
         for name in rule.ports.iter().filter_map(Port::name) {
             // A name means something else at every destination: one rule for each number it stands for.
-            let mut by_number: BTreeMap<Ports, BTreeSet<Ipv4Addr>> = BTreeMap::new();
-            for member in self.world.members.iter().filter(|member| self.is_peer(rule, namespace, member)) {
+            let blocks: Vec<Block> = rule.peers.iter().flat_map(|peer| self.blocks(peer)).collect();
+            let inside = network::policy::ranges(&blocks);
+            let mut by_number: BTreeMap<Ports, (BTreeSet<Ipv4Addr>, Vec<Block>)> = BTreeMap::new();
+            for member in self.world.members {
+                let pod = rule.peers.is_empty() || rule.peers.iter().any(|peer| self.matches(namespace, peer, member));
+                let both: [IpAddr; 2] = [member.address.into(), self.world.config.v6_of(member.address).into()];
+                let single = both.into_iter().filter(|address| inside.contains(*address)).map(whole);
+                let single: Vec<Block> = single.collect();
+                if !pod && single.is_empty() {
+                    continue;
+                }
                 for number in numbers(member.spec, name) {
-                    by_number.entry(number).or_default().insert(member.address);
+                    let (pods, blocks) = by_number.entry(number).or_default();
+                    blocks.extend(single.iter().cloned());
+                    if pod {
+                        pods.insert(member.address);
+                    }
                 }
             }
-            for (number, addresses) in by_number {
+            for (number, (pods, blocks)) in by_number {
                 let key = format!("{} with {}={number:?}", rule.peers_key(namespace), name.name);
                 let key: Arc<str> = key.into();
-                self.out.groups.insert(key.clone(), addresses);
+                self.out.groups.insert(key.clone(), pods);
                 out.push(network::policy::Rule {
                     origin: rule.origin.clone(),
                     action: rule.action,
                     anyone: false,
                     group: Some(key),
-                    blocks: Vec::new(),
+                    blocks: network::policy::ranges(&blocks),
                     ports: vec![number],
                 });
             }
@@ -248,18 +265,19 @@ impl Compiler<'_> {
     }
 
     /// Anyone, a group of pods, ranges of addresses.
-    fn peers(&mut self, rule: &Rule, namespace: &str) -> (bool, Option<Arc<str>>, Vec<(Ipv4Addr, Ipv4Addr)>) {
+    fn peers(&mut self, rule: &Rule, namespace: &str) -> (bool, Option<Arc<str>>, Ranges) {
         if rule.peers.is_empty() {
-            return (true, None, Vec::new());
+            return (true, None, Ranges::default());
         }
-        let is_pods = |peer: &&Peer| matches!(peer, Peer::Pods { .. });
         let blocks: Vec<Block> = rule.peers.iter().flat_map(|peer| self.blocks(peer)).collect();
-        let group = rule.peers.iter().any(|peer| is_pods(&peer)).then(|| {
+        let group = rule.peers.iter().any(|peer| matches!(peer, Peer::Pods { .. })).then(|| {
             let key: Arc<str> = rule.peers_key(namespace).into();
             if !self.out.groups.contains_key(&key) {
-                let peers = self.world.members.iter().filter(|member| {
-                    rule.peers.iter().filter(is_pods).any(|peer| self.matches(namespace, peer, member))
-                });
+                let peers = self
+                    .world
+                    .members
+                    .iter()
+                    .filter(|member| rule.peers.iter().any(|peer| self.matches(namespace, peer, member)));
                 let addresses = peers.map(|member| member.address).collect();
                 self.out.groups.insert(key.clone(), addresses);
             }
@@ -274,16 +292,12 @@ impl Compiler<'_> {
             Peer::Block(block) => vec![block.clone()],
             Peer::Nodes(selector) => {
                 let nodes = self.world.nodes.iter().filter(|node| selector.matches(&node.labels));
-                let one = |base: &Ipv4Addr| Block { network: Network { base: *base, prefix: 32 }, except: Vec::new() };
-                nodes.flat_map(|node| &node.addresses).map(one).collect()
+                nodes.flat_map(|node| &node.addresses).copied().map(whole).collect()
             }
         }
     }
 
-    fn is_peer(&self, rule: &Rule, namespace: &str, member: &Member<'_>) -> bool {
-        rule.peers.is_empty() || rule.peers.iter().any(|peer| self.matches(namespace, peer, member))
-    }
-
+    /// Whether a peer names a pod by its labels.
     fn matches(&self, own: &str, peer: &Peer, member: &Member<'_>) -> bool {
         match peer {
             Peer::Pods { namespaces, pods } => {
@@ -296,12 +310,13 @@ impl Compiler<'_> {
                 };
                 namespace && pods.matches(member.labels)
             }
-            Peer::Block(_) | Peer::Nodes(_) => {
-                let ranges = network::policy::ranges(&self.blocks(peer));
-                ranges.iter().any(|(first, last)| (*first..=*last).contains(&member.address))
-            }
+            Peer::Block(_) | Peer::Nodes(_) => false,
         }
     }
+}
+
+fn whole(address: IpAddr) -> Block {
+    Block { network: Network::whole(address), except: Vec::new() }
 }
 
 /// The ports that a pod's containers give a name; usually one.

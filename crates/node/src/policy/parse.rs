@@ -135,7 +135,7 @@ fn peer(value: &Value) -> Peer {
     if let Some(block) = value.get("ipBlock").filter(|block| !block.is_null()) {
         let text = |value: &Value| value.as_str().and_then(|text| text.parse::<Network>().ok());
         let except = list(block, "except").iter().filter_map(text).collect();
-        // Not an IPv4 network: matches no address that there is.
+        // No network: matches no address that there is.
         return match block.get("cidr").and_then(text) {
             Some(network) => Peer::Block(Block { network, except }),
             None => Peer::Pods { namespaces: None, pods: Selector::nothing() },

@@ -67,7 +67,8 @@ fn subject(dice: &mut Dice) -> Value {
 fn admin_peer(dice: &mut Dice, rules: &str) -> Value {
     match dice.below(6) {
         0 if rules == "egress" => {
-            json!({"networks": dice.one_of(&[json!(["10.42.0.0/28"]), json!(["10.42.0.8/29", "192.0.2.0/24"])])})
+            json!({"networks": dice.one_of(&[json!(["10.42.0.0/28"]), json!(["10.42.0.8/29", "192.0.2.0/24"]),
+                json!(["fd00:10:42::/125"])])})
         }
         1 if rules == "egress" => json!({"nodes": {"matchLabels": {"zone": "one"}}}),
         _ => subject(dice),
@@ -117,15 +118,24 @@ fn rule(dice: &mut Dice, peers: &str) -> Value {
 fn peer(dice: &mut Dice) -> Value {
     match dice.below(7) {
         0 => {
-            let networks =
-                ["0.0.0.0/0", "10.42.0.0/16", "10.42.0.0/28", "10.42.0.8/29", "10.42.0.5/32", "192.0.2.0/24"];
-            let cidr = dice.one_of(&networks);
-            let inside = ["10.42.0.4/30", "10.42.0.9/32"];
-            let except = if cidr.ends_with("/0") || cidr.ends_with("/16") || cidr.ends_with("/28") {
-                dice.some(0, 2, |dice| dice.one_of(&inside).into())
-            } else {
-                json!([])
+            let networks = [
+                ("0.0.0.0/0", true),
+                ("10.42.0.0/16", true),
+                ("10.42.0.0/28", true),
+                ("10.42.0.8/29", false),
+                ("10.42.0.5/32", false),
+                ("192.0.2.0/24", false),
+                ("::/0", true),
+                ("fd00:10:42::/64", true),
+                ("fd00:10:42::8/125", false),
+                ("2001:db8::/32", false),
+            ];
+            let (cidr, with_except) = dice.one_of(&networks);
+            let inside = match cidr.contains(':') {
+                false => ["10.42.0.4/30", "10.42.0.9/32"],
+                true => ["fd00:10:42::4/126", "fd00:10:42::9/128"],
             };
+            let except = if with_except { dice.some(0, 2, |dice| dice.one_of(&inside).into()) } else { json!([]) };
             json!({"ipBlock": {"cidr": cidr, "except": except}})
         }
         1 | 2 => json!({"podSelector": pod_selector(dice)}),

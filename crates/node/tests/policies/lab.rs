@@ -7,7 +7,7 @@ use rustix::fd::OwnedFd;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,10 +19,16 @@ pub struct Lab {
     pub router: Option<Router>,
     pub namespaces: Vec<(&'static str, Value)>,
     pub pods: Vec<Pod>,
-    ends: Vec<Ends>,
+    /// By pod and family; one family where the kernel has no IPv6.
+    ends: Vec<Vec<Ends>>,
     round: u8,
     _dir: tempfile::TempDir,
 }
+
+/// By family.
+const PROTOCOLS: [[&str; 3]; 2] = [["TCP", "UDP", "ICMP"], ["TCP6", "UDP6", "ICMP6"]];
+/// Types of ICMP's requests and replies.
+const ECHOES: [(u8, u8); 2] = [(8, 0), (128, 129)];
 
 /// A pod's sockets; they stay in its namespace whichever thread uses them.
 struct Ends {
@@ -67,12 +73,7 @@ impl Lab {
     /// everything has got through to everyone once.
     fn warm_up(&mut self) {
         self.enforce(false, &[]);
-        let pods = 0..self.pods.len();
-        let all: BTreeSet<Probe> = pods
-            .clone()
-            .flat_map(|from| pods.clone().map(move |to| (from, to)))
-            .flat_map(|(from, to)| [(from, to, "UDP", PORTS[0]), (from, to, "UDP", PORTS[1]), (from, to, "ICMP", 0)])
-            .collect();
+        let all: BTreeSet<Probe> = self.all().into_iter().filter(|probe| !probe.2.starts_with("TCP")).collect();
         let until = Instant::now() + PATIENCE;
         let mut passed = BTreeSet::new();
         while !all.is_subset(&passed) {
@@ -91,8 +92,11 @@ impl Lab {
         };
         let attachment = self.router.as_ref().unwrap().attach(&request).unwrap();
         let (netns, address) = (attachment.netns.unwrap(), attachment.address);
-        self.ends.push(in_netns(&netns, || Ends::new(netns.clone(), address)).unwrap());
-        self.pods.push(Pod { namespace, name, labels, address, http });
+        let address6 = self.router.as_ref().unwrap().config().v6_of(address);
+        let own = [Some(address.into()), attachment.address6.map(IpAddr::from)];
+        let ends = || own.into_iter().flatten().map(|address| Ends::new(netns.clone(), address)).collect();
+        self.ends.push(in_netns(&netns, ends).unwrap());
+        self.pods.push(Pod { namespace, name, labels, address, address6, http });
     }
 
     /// Puts policies in force through the code under test.
@@ -111,8 +115,10 @@ impl Lab {
         };
         let members: Vec<Member<'_>> = self.pods.iter().zip(&specs).map(member).collect();
         let isolation = if private { Isolation::Private } else { Isolation::Open };
-        let nodes = [Node { labels: json!({"zone": "one"}), addresses: vec![Ipv4Addr::new(10, 42, 0, 1)] }];
+        let nodes = [Node { labels: json!({"zone": "one"}), addresses: vec![Ipv4Addr::new(10, 42, 0, 1).into()] }];
+        let router = self.router.as_ref().unwrap();
         let compiled = compile(&World {
+            config: router.config(),
             isolation,
             policies: &own,
             admin: &admin,
@@ -120,7 +126,7 @@ impl Lab {
             nodes: &nodes,
             members: &members,
         });
-        self.router.as_ref().unwrap().sync_policies(compiled.policies).unwrap();
+        router.sync_policies(compiled.policies).unwrap();
     }
 
     pub fn index(&self, name: &str) -> usize {
@@ -128,29 +134,41 @@ impl Lab {
         self.pods.iter().position(|pod| (pod.namespace, pod.name.as_str()) == wanted).unwrap()
     }
 
+    /// Every pair, protocol and port that packets may take.
+    pub fn all(&self) -> Vec<Probe> {
+        let pods = 0..self.pods.len();
+        let pairs = pods.clone().flat_map(|from| pods.clone().map(move |to| (from, to)));
+        let families = self.ends.first().map_or(0, Vec::len);
+        let ways = PROTOCOLS[..families].iter().flat_map(|[tcp, udp, icmp]| {
+            PORTS.iter().flat_map(|port| [(*tcp, *port), (*udp, *port)]).chain([(*icmp, 0)])
+        });
+        pairs.flat_map(|(from, to)| ways.clone().map(move |(protocol, port)| (from, to, protocol, port))).collect()
+    }
+
     /// Every pair and port that packets got through; `expected` are waited for, what comes besides them is found too.
     pub fn probe(&mut self, expected: &BTreeSet<Probe>) -> BTreeSet<Probe> {
         self.round = self.round.wrapping_add(1);
         let mut passed = self.datagrams(expected);
         for from in 0..self.pods.len() {
-            let pods = &self.pods;
-            let connected = in_netns(&self.ends[from].netns, || {
-                let mut connected = Vec::new();
-                for (to, pod) in pods.iter().enumerate() {
-                    for port in PORTS {
-                        let at = SocketAddrV4::new(pod.address, port);
-                        match TcpStream::connect_timeout(&at.into(), PATIENCE) {
-                            Ok(_) => connected.push((from, to, "TCP", port)),
-                            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {}
-                            Err(e) => panic!("{from} to {to}:{port}: neither accepted nor refused: {e}"),
+            for (family, ends) in self.ends[from].iter().enumerate() {
+                let pods = &self.pods;
+                let connected = in_netns(&ends.netns, || {
+                    let mut connected = Vec::new();
+                    for (to, pod) in pods.iter().enumerate() {
+                        for port in PORTS {
+                            match TcpStream::connect_timeout(&(pod.both()[family], port).into(), PATIENCE) {
+                                Ok(_) => connected.push((from, to, PROTOCOLS[family][0], port)),
+                                Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {}
+                                Err(e) => panic!("{from} to {to}:{port}: neither accepted nor refused: {e}"),
+                            }
                         }
                     }
-                }
-                connected
-            })
-            .unwrap();
-            passed.extend(connected);
-            for listener in self.ends.iter().flat_map(|ends| &ends.listeners) {
+                    connected
+                })
+                .unwrap();
+                passed.extend(connected);
+            }
+            for listener in self.ends.iter().flatten().flat_map(|ends| &ends.listeners) {
                 while listener.accept().is_ok() {}
             }
         }
@@ -161,20 +179,24 @@ impl Lab {
     /// packet between namespaces is delivered before the call that sends it returns.
     fn datagrams(&self, expected: &BTreeSet<Probe>) -> BTreeSet<Probe> {
         let mut passed = BTreeSet::new();
-        for (from, ends) in self.ends.iter().enumerate() {
-            for (to, pod) in self.pods.iter().enumerate() {
-                let mark = [self.round, from as u8, to as u8];
-                for port in PORTS {
-                    // An ICMP error of an earlier one is told by the next call, which sends nothing.
-                    while ends.client.send_to(&mark, (pod.address, port)).is_err() {}
+        for (from, both) in self.ends.iter().enumerate() {
+            for (family, ends) in both.iter().enumerate() {
+                for (to, pod) in self.pods.iter().enumerate() {
+                    let (address, mark) = (pod.both()[family], [self.round, from as u8, to as u8]);
+                    for port in PORTS {
+                        // An ICMP error of an earlier one is told by the next call, which sends nothing.
+                        while ends.client.send_to(&mark, (address, port)).is_err() {}
+                    }
+                    let echo = [&[ECHOES[family].0, 0, 0, 0, 0, 0, 0, 0][..], &mark].concat();
+                    let at = SocketAddr::new(address, 0);
+                    while rustix::net::sendto(&ends.ping, &echo, SendFlags::empty(), &at).is_err() {}
                 }
-                let echo = [&[8, 0, 0, 0, 0, 0, 0, 0][..], &mark].concat();
-                let at = SocketAddrV4::new(pod.address, 0);
-                while rustix::net::sendto(&ends.ping, &echo, SendFlags::empty(), &at).is_err() {}
             }
             self.collect(&mut passed);
         }
-        let waited = |passed: &BTreeSet<Probe>| expected.iter().all(|probe| probe.2 == "TCP" || passed.contains(probe));
+        let waited = |passed: &BTreeSet<Probe>| {
+            expected.iter().all(|probe| probe.2.starts_with("TCP") || passed.contains(probe))
+        };
         let until = Instant::now() + PATIENCE;
         while !waited(&passed) && Instant::now() < until {
             std::thread::yield_now();
@@ -185,54 +207,66 @@ impl Lab {
     }
 
     fn collect(&self, passed: &mut BTreeSet<Probe>) {
-        for (to, ends) in self.ends.iter().enumerate() {
-            let mut buffer = [0; 64];
-            for (server, port) in ends.servers.iter().zip(PORTS) {
-                loop {
-                    match server.recv_from(&mut buffer) {
-                        Ok((3, _)) if buffer[0] == self.round => {
-                            assert_eq!(usize::from(buffer[2]), to);
-                            passed.insert((usize::from(buffer[1]), to, "UDP", port));
-                        }
-                        Ok(_) => {}
-                        Err(_) => break,
-                    }
-                }
+        for (to, both) in self.ends.iter().enumerate() {
+            for (family, ends) in both.iter().enumerate() {
+                self.collect_one(to, family, ends, passed);
             }
+        }
+    }
+
+    fn collect_one(&self, to: usize, family: usize, ends: &Ends, passed: &mut BTreeSet<Probe>) {
+        let mut buffer = [0; 64];
+        let [_, udp, icmp] = PROTOCOLS[family];
+        for (server, port) in ends.servers.iter().zip(PORTS) {
             loop {
-                match rustix::net::recv(&ends.ping, &mut buffer[..], RecvFlags::DONTWAIT) {
-                    Ok((11, _)) if buffer[0] == 0 && buffer[8] == self.round => {
-                        passed.insert((usize::from(buffer[9]), usize::from(buffer[10]), "ICMP", 0));
+                match server.recv_from(&mut buffer) {
+                    Ok((3, _)) if buffer[0] == self.round => {
+                        assert_eq!(usize::from(buffer[2]), to);
+                        passed.insert((usize::from(buffer[1]), to, udp, port));
                     }
                     Ok(_) => {}
-                    Err(rustix::io::Errno::AGAIN) => break,
-                    Err(_) => {}
+                    Err(_) => break,
                 }
+            }
+        }
+        loop {
+            match rustix::net::recv(&ends.ping, &mut buffer[..], RecvFlags::DONTWAIT) {
+                Ok((11, _)) if buffer[0] == ECHOES[family].1 && buffer[8] == self.round => {
+                    passed.insert((usize::from(buffer[9]), usize::from(buffer[10]), icmp, 0));
+                }
+                Ok(_) => {}
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(_) => {}
             }
         }
     }
 }
 
 impl Ends {
-    fn new(netns: PathBuf, address: Ipv4Addr) -> Ends {
+    /// Sockets of one family: they are bound to the pod's own address.
+    fn new(netns: PathBuf, address: IpAddr) -> Ends {
         let listen = |port| {
-            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+            let listener = TcpListener::bind((address, port)).unwrap();
             listener.set_nonblocking(true).unwrap();
             listener
         };
         let serve = |port| {
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap();
+            let socket = UdpSocket::bind((address, port)).unwrap();
             socket.set_nonblocking(true).unwrap();
             socket
         };
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-        let ping = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, Some(ipproto::ICMP));
+        let (family, protocol) = match address {
+            IpAddr::V4(_) => (AddressFamily::INET, ipproto::ICMP),
+            IpAddr::V6(_) => (AddressFamily::INET6, ipproto::ICMPV6),
+        };
+        let ping = rustix::net::socket_with(family, SocketType::DGRAM, flags, Some(protocol)).unwrap();
         Ends {
             netns,
             listeners: PORTS.map(listen).into(),
             servers: PORTS.map(serve).into(),
             client: UdpSocket::bind((address, 0)).unwrap(),
-            ping: ping.unwrap(),
+            ping,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! <https://network-policy-api.sigs.k8s.io/reference/spec/>
 
 use serde_json::Value;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 #[derive(Clone, Debug)]
 pub struct Pod {
@@ -12,8 +12,15 @@ pub struct Pod {
     pub name: String,
     pub labels: Value,
     pub address: Ipv4Addr,
+    pub address6: Ipv6Addr,
     /// Its TCP port named `http`.
     pub http: u16,
+}
+
+impl Pod {
+    pub fn both(&self) -> [IpAddr; 2] {
+        [self.address.into(), self.address6.into()]
+    }
 }
 
 pub struct World<'a> {
@@ -22,7 +29,7 @@ pub struct World<'a> {
     pub policies: &'a [Value],
 }
 
-/// `protocol` is `TCP`, `UDP` or `ICMP`.
+/// `protocol` is `TCP`, `UDP` or `ICMP`, with a 6 behind it over IPv6.
 pub fn allowed(world: &World<'_>, from: &Pod, to: &Pod, protocol: &str, port: u16) -> bool {
     let itself = from.address == to.address;
     itself
@@ -55,7 +62,7 @@ fn side(world: &World<'_>, kind: &str, own: &Pod, peer: &Pod, to: &Pod, protocol
         let (rules, peers) = if kind == "Egress" { ("egress", "to") } else { ("ingress", "from") };
         for rule in array(&spec[rules]) {
             let peer_fits = array(&rule[peers]).is_empty()
-                || array(&rule[peers]).iter().any(|p| is_peer(world, own.namespace, p, peer));
+                || array(&rule[peers]).iter().any(|p| is_peer(world, own.namespace, p, peer, protocol));
             let port_fits = array(&rule["ports"]).is_empty()
                 || array(&rule["ports"]).iter().any(|p| is_port(p, to, protocol, port));
             if peer_fits && port_fits {
@@ -86,12 +93,12 @@ fn admin_action<'a>(
     port: u16,
 ) -> Option<&'a str> {
     let spec = &policy["spec"];
-    if !is_chosen(world, &spec["subject"], own) {
+    if !is_chosen(world, &spec["subject"], own, protocol) {
         return None;
     }
     let (rules, peers) = if kind == "Egress" { ("egress", "to") } else { ("ingress", "from") };
     let matches = |rule: &&Value| {
-        array(&rule[peers]).iter().any(|one| is_chosen(world, one, peer))
+        array(&rule[peers]).iter().any(|one| is_chosen(world, one, peer, protocol))
             && (rule["ports"].is_null()
                 || array(&rule["ports"]).iter().any(|one| is_admin_port(one, to, protocol, port)))
     };
@@ -99,11 +106,11 @@ fn admin_action<'a>(
 }
 
 /// Whether a subject or peer of an administrator's policy names a pod; nodes are no pods.
-fn is_chosen(world: &World<'_>, chosen: &Value, pod: &Pod) -> bool {
+fn is_chosen(world: &World<'_>, chosen: &Value, pod: &Pod, protocol: &str) -> bool {
     let namespace = |selector: &Value| {
         world.namespaces.iter().any(|(name, labels)| *name == pod.namespace && selects(selector, labels))
     };
-    let inside = |network: &Value| is_inside(network, pod);
+    let inside = |network: &Value| is_inside(network, pod, protocol);
     (chosen["namespaces"].is_object() && namespace(&chosen["namespaces"]))
         || (chosen["pods"].is_object()
             && namespace(&chosen["pods"]["namespaceSelector"])
@@ -113,11 +120,11 @@ fn is_chosen(world: &World<'_>, chosen: &Value, pod: &Pod) -> bool {
 
 fn is_admin_port(wanted: &Value, to: &Pod, protocol: &str, port: u16) -> bool {
     if let Some(name) = wanted["namedPort"].as_str() {
-        return name == "http" && protocol == "TCP" && to.http == port;
+        return name == "http" && plain(protocol) == "TCP" && to.http == port;
     }
     let (range, number) = (&wanted["portRange"], &wanted["portNumber"]);
     let of = if range.is_object() { range } else { number };
-    if of["protocol"].as_str().unwrap_or("TCP") != protocol {
+    if of["protocol"].as_str().unwrap_or("TCP") != plain(protocol) {
         return false;
     }
     if range.is_object() {
@@ -127,11 +134,19 @@ fn is_admin_port(wanted: &Value, to: &Pod, protocol: &str, port: u16) -> bool {
     }
 }
 
-fn is_inside(network: &Value, pod: &Pod) -> bool {
+fn plain(protocol: &str) -> &str {
+    protocol.trim_end_matches('6')
+}
+
+fn is_inside(network: &Value, pod: &Pod, protocol: &str) -> bool {
     let (base, prefix) = network.as_str().unwrap().split_once('/').unwrap();
-    let base: Ipv4Addr = base.parse().unwrap();
-    let drop = 32 - prefix.parse::<u32>().unwrap();
-    (u64::from(base.to_bits()) >> drop) == (u64::from(pod.address.to_bits()) >> drop)
+    let prefix = prefix.parse::<u32>().unwrap();
+    let same = |a: u128, b: u128, width: u32| prefix == 0 || a >> (width - prefix) == b >> (width - prefix);
+    match (base.parse().unwrap(), protocol.ends_with('6')) {
+        (IpAddr::V4(base), false) => same(base.to_bits().into(), pod.address.to_bits().into(), 32),
+        (IpAddr::V6(base), true) => same(base.to_bits(), pod.address6.to_bits(), 128),
+        _ => false,
+    }
 }
 
 fn types(spec: &Value) -> Vec<&str> {
@@ -143,9 +158,9 @@ fn types(spec: &Value) -> Vec<&str> {
     }
 }
 
-fn is_peer(world: &World<'_>, own: &str, peer: &Value, pod: &Pod) -> bool {
+fn is_peer(world: &World<'_>, own: &str, peer: &Value, pod: &Pod, protocol: &str) -> bool {
     if peer["ipBlock"].is_object() {
-        let inside = |network: &Value| is_inside(network, pod);
+        let inside = |network: &Value| is_inside(network, pod, protocol);
         return inside(&peer["ipBlock"]["cidr"]) && !array(&peer["ipBlock"]["except"]).iter().any(inside);
     }
     let namespace = match &peer["namespaceSelector"] {
@@ -156,12 +171,12 @@ fn is_peer(world: &World<'_>, own: &str, peer: &Value, pod: &Pod) -> bool {
 }
 
 fn is_port(wanted: &Value, to: &Pod, protocol: &str, port: u16) -> bool {
-    if wanted["protocol"].as_str().unwrap_or("TCP") != protocol {
+    if wanted["protocol"].as_str().unwrap_or("TCP") != plain(protocol) {
         return false;
     }
     match &wanted["port"] {
         Value::Null => true,
-        Value::String(name) => name == "http" && protocol == "TCP" && to.http == port,
+        Value::String(name) => name == "http" && plain(protocol) == "TCP" && to.http == port,
         number => {
             let first = number.as_u64().unwrap();
             (first..=wanted["endPort"].as_u64().unwrap_or(first)).contains(&u64::from(port))
