@@ -1,4 +1,6 @@
-//! `atoll network`: asks the running `atoll up` whether and why a connection passes, and what was refused.
+//! `atoll network`: asks the running `atoll up` whether and why a connection passes, what was refused, and what flows.
+
+mod watch;
 
 use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
@@ -39,6 +41,48 @@ pub enum Network {
         #[arg(short, long, default_value = "table")]
         output: Format,
     },
+    /// Show what flows between workloads, most first
+    #[command(
+        after_help = "Counting begins with the first look; connections that were open before have no counters.\n\n\
+                      Example:\n  atoll network top --turns 1 -o json"
+    )]
+    Top {
+        #[command(flatten)]
+        data: DataDir,
+        /// Seconds between two looks
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
+        every: u64,
+        /// How often it is shown; on a terminal until ended, else once
+        #[arg(long)]
+        turns: Option<u64>,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Write a workload's packets into a file for tcpdump or wireshark
+    #[command(after_help = "Example:\n  atoll network capture shop/orders-x2x -w orders.pcap --port 5432 --count 100")]
+    Capture {
+        #[command(flatten)]
+        data: DataDir,
+        /// NAMESPACE/POD
+        pod: String,
+        /// The file; `-` for standard output
+        #[arg(short, long)]
+        write: std::path::PathBuf,
+        /// Only packets with this source or destination port
+        #[arg(long)]
+        port: Option<u16>,
+        /// End after so many
+        #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
+    /// Print the network's counters in Prometheus' text format
+    #[command(
+        after_help = "For node_exporter's textfile collector:\n  atoll network metrics > /var/lib/node_exporter/atoll.prom"
+    )]
+    Metrics {
+        #[command(flatten)]
+        data: DataDir,
+    },
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -67,7 +111,7 @@ pub fn run(command: Network) -> Outcome {
                 match answer {
                     Answer::Explained(one) => all.push(one),
                     Answer::Error(error) => return Err(Failure(format!("network explain: {error}"))),
-                    Answer::Refused(_) => {}
+                    _ => {}
                 }
                 Ok(())
             })?;
@@ -76,8 +120,11 @@ pub fn run(command: Network) -> Outcome {
         Network::Log { data, follow, output } => ask(&data, &Question::Log { follow }, |answer| match answer {
             Answer::Refused(told) => line(&told, output),
             Answer::Error(error) => Err(Failure(format!("network log: {error}"))),
-            Answer::Explained(_) => Ok(()),
+            _ => Ok(()),
         }),
+        Network::Top { data, every, turns, output } => watch::top(&data, every, turns, output),
+        Network::Capture { data, pod, write, port, count } => watch::capture(&data, pod, &write, port, count),
+        Network::Metrics { data } => watch::metrics(&data),
     }
 }
 

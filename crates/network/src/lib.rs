@@ -5,7 +5,7 @@
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
-//! - [`refused::RefusedLog`] tells which packets were refused.
+//! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
 //!
 //! A workload reaches nobody until a policy, or the default of its namespace, says so; the router refuses everything else
@@ -27,6 +27,7 @@ pub mod refused;
 mod router;
 mod services;
 mod sys;
+pub mod watch;
 
 pub mod dns;
 /// Builders and parsers of the kernel's netlink messages; public so that fuzz targets reach the parsers.

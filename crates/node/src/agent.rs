@@ -173,7 +173,7 @@ impl Running {
             let enforcer = Enforcer::new(network, config.isolation, client.clone(), inner.clone(), pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
-            let inspector = Inspector::new(router.router(), enforcer.clone(), services.clone(), slices.clone());
+            let inspector = Inspector::new(router.clone(), enforcer.clone(), services.clone(), slices.clone());
             helpers.spawn(inspector.run(config.run_dir.clone()));
             networks = Arc::new(Enforced { inner, enforcer });
         }

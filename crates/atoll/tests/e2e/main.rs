@@ -13,6 +13,7 @@ mod life;
 mod network;
 mod oci;
 mod pods;
+mod policies;
 mod registry;
 mod vm;
 
@@ -39,6 +40,7 @@ const ALL: &[&[Test]] = &[
     pods::TESTS,
     bad_input::TESTS,
     network::TESTS,
+    policies::TESTS,
     vm::TESTS,
     oci::TESTS,
     life::TESTS,

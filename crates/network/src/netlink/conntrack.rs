@@ -13,6 +13,8 @@ const DELETE: u16 = 2;
 const ORIGINAL: u16 = 1;
 const REPLY: u16 = 2;
 const ID: u16 = 12;
+/// Counters of the original direction and of the reply.
+const COUNTERS: [u16; 2] = [9, 10];
 
 /// One direction of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,6 +32,8 @@ pub struct Entry {
     family: u8,
     pub original: Tuple,
     pub reply: Tuple,
+    /// Packets and bytes, as it was opened and back; zero where they are not counted.
+    pub counted: [(u64, u64); 2],
     /// The original direction as the kernel told it: what it finds the entry by, whatever the protocol.
     key: Vec<u8>,
     id: Option<[u8; 4]>,
@@ -75,8 +79,18 @@ pub fn entry(payload: &[u8]) -> Option<Entry> {
         original: tuple(key)?,
         key: key.to_vec(),
         reply: tuple(Attributes::get(attributes, REPLY)?)?,
+        counted: COUNTERS.map(|kind| counters(attributes, kind)),
         id: Attributes::get(attributes, ID).and_then(|bytes| bytes.try_into().ok()),
     })
+}
+
+fn counters(attributes: &[u8], kind: u16) -> (u64, u64) {
+    let bytes = Attributes::get(attributes, kind).unwrap_or_default();
+    let number = |kind| {
+        let bytes = Attributes::get(bytes, kind).and_then(|bytes| bytes.try_into().ok());
+        bytes.map_or(0, u64::from_be_bytes)
+    };
+    (number(1), number(2))
 }
 
 fn tuple(bytes: &[u8]) -> Option<Tuple> {
@@ -108,6 +122,7 @@ mod tests {
         fn foreign_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = super::entry(&bytes);
             let _ = super::super::route::link(&bytes);
+            let _ = super::super::route::link_counters(&bytes);
         }
     }
 }

@@ -18,6 +18,7 @@ const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
+const IFLA_STATS64: u16 = 23;
 const IFLA_GROUP: u16 = 27;
 const IFLA_NET_NS_FD: u16 = 28;
 const IFLA_INFO_KIND: u16 = 1;
@@ -253,6 +254,46 @@ pub fn links(socket: &mut Socket) -> Result<Vec<Link>> {
         }
     })?;
     Ok(all)
+}
+
+/// What a link has carried, as its end in the router counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    pub received_packets: u64,
+    pub received_bytes: u64,
+    pub sent_packets: u64,
+    pub sent_bytes: u64,
+    pub received_dropped: u64,
+    pub sent_dropped: u64,
+}
+
+/// All links' names and counters.
+pub fn counters(socket: &mut Socket) -> Result<Vec<(String, Counters)>> {
+    let mut batch = Batch::new();
+    batch.request("list the links", RTM_GETLINK, NLM_F_DUMP, &[], |w| interface(w, 0, 0));
+    let mut all = Vec::new();
+    socket.query(batch, |kind, payload| {
+        if kind == RTM_NEWLINK {
+            all.extend(link_counters(payload));
+        }
+    })?;
+    Ok(all)
+}
+
+/// Reads the counters of one `RTM_NEWLINK` payload (`struct rtnl_link_stats64`).
+pub fn link_counters(payload: &[u8]) -> Option<(String, Counters)> {
+    let attributes = payload.get(16..)?;
+    let counted = Attributes::get(attributes, IFLA_STATS64)?;
+    let at = |n: usize| Some(u64::from_ne_bytes(counted.get(n * 8..n * 8 + 8)?.try_into().ok()?));
+    let counters = Counters {
+        received_packets: at(0)?,
+        sent_packets: at(1)?,
+        received_bytes: at(2)?,
+        sent_bytes: at(3)?,
+        received_dropped: at(6)?,
+        sent_dropped: at(7)?,
+    };
+    Some((text(Attributes::get(attributes, IFLA_IFNAME)?).to_owned(), counters))
 }
 
 /// Reads one `RTM_NEWLINK` payload.

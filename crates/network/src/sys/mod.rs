@@ -60,6 +60,27 @@ pub fn tap_persist(fd: BorrowedFd<'_>) -> io::Result<()> {
     Ok(())
 }
 
+/// A socket that is handed every frame of one link of the thread's network namespace, in both directions.
+pub fn packet_socket(index: u32) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    // Protocol 0: nothing is received before the link is chosen.
+    let socket = rustix::net::socket_with(AddressFamily::PACKET, SocketType::RAW, flags, None)?;
+    // SAFETY: `sockaddr_ll` is plain old data, for which all zeroes is a value.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = i32::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // SAFETY: the pointer and length describe `address`, which outlives the call; the kernel only reads it.
+    let bound = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as libc::socklen_t)
+    };
+    if bound != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
 /// `/dev/net/tun`, not yet bound.
 pub fn tap_open() -> io::Result<OwnedFd> {
     use rustix::fs::{Mode, OFlags};

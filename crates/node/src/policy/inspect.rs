@@ -1,13 +1,15 @@
 //! What `atoll network` asks: a socket in the run directory, which only root can enter. One line of JSON asks, lines of
 //! JSON answer.
 
+pub use super::watch::{Connection, Frame};
 use super::{Compiled, Enforcer};
+use crate::adaptors::RouterNetworks;
 use crate::ports::Protocol;
 use crate::proxy;
 use api::informer::Informer;
+use network::RouterConfig;
 use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
-use network::{Router, RouterConfig};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -30,6 +32,12 @@ pub enum Question {
     Explain { from: String, to: String, protocol: String, port: Option<u16> },
     /// What was refused.
     Log { follow: bool },
+    /// All connections with what they have carried.
+    Connections,
+    /// A workload's frames; those with this port, so many.
+    Capture { pod: String, port: Option<u16>, count: Option<u64> },
+    /// Counters in Prometheus' text format.
+    Metrics,
 }
 
 /// One way that a connection may go; a Service has one for each endpoint.
@@ -65,27 +73,38 @@ pub struct Told {
 pub enum Answer {
     Explained(Explained),
     Refused(Told),
+    Connection(Connection),
+    /// Frames are captured from now on.
+    Capturing,
+    Frame(Frame),
+    Metrics(String),
     Error(String),
 }
 
 pub(crate) struct Inspector {
-    config: RouterConfig,
-    enforcer: Arc<Enforcer>,
+    pub(super) config: RouterConfig,
+    pub(super) router: Arc<RouterNetworks>,
+    pub(super) enforcer: Arc<Enforcer>,
     services: Informer,
     slices: Informer,
     log: Option<RefusedLog>,
 }
 
 impl Inspector {
-    pub fn new(router: &Router, enforcer: Arc<Enforcer>, services: Informer, slices: Informer) -> Inspector {
-        let log = match RefusedLog::start(router) {
+    pub fn new(
+        router: Arc<RouterNetworks>,
+        enforcer: Arc<Enforcer>,
+        services: Informer,
+        slices: Informer,
+    ) -> Inspector {
+        let log = match RefusedLog::start(router.router()) {
             Ok(log) => Some(log),
             Err(error) => {
                 tracing::warn!("atoll network log will show nothing: {error}");
                 None
             }
         };
-        Inspector { config: router.config().clone(), enforcer, services, slices, log }
+        Inspector { config: router.router().config().clone(), router, enforcer, services, slices, log }
     }
 
     /// Answers until cancelled.
@@ -141,6 +160,20 @@ impl Inspector {
                         // The client says nothing more; its end of the stream is the end.
                         _ = lines.next_line() => return,
                     }
+                }
+            }
+            Ok(Question::Connections) => {
+                let _ = write_all(&mut write, &self.connections().await).await;
+            }
+            Ok(Question::Metrics) => {
+                let _ = write_all(&mut write, &[self.metrics().await]).await;
+            }
+            Ok(Question::Capture { pod, port, count }) => {
+                let capture = self.capture(&pod, port, count, &mut write);
+                tokio::select! {
+                    () = capture => {}
+                    // The client says nothing more; its end of the stream is the end.
+                    _ = lines.next_line() => {}
                 }
             }
             Err(error) => {
@@ -209,7 +242,7 @@ impl Inspector {
         }
     }
 
-    fn name(&self, current: &Compiled, address: IpAddr) -> String {
+    pub(super) fn name(&self, current: &Compiled, address: IpAddr) -> String {
         let pod = pod_address(&self.config, address).and_then(|pod| current.policies.workloads.get(&pod));
         match pod {
             Some(workload) => format!("{}/{} ({address})", workload.namespace, workload.name),
@@ -284,7 +317,7 @@ impl Inspector {
     }
 
     /// `NAMESPACE/POD`, `POD` (of namespace `default`), `svc/NAMESPACE/NAME`, `node` or an address.
-    fn resolve(&self, current: &Compiled, text: &str) -> Result<IpAddr, String> {
+    pub(super) fn resolve(&self, current: &Compiled, text: &str) -> Result<IpAddr, String> {
         if text == "node" {
             return Ok(self.config.router_address().into());
         }
@@ -307,7 +340,7 @@ impl Inspector {
     }
 }
 
-fn protocol_name(number: u8) -> String {
+pub(super) fn protocol_name(number: u8) -> String {
     match number {
         1 | 58 => "icmp".into(),
         6 => "tcp".into(),
@@ -317,7 +350,7 @@ fn protocol_name(number: u8) -> String {
     }
 }
 
-async fn write_all(stream: &mut (impl AsyncWriteExt + Unpin), answers: &[Answer]) -> std::io::Result<()> {
+pub(super) async fn write_all(stream: &mut (impl AsyncWriteExt + Unpin), answers: &[Answer]) -> std::io::Result<()> {
     let mut text = String::new();
     for answer in answers {
         text.push_str(&serde_json::to_string(answer)?);

@@ -10,6 +10,7 @@ mod admin;
 mod enforce;
 pub mod inspect;
 mod parse;
+mod watch;
 
 pub use admin::{AdminPolicy, Tier};
 pub(crate) use enforce::{Enforced, Enforcer};

@@ -20,6 +20,7 @@ const NEWCHAIN: u16 = 3;
 const GETCHAIN: u16 = 4;
 const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
+const GETRULE: u16 = 7;
 const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
 const GETSET: u16 = 10;
@@ -526,6 +527,34 @@ fn names(
         }
     })?;
     Ok(all)
+}
+
+/// Packets that the counters in a chain's rules have counted.
+pub fn counted(socket: &mut Socket, table: &str, family: Family, chain: &str) -> Result<u64> {
+    let mut batch = Batch::new();
+    batch.request("list the rules", SUBSYSTEM | GETRULE, NLM_F_DUMP, &[Errno::NOENT], |w| {
+        w.raw(&[family as u8, 0, 0, 0]);
+        w.string(1, table);
+        w.string(2, chain);
+    });
+    let mut packets = 0;
+    socket.query(batch, |kind, payload| {
+        if kind == SUBSYSTEM | NEWRULE {
+            packets += payload.get(4..).map_or(0, counters_of_rule);
+        }
+    })?;
+    Ok(packets)
+}
+
+/// Reads a rule's counter expressions.
+fn counters_of_rule(attributes: &[u8]) -> u64 {
+    let expressions = Attributes::get(attributes, 4).unwrap_or_default();
+    let one = |(_, expression): (u16, &[u8])| {
+        let name = Attributes::get(expression, 1).map(text)?;
+        let data = Attributes::get(expression, 2).filter(|_| name == "counter")?;
+        Attributes::get(data, 2)?.try_into().ok().map(u64::from_be_bytes)
+    };
+    Attributes::new(expressions).filter_map(one).sum()
 }
 
 /// Keys of all elements of a set or map.

@@ -1,0 +1,172 @@
+//! What `atoll network` shows of traffic: connections, counters, and the frames of one workload.
+
+use super::inspect::{Answer, Inspector, protocol_name, write_all};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use network::Router;
+use network::policy::pod_address;
+use network::watch::{Capture, Entry, ports};
+use serde::{Deserialize, Serialize};
+use std::fmt::Write;
+use std::time::{Duration, UNIX_EPOCH};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+
+/// How soon a capture sees that nobody listens any more.
+const TURN: Duration = Duration::from_millis(200);
+/// Frames on their way to a client; while it does not read, the kernel keeps some and drops the rest.
+const FRAMES: usize = 256;
+
+/// A tracked connection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Connection {
+    pub from: String,
+    pub from_port: u16,
+    pub to: String,
+    pub port: u16,
+    pub protocol: String,
+    /// There, and back.
+    pub packets: [u64; 2],
+    pub bytes: [u64; 2],
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Frame {
+    /// Nanoseconds since 1970.
+    pub at: u64,
+    /// Base64.
+    pub bytes: String,
+}
+
+impl Inspector {
+    /// Asks the router without holding the others up.
+    async fn ask<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Router) -> network::Result<T> + Send + 'static,
+    ) -> Result<T, String> {
+        let router = self.router.clone();
+        match tokio::task::spawn_blocking(move || work(router.router())).await {
+            Ok(result) => result.map_err(|error| crate::volumes::chain(&error)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    pub(super) async fn connections(&self) -> Vec<Answer> {
+        let current = self.enforcer.current();
+        let one = |entry: &Entry| {
+            let (there, back) = (entry.counted[0], entry.counted[1]);
+            Answer::Connection(Connection {
+                from: self.name(&current, entry.original.source),
+                from_port: entry.original.source_port,
+                // Where it really goes: past a Service's address.
+                to: self.name(&current, entry.reply.source),
+                port: entry.reply.source_port,
+                protocol: protocol_name(entry.original.protocol),
+                packets: [there.0, back.0],
+                bytes: [there.1, back.1],
+            })
+        };
+        match self.ask(Router::connections).await {
+            Ok(all) => all.iter().map(one).collect(),
+            Err(error) => vec![Answer::Error(error)],
+        }
+    }
+
+    pub(super) async fn metrics(&self) -> Answer {
+        let read = self.ask(|router| Ok((router.link_counters()?, router.refused_packets()?))).await;
+        let (links, refused) = match read {
+            Ok(read) => read,
+            Err(error) => return Answer::Error(error),
+        };
+        let current = self.enforcer.current();
+        let mut text = format!(
+            "# TYPE atoll_network_refused_packets_total counter\natoll_network_refused_packets_total {refused}\n"
+        );
+        type Read = fn(&network::watch::Counters) -> u64;
+        // As the workload sees it: what the router's end received, it sent.
+        let series: [(&str, Read); 6] = [
+            ("transmit_packets_total", |c| c.received_packets),
+            ("transmit_bytes_total", |c| c.received_bytes),
+            ("receive_packets_total", |c| c.sent_packets),
+            ("receive_bytes_total", |c| c.sent_bytes),
+            ("transmit_dropped_total", |c| c.received_dropped),
+            ("receive_dropped_total", |c| c.sent_dropped),
+        ];
+        for (name, read) in series {
+            let _ = writeln!(text, "# TYPE atoll_network_workload_{name} counter");
+            for (address, counters) in &links {
+                // Names of objects need no escaping.
+                if let Some(pod) = current.policies.workloads.get(address) {
+                    let _ = writeln!(
+                        text,
+                        "atoll_network_workload_{name}{{namespace=\"{}\",pod=\"{}\"}} {}",
+                        pod.namespace,
+                        pod.name,
+                        read(counters)
+                    );
+                }
+            }
+        }
+        Answer::Metrics(text)
+    }
+
+    /// Sends a workload's frames until there are enough, the link goes or nobody reads.
+    pub(super) async fn capture(
+        &self,
+        pod: &str,
+        port: Option<u16>,
+        count: Option<u64>,
+        to: &mut (impl AsyncWriteExt + Unpin),
+    ) {
+        let mut frames = match self.begin(pod, port).await {
+            Ok(frames) => frames,
+            Err(error) => return drop(write_all(to, &[Answer::Error(error)]).await),
+        };
+        if write_all(to, &[Answer::Capturing]).await.is_err() {
+            return;
+        }
+        let mut left = count.unwrap_or(u64::MAX);
+        while left > 0
+            && let Some(frame) = frames.recv().await
+        {
+            if write_all(to, &[frame]).await.is_err() {
+                return;
+            }
+            left -= 1;
+        }
+    }
+
+    async fn begin(&self, pod: &str, port: Option<u16>) -> Result<mpsc::Receiver<Answer>, String> {
+        let current = self.enforcer.current();
+        let address = self.resolve(&current, pod)?;
+        let workload = pod_address(&self.config, address).filter(|pod| current.policies.workloads.contains_key(pod));
+        let address = workload.ok_or_else(|| format!("{pod}: no workload; name one as NAMESPACE/POD"))?;
+        let capture = self.ask(move |router| router.capture(address)).await?;
+        let (sender, receiver) = mpsc::channel(FRAMES);
+        tokio::task::spawn_blocking(move || pass_on(capture, port, &sender));
+        Ok(receiver)
+    }
+}
+
+fn pass_on(mut capture: Capture, port: Option<u16>, to: &mpsc::Sender<Answer>) {
+    while !to.is_closed() {
+        let frame = match capture.next(TURN) {
+            Ok(Some(frame)) => frame,
+            Ok(None) => continue,
+            Err(error) => {
+                let _ = to.blocking_send(Answer::Error(crate::volumes::chain(&error)));
+                return;
+            }
+        };
+        if port.is_some_and(|port| !ports(&frame.bytes).is_some_and(|both| both.contains(&port))) {
+            continue;
+        }
+        let since = frame.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let at = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        if to.blocking_send(Answer::Frame(Frame { at, bytes: STANDARD.encode(&frame.bytes) })).is_err() {
+            return;
+        }
+    }
+}
