@@ -5,6 +5,7 @@
 mod bad_input;
 mod build;
 mod cluster;
+mod crash;
 mod functions;
 mod gateway;
 mod images;
@@ -43,6 +44,7 @@ const ALL: &[&[Test]] = &[
     policies::TESTS,
     vm::TESTS,
     oci::TESTS,
+    crash::TESTS,
     life::TESTS,
 ];
 
