@@ -122,6 +122,8 @@ pub struct Up {
     #[arg(long, default_value = "private", value_name = "DEFAULT")]
     pub network_default: NetworkDefault,
     #[command(flatten)]
+    pub networks: crate::networks::Networks,
+    #[command(flatten)]
     pub budget: crate::images::Budget,
 }
 

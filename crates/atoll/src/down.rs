@@ -22,7 +22,7 @@ pub fn run(data_dir: &Path) -> Outcome {
         println!("stopped atoll up, pid {pid}");
     }
     let _lock = instance.lock()?;
-    let router = Router::open(up::router_config(&instance)?).map_err(explain)?;
+    let router = Router::open(crate::networks::known(&instance)?).map_err(explain)?;
     router.enter_thread().map_err(explain)?;
     let router = Arc::new(router);
     let runtime =

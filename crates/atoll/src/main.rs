@@ -8,6 +8,7 @@ mod function;
 mod images;
 mod instance;
 mod network;
+mod networks;
 mod output;
 mod up;
 mod vm;

@@ -6,17 +6,15 @@
 
 use crate::cli::{Failure, Outcome, Up, explain};
 use crate::instance::{Instance, patiently};
-use network::{Cidr, DnsServer, Router, RouterConfig};
+use crate::networks;
+use network::{DnsServer, Router};
 use node::boundary::{Boundary, container::ContainerBoundary, microvm::MicrovmBoundary, wasm::WasmBoundary};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::watch;
 
-pub const POD_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 42, 0, 0), 16);
-pub const SERVICE_CIDR: (Ipv4Addr, u8) = (Ipv4Addr::new(10, 43, 0, 0), 16);
-pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 10);
 const CLUSTER_DOMAIN: &str = "cluster.local";
 
 struct Listeners {
@@ -47,7 +45,7 @@ pub fn run(options: &Up) -> Outcome {
             .transpose()?,
         registry: listen("--registry-addr", options.registry_addr)?,
     };
-    let router = Arc::new(Router::open(router_config(&instance)?).map_err(explain)?);
+    let router = Arc::new(Router::open(networks::choose(&instance, &options.networks)?).map_err(explain)?);
     let host_netns = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router.enter_thread().map_err(explain)?;
 
@@ -61,15 +59,6 @@ pub fn run(options: &Up) -> Outcome {
     let outcome = runtime.block_on(serve(options, &instance, listeners, router, host_netns, begun));
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     outcome
-}
-
-pub fn router_config(instance: &Instance) -> Result<RouterConfig, Failure> {
-    Ok(RouterConfig {
-        pod_cidr: Cidr::new(POD_CIDR.0, POD_CIDR.1).map_err(explain)?,
-        service_cidr: Cidr::new(SERVICE_CIDR.0, SERVICE_CIDR.1).map_err(explain)?,
-        dns_address: DNS,
-        ..RouterConfig::new(instance.data_dir.join("network"), instance.run_dir.clone())
-    })
 }
 
 pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
@@ -113,7 +102,6 @@ fn logging() {
 fn agent_config(instance: &Instance, name: String) -> Result<node::Config, Failure> {
     let mut config = node::Config::new(name, &instance.data_dir, &instance.run_dir);
     config.exe = executable()?;
-    config.cluster_dns = DNS;
     config.cluster_domain = CLUSTER_DOMAIN.into();
     Ok(config)
 }
@@ -163,20 +151,23 @@ async fn serve(
     let images = Arc::new(images);
     let registry = registry_config(options, listeners.registry, images.clone())?;
 
+    let (v4, v6) = (router.config().service_cidr, router.config().service_cidr6);
+    let services = if router.has_ipv6() { format!("{v4},{v6}") } else { v4.to_string() };
     let server = server::Server::new(server::Config {
         listener: listeners.api,
         data_dir: instance.data_dir.clone(),
         advertise: options.api_addr,
         store: store.clone(),
         cluster_domain: CLUSTER_DOMAIN.into(),
-        service_cidr: format!("{}/{}", SERVICE_CIDR.0, SERVICE_CIDR.1),
+        service_cidr: services,
     })
     .await
     .map_err(explain)?;
     server.write_kubeconfig(&instance.data_dir.join("kubeconfig")).map_err(explain)?;
     let client = server.client();
 
-    let dns = Arc::new(DnsServer::start(&router, (DNS, 53).into(), Vec::new()).map_err(explain)?);
+    let dns =
+        Arc::new(DnsServer::start(&router, (router.config().dns_address, 53).into(), Vec::new()).map_err(explain)?);
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
     config.isolation = options.network_default.into();

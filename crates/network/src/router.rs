@@ -104,6 +104,10 @@ impl Router {
     pub fn config(&self) -> &RouterConfig {
         &self.config
     }
+    /// Whether workloads have IPv6 addresses: the kernel has IPv6.
+    pub fn has_ipv6(&self) -> bool {
+        self.ipv6
+    }
     /// Where the router's namespace is pinned.
     pub fn netns_path(&self) -> PathBuf {
         pins_dir(&self.config).join(ROUTER)

@@ -201,6 +201,7 @@ impl Networks for RouterNetworks {
         let attachment = self.run("attach", move |router| router.attach(&wanted)).await?;
         Ok(SandboxNetwork {
             address: Some(attachment.address),
+            address6: attachment.address6,
             netns: attachment.netns,
             tap: attachment.tap,
             router_netns: Some(self.router.netns_path()),

@@ -56,7 +56,11 @@ impl Agent {
         let mut config = config;
         if config.node_ip.is_unspecified() {
             config.node_ip = router.config().router_address();
+            config.node_ip6 = router.has_ipv6().then(|| router.config().router_address6());
         }
+        config.cluster_dns = router.config().dns_address;
+        config.pod_cidrs = vec![router.config().pod_cidr.to_string()];
+        config.pod_cidrs.extend(router.has_ipv6().then(|| router.config().pod_cidr6.to_string()));
         let router = Arc::new(RouterNetworks::new(router));
         let images = Arc::new(StoreImages::new(images, config.host_netns.clone()));
         let mut agent = Agent::with_ports(config, client, images, router.clone(), boundaries);

@@ -13,7 +13,7 @@ use api::streams::{Duplex, Session, Wanted};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 /// What a pod needs of its boundary, complete: nothing in here has to be looked up again. Written to the pod's
@@ -46,6 +46,8 @@ pub struct SandboxSpec {
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct SandboxNetwork {
     pub address: Option<Ipv4Addr>,
+    #[serde(default)]
+    pub address6: Option<Ipv6Addr>,
     /// A pinned network namespace with the pod's link in it (containers, functions).
     pub netns: Option<PathBuf>,
     /// Name of the tap device in the router's namespace (machines), and that namespace's path.
@@ -59,6 +61,13 @@ pub struct SandboxNetwork {
     pub dns_search: Vec<String>,
     /// `hostNetwork: true`.
     pub host: bool,
+}
+
+impl SandboxNetwork {
+    /// The pod's addresses, IPv4 first.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        self.address.map(IpAddr::V4).into_iter().chain(self.address6.map(IpAddr::V6)).collect()
+    }
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 //! What the agent is told at start. Everything else it learns from the API or from disk.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
 /// Settings of one node.
@@ -21,12 +21,13 @@ pub struct Config {
     pub cluster_domain: String,
     /// `10.43.0.0/16`.
     pub service_cidr: String,
-    /// `10.42.0.0/16`.
-    pub pod_cidr: String,
+    /// Pods' networks, of one family or both: `10.42.0.0/16`, `fd00:10:42::/64`.
+    pub pod_cidrs: Vec<String>,
     /// `127.0.0.1:5000`.
     pub registry_addr: String,
     /// Address under which the node is known (`status.hostIP`). Unspecified: the router's towards pods.
     pub node_ip: Ipv4Addr,
+    pub node_ip6: Option<Ipv6Addr>,
     /// The host's network namespace (`/proc/self/fd/<n>` or a pinned path), from which images are pulled; `None`: the
     /// one the agent runs in.
     pub host_netns: Option<PathBuf>,
@@ -54,9 +55,10 @@ impl Config {
             cluster_dns: Ipv4Addr::new(10, 43, 0, 10),
             cluster_domain: "cluster.local".into(),
             service_cidr: "10.43.0.0/16".into(),
-            pod_cidr: "10.42.0.0/16".into(),
+            pod_cidrs: vec!["10.42.0.0/16".into()],
             registry_addr: "127.0.0.1:5000".into(),
             node_ip: Ipv4Addr::UNSPECIFIED,
+            node_ip6: None,
             host_netns: None,
             isolation: network::Isolation::default(),
             max_pods: 250,
@@ -66,6 +68,10 @@ impl Config {
         }
     }
 
+    /// The node's addresses, IPv4 first.
+    pub(crate) fn node_ips(&self) -> Vec<IpAddr> {
+        std::iter::once(IpAddr::V4(self.node_ip)).chain(self.node_ip6.map(IpAddr::V6)).collect()
+    }
     pub(crate) fn pods_dir(&self) -> PathBuf {
         self.data_dir.join("pods")
     }

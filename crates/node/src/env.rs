@@ -6,13 +6,14 @@ use crate::sources::{SourceKind, Sources};
 use api::k8s::api::core::v1::{Container, EnvVarSource, ObjectFieldSelector, Pod, ResourceFieldSelector};
 use api::k8s::apimachinery::pkg::api::resource::Quantity;
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// Facts of the pod that its own object may not carry yet.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Facts {
-    pub pod_ip: Option<Ipv4Addr>,
-    pub host_ip: Option<Ipv4Addr>,
+    /// Of each family, IPv4 first.
+    pub pod_ips: Vec<IpAddr>,
+    pub host_ips: Vec<IpAddr>,
     pub node_cpu_milli: u64,
     pub node_memory: u64,
 }
@@ -284,7 +285,8 @@ pub(crate) fn pod_field(pod: &Pod, selector: &ObjectFieldSelector, facts: &Facts
         return Ok(meta.annotations.as_ref().and_then(|m| m.get(key)).cloned().unwrap_or_default());
     }
     let spec = pod.spec.as_ref();
-    let ip = |ip: Option<Ipv4Addr>| ip.map(|i| i.to_string()).unwrap_or_default();
+    let first = |ips: &[IpAddr]| ips.first().map(IpAddr::to_string).unwrap_or_default();
+    let all = |ips: &[IpAddr]| ips.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",");
     Ok(match path {
         "metadata.name" => meta.name.clone().unwrap_or_default(),
         "metadata.namespace" => meta.namespace.clone().unwrap_or_default(),
@@ -295,8 +297,10 @@ pub(crate) fn pod_field(pod: &Pod, selector: &ObjectFieldSelector, facts: &Facts
         "spec.serviceAccountName" => {
             spec.and_then(|s| s.service_account_name.clone()).unwrap_or_else(|| "default".into())
         }
-        "status.hostIP" | "status.hostIPs" => ip(facts.host_ip),
-        "status.podIP" | "status.podIPs" => ip(facts.pod_ip),
+        "status.hostIP" => first(&facts.host_ips),
+        "status.hostIPs" => all(&facts.host_ips),
+        "status.podIP" => first(&facts.pod_ips),
+        "status.podIPs" => all(&facts.pod_ips),
         _ => return Err(format!("fieldPath \"{path}\" is not supported")),
     })
 }
@@ -410,6 +414,7 @@ mod tests {
                     {"name": "Z", "value": "$(Y)"},
                     {"name": "N", "valueFrom": {"fieldRef": {"fieldPath": "metadata.labels['a']"}}},
                     {"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+                    {"name": "IPS", "valueFrom": {"fieldRef": {"fieldPath": "status.podIPs"}}},
                     {"name": "CPU", "valueFrom": {"resourceFieldRef": {"resource": "limits.cpu", "divisor": "1m"}}},
                     {"name": "OPT", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "no", "optional": true}}}
                 ]}]}
@@ -418,7 +423,8 @@ mod tests {
         let mut sources = Sources::default();
         sources.insert(SourceKind::ConfigMap, "cm", &json!({"data": {"k": "v"}}));
         sources.insert(SourceKind::Secret, "s", &json!({"data": {"pw": "c2VjcmV0"}}));
-        let facts = Facts { pod_ip: Some(Ipv4Addr::new(10, 42, 0, 2)), ..Facts::default() };
+        let pod_ips = vec!["10.42.0.2".parse().unwrap(), "fd00:10:42::2".parse().unwrap()];
+        let facts = Facts { pod_ips, ..Facts::default() };
         let services = [ServiceEnv {
             name: "svc".into(),
             namespace: "ns".into(),

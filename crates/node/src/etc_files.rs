@@ -1,7 +1,7 @@
 //! `/etc/hosts`, `/etc/resolv.conf` and the host name of a pod. Pure text.
 
 use api::k8s::api::core::v1::PodSpec;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 /// A Linux host name is at most 64 bytes, a DNS label 63.
 const LABEL: usize = 63;
@@ -29,12 +29,12 @@ pub(crate) fn host_name(pod: &str, namespace: &str, spec: &PodSpec, domain: &str
     HostName { short, full, shown }
 }
 
-pub(crate) fn hosts(spec: &PodSpec, ip: Option<Ipv4Addr>, name: &HostName) -> String {
+pub(crate) fn hosts(spec: &PodSpec, ips: &[IpAddr], name: &HostName) -> String {
     let mut text = String::from(
         "# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n\
          fe00::\tip6-localnet\nfe00::\tip6-mcastprefix\nfe00::1\tip6-allnodes\nfe00::2\tip6-allrouters\n",
     );
-    if let Some(ip) = ip {
+    for ip in ips {
         match &name.full {
             Some(full) => text.push_str(&format!("{ip}\t{full}\t{}\n", name.short)),
             None => text.push_str(&format!("{ip}\t{}\n", name.short)),
@@ -153,7 +153,8 @@ mod tests {
         let sub = host_name("p", "ns", &spec(json!({"hostname": "h", "subdomain": "s"})), "cluster.local");
         assert_eq!(sub.full.as_deref(), Some("h.s.ns.svc.cluster.local"));
         assert_eq!(host_name(&"a".repeat(80), "ns", &spec(json!({})), "x").short.len(), 63);
-        let hosts = hosts(&spec(json!({"hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]})), Some(DNS), &sub);
+        let hosts =
+            hosts(&spec(json!({"hostAliases": [{"ip": "1.2.3.4", "hostnames": ["a", "b"]}]})), &[DNS.into()], &sub);
         assert!(hosts.contains("10.43.0.10\th.s.ns.svc.cluster.local\th\n"), "{hosts}");
         assert!(hosts.ends_with("1.2.3.4\ta\tb\n"), "{hosts}");
     }

@@ -445,7 +445,7 @@ fn meta_data(input: &MachineInput<'_>) -> Result<String, MachineError> {
     Ok(out)
 }
 
-/// cloud-init's network configuration, version 2: one /32 address, everything by the on-link gateway.
+/// cloud-init's network configuration, version 2: one address of each family, everything by the on-link gateway.
 pub(crate) fn network_config(network: &SandboxNetwork) -> String {
     let mut out = String::from("version: 2\nethernets:\n  pod0:\n");
     out.push_str(&format!("    match:\n      macaddress: {}\n", quoted(&network.mac)));
@@ -453,11 +453,21 @@ pub(crate) fn network_config(network: &SandboxNetwork) -> String {
     if network.mtu > 0 {
         out.push_str(&format!("    mtu: {}\n", network.mtu));
     }
-    if let Some(address) = network.address {
-        out.push_str(&format!("    addresses:\n      - {address}/32\n"));
+    if network.address6.is_some() {
+        out.push_str("    accept-ra: false\n");
     }
-    if let Some(gateway) = network.gateway {
-        out.push_str(&format!("    routes:\n      - to: 0.0.0.0/0\n        via: {gateway}\n        on-link: true\n"));
+    let addresses = network.address.map(|a| format!("{a}/32")).into_iter();
+    let addresses: Vec<String> = addresses.chain(network.address6.map(|a| format!("{a}/128"))).collect();
+    if !addresses.is_empty() {
+        out.push_str("    addresses:\n");
+        addresses.iter().for_each(|address| out.push_str(&format!("      - {}\n", quoted(address))));
+    }
+    let hop6 = network.address6.map(|_| network::GATEWAY6.to_string());
+    let hops =
+        network.gateway.map(|hop| ("0.0.0.0/0", hop.to_string())).into_iter().chain(hop6.map(|hop| ("::/0", hop)));
+    for (at, (to, hop)) in hops.enumerate() {
+        out.push_str(if at == 0 { "    routes:\n" } else { "" });
+        out.push_str(&format!("      - to: {}\n        via: {}\n        on-link: true\n", quoted(to), quoted(&hop)));
     }
     if let Some(dns) = network.dns {
         out.push_str(&format!("    nameservers:\n      addresses: [{dns}]\n"));

@@ -59,7 +59,7 @@ pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObj
     for object in slices {
         let Some(service) = object.label("kubernetes.io/service-name") else { continue };
         let Ok(slice) = EndpointSlice::deserialize(&**object) else { continue };
-        if slice.address_type == "IPv4" {
+        if matches!(slice.address_type.as_str(), "IPv4" | "IPv6") {
             by_service.entry((object.namespace().to_owned(), service.to_owned())).or_default().push(slice);
         }
     }

@@ -121,10 +121,12 @@ fn status(config: &Config, machine: &Machine, boundaries: &[Arc<dyn Boundary>], 
     handlers.extend(boundaries.iter().map(
         |b| json!({"name": b.name(), "features": {"recursiveReadOnlyMounts": false, "userNamespaces": !b.wants_tap()}}),
     ));
+    let internal = config.node_ips().into_iter().map(|ip| json!({"type": "InternalIP", "address": ip.to_string()}));
+    let hostname = json!({"type": "Hostname", "address": machine.hostname});
+    let addresses: Vec<Value> = internal.chain([hostname]).collect();
     json!({
         "capacity": resources, "allocatable": resources, "conditions": conditions,
-        "addresses": [{"type": "InternalIP", "address": config.node_ip.to_string()},
-                      {"type": "Hostname", "address": machine.hostname}],
+        "addresses": addresses,
         "nodeInfo": {
             "architecture": machine.architecture, "bootID": machine.boot_id,
             "containerRuntimeVersion": concat!("atoll://", env!("CARGO_PKG_VERSION")),
@@ -197,7 +199,7 @@ impl Registration {
             Ok(found) => found,
             Err(status) if status.is_not_found() => {
                 let mut node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
-                    "spec": {"podCIDR": self.config.pod_cidr, "podCIDRs": [self.config.pod_cidr]}});
+                    "spec": {"podCIDR": self.config.pod_cidrs.first(), "podCIDRs": self.config.pod_cidrs}});
                 for (key, value) in self.labels() {
                     node.set_label(key, &value);
                 }

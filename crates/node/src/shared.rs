@@ -13,7 +13,7 @@ use api::informer::Informer;
 use api::k8s::api::core::v1::Service;
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -41,10 +41,10 @@ impl Shared {
         Arc::new(Semaphore::new(PULLS))
     }
 
-    pub fn facts(&self, pod_ip: Option<Ipv4Addr>) -> Facts {
+    pub fn facts(&self, pod_ips: Vec<IpAddr>) -> Facts {
         Facts {
-            pod_ip,
-            host_ip: Some(self.config.node_ip),
+            pod_ips,
+            host_ips: self.config.node_ips(),
             node_cpu_milli: self.node_cpu_milli,
             node_memory: self.node_memory,
         }

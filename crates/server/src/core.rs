@@ -3,12 +3,12 @@
 use crate::admission::time_to_live;
 use crate::auth::TokenIssuer;
 use crate::kinds::Kinds;
+use crate::ranges::ServiceRanges;
 use crate::rest::storage::{Storage, status_of};
 use crate::watch::Feeds;
 use api::kind::{Kind, Scope};
 use api::status::{Reason, Status, StatusResult};
 use api::streams::PodStreams;
-use std::net::Ipv4Addr;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
 use store::Store;
@@ -17,7 +17,7 @@ pub struct Core {
     pub storage: Storage,
     pub kinds: Kinds,
     pub feeds: Feeds,
-    pub services: ServiceRange,
+    pub services: ServiceRanges,
     pub tokens: TokenIssuer,
     streams: RwLock<Option<Arc<dyn PodStreams>>>,
     expiry: tokio::sync::Mutex<Option<Expiry>>,
@@ -34,7 +34,7 @@ struct Expiry {
 const SHARE_LEASE: Duration = Duration::from_secs(300);
 
 impl Core {
-    pub fn new(store: Arc<dyn Store>, kinds: Kinds, services: ServiceRange, tokens: TokenIssuer) -> Self {
+    pub fn new(store: Arc<dyn Store>, kinds: Kinds, services: ServiceRanges, tokens: TokenIssuer) -> Self {
         Core {
             feeds: Feeds::new(store.clone()),
             storage: Storage { store },
@@ -104,72 +104,5 @@ impl Target {
     /// The kind of a built-in resource, for code that needs one by name.
     pub fn is(&self, group: &str, plural: &str) -> bool {
         *self.kind.resource.group == *group && *self.kind.resource.plural == *plural
-    }
-}
-
-/// The range Service addresses are taken from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServiceRange {
-    base: u32,
-    size: u32,
-    prefix: u8,
-}
-
-impl ServiceRange {
-    /// Addresses at the start that are never given out by chance: network, `kubernetes` (.1) and DNS (.10) among them.
-    const RESERVED: u32 = 16;
-
-    /// `10.43.0.0/16`; at least a /27, at most a /8.
-    pub fn parse(cidr: &str) -> Option<Self> {
-        let (address, prefix) = cidr.split_once('/')?;
-        let (address, prefix) = (address.parse::<Ipv4Addr>().ok()?, prefix.parse::<u8>().ok()?);
-        if !(8..=27).contains(&prefix) {
-            return None;
-        }
-        let size = 1u32 << (32 - prefix);
-        Some(ServiceRange { base: u32::from(address) & !(size - 1), size, prefix })
-    }
-
-    pub fn contains(&self, address: Ipv4Addr) -> bool {
-        let at = u32::from(address).wrapping_sub(self.base);
-        at > 0 && at < self.size - 1
-    }
-
-    /// Where the service `kubernetes` is.
-    pub fn api_address(&self) -> Ipv4Addr {
-        Ipv4Addr::from(self.base + 1)
-    }
-
-    /// Any address that may be given out without being asked for.
-    pub fn any(&self, random: u64) -> Ipv4Addr {
-        let free = u64::from(self.size - Self::RESERVED - 1);
-        Ipv4Addr::from(self.base + Self::RESERVED + (random % free) as u32)
-    }
-}
-
-impl std::fmt::Display for ServiceRange {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", Ipv4Addr::from(self.base), self.prefix)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn service_addresses() {
-        let range = ServiceRange::parse("10.43.7.0/16").unwrap();
-        assert_eq!(range.api_address().to_string(), "10.43.0.1");
-        assert_eq!(range.to_string(), "10.43.0.0/16");
-        for random in [0, 1, u64::MAX, 65_518, 65_519] {
-            let address = range.any(random);
-            assert!(range.contains(address) && u32::from(address) - range.base >= 16, "{address}");
-        }
-        assert!(!range.contains("10.43.0.0".parse().unwrap()) && !range.contains("10.43.255.255".parse().unwrap()));
-        assert!(!range.contains("10.44.0.1".parse().unwrap()));
-        for bad in ["10.43.0.0", "10.43.0.0/31", "x/16", "10.43.0.0/4"] {
-            assert!(ServiceRange::parse(bad).is_none(), "{bad}");
-        }
     }
 }

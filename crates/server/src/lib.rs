@@ -22,6 +22,7 @@ mod kinds;
 mod local;
 pub mod patch;
 pub mod pki;
+mod ranges;
 mod rest;
 mod server;
 pub mod stream;

@@ -1,11 +1,12 @@
 //! The server as the app sees it: configured once, usable in process at once, serving when told to.
 
 use crate::auth::TokenIssuer;
-use crate::core::{Core, ServiceRange};
+use crate::core::Core;
 use crate::http::{self, Service};
 use crate::kinds::Kinds;
 use crate::local::Local;
 use crate::pki::{Pki, PkiError};
+use crate::ranges::ServiceRanges;
 use crate::{bootstrap, custom, history};
 use api::client::Client;
 use api::kind::Kind;
@@ -73,11 +74,11 @@ impl Server {
     }
 
     pub(crate) async fn with_kinds(config: Config, kinds: Vec<Arc<Kind>>) -> Result<Arc<Server>, ServerError> {
-        let services = ServiceRange::parse(&config.service_cidr)
+        let services = ServiceRanges::parse(&config.service_cidr)
             .ok_or_else(|| ServerError::ServiceRange(config.service_cidr.clone()))?;
         let domain = &config.cluster_domain;
         let advertise = reachable(config.advertise, &config.listener).map_err(ServerError::Listener)?;
-        let names = crate::pki::server_names(advertise.ip(), services.api_address().into(), domain);
+        let names = crate::pki::server_names(advertise.ip(), services.api_address(), domain);
         let pki = Arc::new(Pki::open(&config.data_dir.join("pki"), names, SystemTime::now())?);
         let tokens = TokenIssuer::new(&pki.token_key(), format!("https://kubernetes.default.svc.{domain}"))?;
         let core = Arc::new(Core::new(config.store.clone(), Kinds::new(kinds), services, tokens));

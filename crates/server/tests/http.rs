@@ -418,6 +418,21 @@ async fn services_get_addresses_and_ports_of_their_own() {
     let clash = running.post(path, &service("clash", json!({"type": "NodePort", "ports": ports}))).await.refusal(422);
     assert!(clash.contains("spec.ports[0].nodePort") && clash.contains("already allocated"), "{clash}");
 
+    // Both families: an address of each, held and given back together.
+    let dual = running.post(path, &service("dual", json!({"ipFamilyPolicy": "PreferDualStack"}))).await.json();
+    let both = dual["spec"]["clusterIPs"].clone();
+    assert_eq!(dual["spec"]["ipFamilies"], json!(["IPv4", "IPv6"]));
+    assert!(both[1].as_str().unwrap().starts_with("fd00:10:43::"), "{dual}");
+    let same = service("same", json!({"ipFamilies": ["IPv6"], "clusterIP": both[1]}));
+    assert!(running.post(path, &same).await.refusal(422).contains("already allocated"));
+    let single = service("dual", json!({"ipFamilyPolicy": "SingleStack"}));
+    let single = running.put(&format!("{path}/dual"), &single).await.json();
+    assert_eq!(single["spec"]["clusterIPs"], json!([both[0]]));
+    let taken = running.post(path, &same).await.json();
+    assert_eq!((&taken["spec"]["clusterIP"], &taken["spec"]["ipFamilies"]), (&both[1], &json!(["IPv6"])));
+    let bad = service("bad", json!({"ipFamilies": ["IPv5"]}));
+    assert!(running.post(path, &bad).await.refusal(422).contains("spec.ipFamilies[0]"));
+
     // An update that says nothing of the address keeps it; one that says another is refused.
     let mut update = service("one", json!({"selector": {"a": "b"}}));
     assert_eq!(running.put(&format!("{path}/one"), &update).await.json()["spec"]["clusterIP"], *address);

@@ -6,6 +6,7 @@ mod bad_input;
 mod build;
 mod cluster;
 mod crash;
+mod dual;
 mod functions;
 mod gateway;
 mod images;
@@ -42,6 +43,7 @@ const ALL: &[&[Test]] = &[
     bad_input::TESTS,
     network::TESTS,
     policies::TESTS,
+    dual::TESTS,
     vm::TESTS,
     oci::TESTS,
     crash::TESTS,

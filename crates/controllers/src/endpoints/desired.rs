@@ -3,6 +3,7 @@
 use crate::objects::{flag, has_ended, int, is_ready, list};
 use api::object::{Meta, Object, SharedObject};
 use serde_json::{Map, Value, json};
+use std::net::IpAddr;
 
 pub(super) struct Endpoint {
     /// Of its pod.
@@ -16,10 +17,11 @@ pub(super) struct Group {
     pub endpoints: Vec<Endpoint>,
 }
 
-pub(super) fn groups(service: &Object, pods: &[SharedObject]) -> Vec<Group> {
+/// `family` as EndpointSlices name it: `IPv4` or `IPv6`.
+pub(super) fn groups(service: &Object, family: &str, pods: &[SharedObject]) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for pod in pods {
-        let Some(endpoint) = endpoint(service, pod) else { continue };
+        let Some(endpoint) = endpoint(service, family, pod) else { continue };
         let Some(ports) = ports(service, pod) else { continue };
         match groups.iter_mut().find(|group| group.ports == ports) {
             Some(group) => group.endpoints.push(endpoint),
@@ -32,11 +34,15 @@ pub(super) fn groups(service: &Object, pods: &[SharedObject]) -> Vec<Group> {
     groups
 }
 
-fn endpoint(service: &Object, pod: &Object) -> Option<Endpoint> {
-    let address = pod.str_at("/status/podIP");
-    if address.is_empty() || has_ended(pod) {
-        return None;
-    }
+/// The pod's address of a family.
+fn address_of<'a>(pod: &'a Object, family: &str) -> Option<&'a str> {
+    let all = list(pod, "/status/podIPs").iter().map(|ip| ip.str_at("/ip"));
+    let of_family = |text: &&str| text.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv6() == (family == "IPv6"));
+    all.chain([pod.str_at("/status/podIP")]).find(of_family)
+}
+
+fn endpoint(service: &Object, family: &str, pod: &Object) -> Option<Endpoint> {
+    let address = address_of(pod, family).filter(|_| !has_ended(pod))?;
     let (serving, terminating) = (is_ready(pod), pod.is_deleting());
     let even_unready = flag(service, "/spec/publishNotReadyAddresses");
     let mut value = json!({

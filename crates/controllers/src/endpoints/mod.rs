@@ -59,6 +59,7 @@ fn matters(old: Option<&Object>, new: Option<&Object>) -> bool {
             pod.pointer("/metadata/labels").cloned(),
             pod.is_deleting(),
             pod.pointer("/status/podIP").cloned(),
+            pod.pointer("/status/podIPs").cloned(),
             pod.str_at("/status/phase").to_owned(),
             crate::objects::is_ready(pod),
             pod.str_at("/spec/nodeName").to_owned(),
@@ -95,9 +96,24 @@ impl Reconcile for Endpoints {
         };
         let mut pods = self.pods.list_in(&key.namespace);
         pods.retain(|pod| selector.matches_object(pod));
-        self.apply(&service, desired::groups(&service, &pods), known).await?;
+        let families = families(&service);
+        for family in families {
+            let of_family = known.extract_if(.., |slice| slice.str_at("/addressType") == family).collect();
+            self.apply(&service, family, desired::groups(&service, family, &pods), of_family).await?;
+        }
+        // Of a family that the Service has no longer.
+        for slice in known {
+            self.delete(&slice).await?;
+        }
         Ok(None)
     }
+}
+
+/// The Service's address families as EndpointSlices name them.
+fn families(service: &Object) -> Vec<&'static str> {
+    let asked: Vec<&str> = crate::objects::list(service, "/spec/ipFamilies").iter().filter_map(Value::as_str).collect();
+    let all = ["IPv4", "IPv6"];
+    if asked.is_empty() { vec!["IPv4"] } else { all.into_iter().filter(|family| asked.contains(family)).collect() }
 }
 
 fn swap<A, B>((a, b): (A, B)) -> (B, A) {
@@ -105,10 +121,15 @@ fn swap<A, B>((a, b): (A, B)) -> (B, A) {
 }
 
 impl Endpoints {
-    async fn apply(&self, service: &SharedObject, groups: Vec<Group>, known: Vec<SharedObject>) -> StatusResult<()> {
-        let (mut mine, strangers): (Vec<_>, Vec<_>) = known
-            .into_iter()
-            .partition(|slice| is_controlled_by(slice, service.uid()) && slice.str_at("/addressType") == "IPv4");
+    async fn apply(
+        &self,
+        service: &SharedObject,
+        family: &'static str,
+        groups: Vec<Group>,
+        known: Vec<SharedObject>,
+    ) -> StatusResult<()> {
+        let (mut mine, strangers): (Vec<_>, Vec<_>) =
+            known.into_iter().partition(|slice| is_controlled_by(slice, service.uid()));
         // Of a Service of the same name that is gone.
         for slice in strangers {
             self.delete(&slice).await?;
@@ -118,7 +139,7 @@ impl Endpoints {
             let same = |slice: &SharedObject| slice.get("ports").unwrap_or(&Value::Null) == &group.ports;
             let (fitting, rest): (Vec<_>, Vec<_>) = mine.into_iter().partition(same);
             mine = rest;
-            self.fill(service, group, fitting).await?;
+            self.fill(service, family, group, fitting).await?;
         }
         for slice in mine {
             self.delete(&slice).await?;
@@ -127,7 +148,13 @@ impl Endpoints {
     }
 
     /// Puts a group's endpoints into its slices: each stays where it is, new ones go where there is room.
-    async fn fill(&self, service: &SharedObject, group: Group, slices: Vec<SharedObject>) -> StatusResult<()> {
+    async fn fill(
+        &self,
+        service: &SharedObject,
+        family: &'static str,
+        group: Group,
+        slices: Vec<SharedObject>,
+    ) -> StatusResult<()> {
         let mut left = group.endpoints;
         let mut filled: Vec<(Option<SharedObject>, Vec<Endpoint>)> = Vec::new();
         for slice in slices {
@@ -159,7 +186,7 @@ impl Endpoints {
             match slice {
                 Some(slice) if values.is_empty() && !(all_empty && at == 0) => self.delete(&slice).await?,
                 Some(slice) => self.update(service, &slice, values).await?,
-                None => self.create(service, group.ports.clone(), values).await?,
+                None => self.create(service, family, group.ports.clone(), values).await?,
             }
         }
         Ok(())
@@ -172,17 +199,24 @@ impl Endpoints {
         self.context.write(&ENDPOINT_SLICES, slice, new).await.map(drop)
     }
 
-    async fn create(&self, service: &SharedObject, ports: Value, endpoints: Vec<Value>) -> StatusResult<()> {
+    async fn create(
+        &self,
+        service: &SharedObject,
+        family: &'static str,
+        ports: Value,
+        endpoints: Vec<Value>,
+    ) -> StatusResult<()> {
         // Named after what it holds, so that making it twice is a conflict and not a second slice.
-        let mark =
-            crate::objects::fnv32a(format!("{}{ports}{}", service.uid(), Value::from(endpoints.clone())).bytes());
+        let mark = crate::objects::fnv32a(
+            format!("{}{family}{ports}{}", service.uid(), Value::from(endpoints.clone())).bytes(),
+        );
         let suffix = format!("-{}", api::names::safe_encode(&mark.to_string()));
         let slice = json!({
             "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
             "metadata": {"name": crate::objects::joined(service.name(), &suffix, 253),
                          "labels": labels(service),
                          "ownerReferences": [controller_reference(&SERVICES, "Service", service)]},
-            "addressType": "IPv4", "ports": ports, "endpoints": endpoints,
+            "addressType": family, "ports": ports, "endpoints": endpoints,
         });
         self.context.client.create(&ENDPOINT_SLICES, service.namespace(), slice).await.map(drop)
     }

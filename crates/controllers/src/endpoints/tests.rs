@@ -19,6 +19,24 @@ fn pod(name: &str, ip: &str, port: u16, ready: bool) -> Value {
            "status": {"phase": "Running", "podIP": ip, "conditions": [{"type": "Ready", "status": ready}]}})
 }
 
+#[tokio::test]
+async fn a_slice_for_each_family() {
+    let world = World::new().await;
+    let mut dual = service(json!([{"name": "p", "port": 80}]));
+    dual["spec"]["ipFamilies"] = json!(["IPv6", "IPv4"]);
+    world.create(&SERVICES, dual).await;
+    let mut both = pod("a", "10.42.0.1", 8080, true);
+    both["status"]["podIPs"] = json!([{"ip": "10.42.0.1"}, {"ip": "fd00:10:42::1"}]);
+    world.client.put(&PODS, both);
+    world.client.put(&PODS, pod("old", "10.42.0.2", 8080, true));
+    let slices = wait(&world, &["10.42.0.1:80 rs-", "10.42.0.2:80 rs-", "fd00:10:42::1:80 rs-"]).await;
+    let of = |family: &str| slices.iter().filter(|s| s.str_at("/addressType") == family).count();
+    assert_eq!((slices.len(), of("IPv4"), of("IPv6")), (2, 1, 1));
+    let single = Patch::Merge(json!({"spec": {"ipFamilies": ["IPv6"]}}));
+    world.client.patch(&SERVICES, "x", "web", "", single).await.unwrap();
+    world.wait_all(&ENDPOINT_SLICES, |slices| shown(slices) == ["fd00:10:42::1:80 rs-"]).await;
+}
+
 fn shown(slices: &[SharedObject]) -> Vec<String> {
     let mut all: Vec<String> = slices
         .iter()

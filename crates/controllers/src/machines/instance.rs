@@ -230,7 +230,12 @@ fn describe(status: &mut Value, instance: &Object, pod: &Object) {
         let networks = list(spec, "/networks").iter().find(|network| network.get("pod").is_some());
         let name = networks.map_or("default", |network| network.str_at("/name"));
         let interface = list(spec, "/domain/devices/interfaces").iter().find(|i| i.str_at("/name") == name);
-        let mut shown = json!({"name": name, "ipAddress": address, "ipAddresses": [address], "infoSource": "domain",
+        let ips = list(pod, "/status/podIPs").iter().map(|ip| ip.str_at("/ip")).filter(|ip| !ip.is_empty());
+        let mut addresses: Vec<&str> = ips.collect();
+        if addresses.is_empty() {
+            addresses.push(address);
+        }
+        let mut shown = json!({"name": name, "ipAddress": address, "ipAddresses": addresses, "infoSource": "domain",
                                "linkState": "up"});
         if let Some(mac) = interface.map(|i| i.str_at("/macAddress")).filter(|mac| !mac.is_empty()) {
             object_of(&mut shown).insert("mac".into(), mac.into());

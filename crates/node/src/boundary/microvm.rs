@@ -117,7 +117,7 @@ fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Mac
             netns: network.router_netns.clone(),
             mac: network.mac.clone(),
             mtu: if network.mtu == 0 { 1500 } else { network.mtu },
-            addresses: network.address.map(std::net::IpAddr::V4).into_iter().collect(),
+            addresses: network.addresses(),
         }),
         uid: sandbox.id_base,
         run_dir: sandbox.run_dir.clone(),

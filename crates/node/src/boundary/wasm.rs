@@ -19,7 +19,7 @@ use ledger::Ledger;
 use record::Record;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -343,7 +343,9 @@ fn listen(sandbox: &SandboxSpec, port: u16) -> Result<TcpListener> {
     let Some(netns) = &sandbox.network.netns else {
         return Err(refused("CreateContainerError", "hostNetwork: functions run on the pod network only"));
     };
-    let bound = network::in_netns(netns, move || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)));
+    let any: IpAddr =
+        if sandbox.network.address6.is_some() { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+    let bound = network::in_netns(netns, move || TcpListener::bind((any, port)));
     let listener = bound.map_err(|e| failed("enter the pod's network namespace", e))?;
     listener.map_err(|e| match e.kind() {
         std::io::ErrorKind::AddrInUse => {

@@ -29,6 +29,7 @@ async fn go(spec: serde_json::Value) -> Result<(tempfile::TempDir, MachineSpec),
     std::fs::write(dir.path().join("boot/vmlinuz"), "k").unwrap();
     let network = SandboxNetwork {
         address: Some("10.42.0.7".parse().unwrap()),
+        address6: Some("fd00:10:42::7".parse().unwrap()),
         gateway: Some("169.254.1.1".parse().unwrap()),
         dns: Some("10.43.0.10".parse().unwrap()),
         dns_search: vec!["ns.svc.cluster.local".into()],
@@ -75,9 +76,15 @@ async fn a_whole_machine() {
     assert_eq!(init.user_data, "#cloud-config");
     assert!(init.meta_data.contains("public-keys:\n  - \"ssh-ed25519 AAAA\"\n"), "{}", init.meta_data);
     let config = &init.network_config;
-    for part in
-        ["10.42.0.7/32", "to: 0.0.0.0/0", "via: 169.254.1.1", "on-link: true", "02:00:0a:2a:00:07", "[10.43.0.10]"]
-    {
+    for part in [
+        "\"10.42.0.7/32\"",
+        "to: \"0.0.0.0/0\"\n        via: \"169.254.1.1\"",
+        "on-link: true",
+        "02:00:0a:2a:00:07",
+        "\"fd00:10:42::7/128\"",
+        "to: \"::/0\"\n        via: \"fe80::1\"",
+        "[10.43.0.10]",
+    ] {
         assert!(config.contains(part), "{config}");
     }
 }

@@ -82,16 +82,19 @@ impl Worker {
     pub(super) fn current_status(&self) -> core::PodStatus {
         let sandbox = self.live_sandbox();
         let host_network = sandbox.is_some_and(|s| s.spec.network.host);
-        let pod_ip = match sandbox {
-            Some(_) if host_network => Some(self.shared.config.node_ip),
-            Some(sandbox) => sandbox.spec.network.address,
-            // An ended pod keeps the address it had.
-            None => self.pod.status.as_ref().and_then(|s| s.pod_ip.as_ref()).and_then(|ip| ip.parse().ok()),
+        let pod_ips = match sandbox {
+            Some(_) if host_network => self.shared.config.node_ips(),
+            Some(sandbox) => sandbox.spec.network.addresses(),
+            // An ended pod keeps the addresses it had.
+            None => {
+                let known = self.pod.status.as_ref().and_then(|status| status.pod_ips.as_ref());
+                known.into_iter().flatten().filter_map(|ip| ip.ip.parse().ok()).collect()
+            }
         };
         let around = status::Surroundings {
             uid: self.uid.clone(),
-            host_ip: Some(self.shared.config.node_ip),
-            pod_ip,
+            host_ips: self.shared.config.node_ips(),
+            pod_ips,
             start_time: self.start_time.clone(),
             sandbox_ready: sandbox.is_some(),
             initialized: self.initialized,

@@ -307,7 +307,12 @@ impl Worker {
         let config = &self.shared.config;
         let namespace = self.object.namespace();
         let mut network = if spec.host_network == Some(true) {
-            SandboxNetwork { host: true, address: Some(config.node_ip), ..SandboxNetwork::default() }
+            SandboxNetwork {
+                host: true,
+                address: Some(config.node_ip),
+                address6: config.node_ip6,
+                ..SandboxNetwork::default()
+            }
         } else {
             let key = self.object.annotation(machine::ADDRESS_KEY).map(str::to_owned);
             let request = Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap };
@@ -333,7 +338,7 @@ impl Worker {
     async fn write_etc(&self, spec: &core::PodSpec, network: &SandboxNetwork) -> Result<(), SetupError> {
         let name = self.host_name(spec);
         let files = [
-            ("hosts", etc_files::hosts(spec, network.address, &name)),
+            ("hosts", etc_files::hosts(spec, &network.addresses(), &name)),
             ("resolv.conf", self.resolver(spec).text()),
             ("hostname", format!("{}\n", name.shown)),
         ];
@@ -377,7 +382,7 @@ impl Worker {
         sources: &Sources,
         files_only: bool,
     ) -> Result<(), SetupError> {
-        let facts = self.shared.facts(network.address);
+        let facts = self.shared.facts(network.addresses());
         let input = volumes::PlanInput { pod: &self.pod, sources, facts: &facts, tokens: &self.tokens };
         let mut plans = volumes::plan(&input).map_err(|(volume, error)| SetupError::Volume { volume, error })?;
         if files_only {

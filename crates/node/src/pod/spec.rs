@@ -40,7 +40,7 @@ impl Worker {
         let sources = sources.await.map_err(config_error)?;
         let links = spec.enable_service_links.unwrap_or(true);
         let services = self.shared.service_env(self.object.namespace(), links).await;
-        let facts = self.shared.facts(sandbox.spec.network.address);
+        let facts = self.shared.facts(sandbox.spec.network.addresses());
         let input = EnvInput {
             pod: &self.pod,
             container: &container,

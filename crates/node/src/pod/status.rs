@@ -4,14 +4,15 @@ use super::plan::{RestartPolicy, Role};
 use super::slot::{Ended, Slot, State, time};
 use api::k8s::api::core::v1 as core;
 use api::k8s::apimachinery::pkg::apis::meta::v1::Time;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// What the containers do not tell.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Surroundings {
     pub uid: String,
-    pub host_ip: Option<Ipv4Addr>,
-    pub pod_ip: Option<Ipv4Addr>,
+    /// Of each family, IPv4 first.
+    pub host_ips: Vec<IpAddr>,
+    pub pod_ips: Vec<IpAddr>,
     pub start_time: Option<Time>,
     /// The sandbox with its network is there.
     pub sandbox_ready: bool,
@@ -45,16 +46,17 @@ pub(crate) fn compute(pod: &core::Pod, slots: &[Slot], around: &Surroundings, no
         let list: Vec<_> = slots.iter().map(|s| container_status(s, around)).collect();
         if list.is_empty() { None } else { Some(list) }
     };
-    let ip = around.pod_ip.map(|ip| ip.to_string());
-    let host = around.host_ip.map(|ip| ip.to_string());
+    let texts = |ips: &[IpAddr]| -> Vec<String> { ips.iter().map(IpAddr::to_string).collect() };
+    let (pod_ips, host_ips) = (texts(&around.pod_ips), texts(&around.host_ips));
+    let listed = |ips: &[String]| (!ips.is_empty()).then(|| ips.to_vec());
     core::PodStatus {
         conditions: Some(conditions(spec, slots, around, &phase, old.conditions.unwrap_or_default(), now)),
         container_statuses: statuses(&main),
         init_container_statuses: statuses(&init),
-        host_ips: host.clone().map(|ip| vec![core::HostIP { ip }]),
-        host_ip: host,
-        pod_ips: ip.clone().map(|ip| vec![core::PodIP { ip }]),
-        pod_ip: ip,
+        host_ip: host_ips.first().cloned(),
+        host_ips: listed(&host_ips).map(|ips| ips.into_iter().map(|ip| core::HostIP { ip }).collect()),
+        pod_ip: pod_ips.first().cloned(),
+        pod_ips: listed(&pod_ips).map(|ips| ips.into_iter().map(|ip| core::PodIP { ip }).collect()),
         phase: Some(phase),
         qos_class: old.qos_class.filter(|q| !q.is_empty()).or_else(|| Some(qos_class(spec).to_owned())),
         reason: some(reason),

@@ -3,6 +3,7 @@
 //! when it goes.
 
 pub mod crds;
+mod families;
 mod fields;
 pub mod namespaces;
 pub mod pods;

@@ -1,14 +1,16 @@
 //! Services: addresses from the service range and node ports. An allocation is a key of its own, written in the
 //! transaction that writes the Service and compared to be absent there: two Services never get the same one.
 
+use super::families::{self, Families};
 use super::{Effects, Operation};
 use crate::core::{Core, Target};
+use crate::ranges::{Family, ServiceRange};
 use crate::rest::{cause, storage};
 use api::object::{Meta, Object, child, object_of};
 use api::status::{Status, StatusResult};
 use bytes::Bytes;
-use serde_json::{Value, json};
-use std::net::Ipv4Addr;
+use serde_json::Value;
+use std::net::IpAddr;
 use store::{Compare, KeyRange, Op, RangeRequest};
 
 const NODE_PORTS: std::ops::RangeInclusive<i64> = 30000..=32767;
@@ -26,12 +28,16 @@ fn port_key(port: i64) -> Bytes {
 /// What a Service holds.
 #[derive(Default, PartialEq, Eq, Clone, Debug)]
 struct Held {
-    address: Option<String>,
+    /// As the kernel writes them: one address has one key, however it was spelt.
+    addresses: Vec<String>,
     ports: Vec<i64>,
 }
 
 fn held(service: &Object) -> Held {
-    let address = service.str_at("/spec/clusterIP");
+    let all = service.pointer("/spec/clusterIPs").and_then(Value::as_array);
+    let listed: Vec<&str> = all.into_iter().flatten().filter_map(Value::as_str).collect();
+    let texts = if listed.is_empty() { vec![service.str_at("/spec/clusterIP")] } else { listed };
+    let addresses = texts.iter().filter_map(|text| text.parse::<IpAddr>().ok()).map(|a| a.to_string()).collect();
     let ports = service.pointer("/spec/ports").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
     let mut ports: Vec<i64> = ports.iter().filter_map(|p| p.get("nodePort")?.as_i64()).filter(|p| *p != 0).collect();
     let health = service.pointer("/spec/healthCheckNodePort").and_then(Value::as_i64).unwrap_or(0);
@@ -40,14 +46,14 @@ fn held(service: &Object) -> Held {
     }
     ports.sort_unstable();
     ports.dedup();
-    Held { address: (!address.is_empty() && address != "None").then(|| address.to_owned()), ports }
+    Held { addresses, ports }
 }
 
 /// What is given back when a Service goes.
 pub fn release(service: &Object) -> Effects {
     let held = held(service);
     let mut effects = Effects::default();
-    for key in held.address.iter().map(|a| address_key(a)).chain(held.ports.iter().map(|p| port_key(*p))) {
+    for key in held.addresses.iter().map(|a| address_key(a)).chain(held.ports.iter().map(|p| port_key(*p))) {
         effects.then.push(Op::Delete(KeyRange::one(key)));
     }
     effects
@@ -70,11 +76,11 @@ pub async fn admit(
     if let Some(live) = live {
         carry_over(live, object);
     }
-    settle_address(core, target, live, object, &before, &owner, &mut effects).await?;
+    settle_addresses(core, target, live, object, &before, &owner, &mut effects).await?;
     settle_ports(core, target, object, &before, &owner, &mut effects).await?;
     let after = held(object);
-    if let Some(address) = before.address.filter(|a| after.address.as_ref() != Some(a)) {
-        effects.then.push(Op::Delete(KeyRange::one(address_key(&address))));
+    for address in before.addresses.iter().filter(|a| !after.addresses.contains(a)) {
+        effects.then.push(Op::Delete(KeyRange::one(address_key(address))));
     }
     for port in before.ports.iter().filter(|p| !after.ports.contains(p)) {
         effects.then.push(Op::Delete(KeyRange::one(port_key(*port))));
@@ -101,13 +107,6 @@ fn wants_node_ports(service: &Object) -> bool {
 
 /// What was allocated stays when the update does not mention it.
 fn carry_over(live: &Object, new: &mut Object) {
-    if type_of(new) != "ExternalName" && type_of(live) != "ExternalName" && new.str_at("/spec/clusterIP").is_empty() {
-        for field in ["clusterIP", "clusterIPs"] {
-            if let Some(value) = live.pointer("/spec").and_then(|s| s.get(field)).cloned() {
-                child(object_of(new), "spec").insert(field.into(), value);
-            }
-        }
-    }
     let keep = wants_node_ports(new);
     let old = live.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
     for port in new.pointer_mut("/spec/ports").and_then(Value::as_array_mut).into_iter().flatten() {
@@ -124,7 +123,7 @@ fn carry_over(live: &Object, new: &mut Object) {
     }
 }
 
-async fn settle_address(
+async fn settle_addresses(
     core: &Core,
     target: &Target,
     live: Option<&Object>,
@@ -133,38 +132,39 @@ async fn settle_address(
     owner: &Bytes,
     effects: &mut Effects,
 ) -> StatusResult<()> {
-    let spec = child(object_of(object), "spec");
-    if spec.get("type").and_then(Value::as_str) == Some("ExternalName") {
+    if type_of(object) == "ExternalName" {
+        let spec = child(object_of(object), "spec");
         for field in ["clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy"] {
             spec.remove(field);
         }
         return Ok(());
     }
-    let mut asked = spec.get("clusterIP").and_then(Value::as_str).unwrap_or("").to_owned();
-    if asked.is_empty()
-        && let Some(first) = spec.get("clusterIPs").and_then(Value::as_array).and_then(|l| l.first())
-    {
-        asked = first.as_str().unwrap_or("").to_owned();
-    }
-    if let Some(live) = live.filter(|live| type_of(live) != "ExternalName") {
-        let old = live.str_at("/spec/clusterIP");
-        if !old.is_empty() && old != asked {
-            let text = format!("Invalid value: [\"{asked}\"]: may not change once set");
-            return Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs[0]", text)]));
+    let live = live.filter(|live| type_of(live) != "ExternalName");
+    let settled = families::settle(&core.services, live, object).map_err(|causes| target.invalid(causes))?;
+    let Families { policy, families, mut asked } = settled;
+    if asked.first().is_none_or(|first| first != "None") {
+        for (index, family) in families.iter().enumerate() {
+            let Some(range) = core.services.of(*family) else { continue };
+            match asked.get(index).and_then(|text| text.parse::<IpAddr>().ok()) {
+                Some(address) if before.addresses.contains(&address.to_string()) => {}
+                Some(address) => {
+                    check_address(core, target, index, range, address).await?;
+                    reserve(effects, address_key(&address.to_string()), owner);
+                }
+                None => {
+                    let picked = pick_address(core, range).await?;
+                    reserve(effects, address_key(&picked), owner);
+                    asked.push(picked);
+                }
+            }
         }
     }
-    if asked.is_empty() {
-        asked = pick_address(core).await?;
-        reserve(effects, address_key(&asked), owner);
-    } else if asked != "None" && before.address.as_deref() != Some(&asked) {
-        check_address(core, target, &asked).await?;
-        reserve(effects, address_key(&asked), owner);
-    }
     let spec = child(object_of(object), "spec");
-    spec.insert("clusterIPs".into(), json!([asked]));
-    spec.insert("clusterIP".into(), asked.into());
-    spec.entry("ipFamilies").or_insert_with(|| json!(["IPv4"]));
-    spec.entry("ipFamilyPolicy").or_insert_with(|| "SingleStack".into());
+    spec.insert("clusterIP".into(), asked.first().cloned().unwrap_or_default().into());
+    spec.insert("clusterIPs".into(), asked.into());
+    let names: Vec<&str> = families.into_iter().map(Family::name).collect();
+    spec.insert("ipFamilies".into(), names.into());
+    spec.insert("ipFamilyPolicy".into(), policy.into());
     Ok(())
 }
 
@@ -173,30 +173,31 @@ fn reserve(effects: &mut Effects, key: Bytes, owner: &Bytes) {
     effects.then.push(storage::put(key, owner.clone()));
 }
 
-async fn check_address(core: &Core, target: &Target, asked: &str) -> StatusResult<()> {
+async fn check_address(
+    core: &Core,
+    target: &Target,
+    index: usize,
+    range: &ServiceRange,
+    address: IpAddr,
+) -> StatusResult<()> {
     let refuse = |why: String| {
-        let text = format!("Invalid value: [\"{asked}\"]: failed to allocate IP {asked}: {why}");
-        Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs", text)]))
+        let text = format!("Invalid value: [\"{address}\"]: failed to allocate IP {address}: {why}");
+        Err(target.invalid(vec![cause("FieldValueInvalid", &format!("spec.clusterIPs[{index}]"), text)]))
     };
-    let Ok(address) = asked.parse::<Ipv4Addr>() else {
-        let text = format!("Invalid value: \"{asked}\": must be a valid IPv4 address");
-        return Err(target.invalid(vec![cause("FieldValueInvalid", "spec.clusterIPs[0]", text)]));
-    };
-    if !core.services.contains(address) {
-        let range = core.services;
+    if !range.contains(address) {
         return refuse(format!(
-            "the provided IP ({asked}) is not in the valid range. The range of valid IPs is {range}"
+            "the provided IP ({address}) is not in the valid range. The range of valid IPs is {range}"
         ));
     }
-    if core.storage.get_kv(address_key(asked)).await?.is_some() {
+    if core.storage.get_kv(address_key(&address.to_string())).await?.is_some() {
         return refuse("provided IP is already allocated".into());
     }
     Ok(())
 }
 
-async fn pick_address(core: &Core) -> StatusResult<String> {
+async fn pick_address(core: &Core, range: &ServiceRange) -> StatusResult<String> {
     for _ in 0..PICKS {
-        let address = core.services.any(api::names::random_u64()).to_string();
+        let address = range.any(api::names::random_u64()).to_string();
         if core.storage.get_kv(address_key(&address)).await?.is_none() {
             return Ok(address);
         }
@@ -204,7 +205,7 @@ async fn pick_address(core: &Core) -> StatusResult<String> {
     let taken = allocated(core, "/allocations/serviceips/").await?;
     let start = api::names::random_u64() >> 1;
     (0..1 << 20)
-        .map(|step| core.services.any(start + step).to_string())
+        .map(|step| range.any(start + step).to_string())
         .find(|address| !taken.contains(address))
         .ok_or_else(|| Status::internal("no free address is left in the range of Service addresses"))
 }

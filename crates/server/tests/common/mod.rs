@@ -67,7 +67,7 @@ impl Running {
             advertise: address,
             store,
             cluster_domain: "cluster.local".into(),
-            service_cidr: "10.43.0.0/16".into(),
+            service_cidr: "10.43.0.0/16,fd00:10:43::/112".into(),
         };
         let server = Server::new(config).await.unwrap();
         server.write_kubeconfig(&dir.path().join("kubeconfig")).unwrap();

@@ -1,4 +1,4 @@
-//! Services. Addresses and node ports are given out by the server; here only what can be said without knowing others.
+//! Services. Addresses, with their families, and node ports are given out by the server; here only what can be said without knowing others.
 
 use super::field::{Problems, at, fill, flag, has, int, items, items_mut, object_mut, text};
 use crate::names;
@@ -31,8 +31,6 @@ pub fn default(service: &mut Object) {
     if kind == "LoadBalancer" {
         fill(spec, "allocateLoadBalancerNodePorts", true);
     }
-    fill(spec, "ipFamilies", json!(["IPv4"]));
-    fill(spec, "ipFamilyPolicy", "SingleStack");
     let address = spec.get("clusterIP").and_then(Value::as_str).unwrap_or("").to_owned();
     let first = spec.get("clusterIPs").and_then(|list| list.get(0)).and_then(Value::as_str).unwrap_or("").to_owned();
     if !address.is_empty() && first.is_empty() {
@@ -183,7 +181,7 @@ mod tests {
     fn a_service_gets_what_kubernetes_gives_it() {
         let service = complete(json!({"selector": {"a": "b"}, "ports": [{"port": 80}], "clusterIP": "10.43.0.9"}));
         let expected = json!({"clusterIP": "10.43.0.9", "clusterIPs": ["10.43.0.9"], "internalTrafficPolicy": "Cluster",
-            "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack", "ports": [{"port": 80, "protocol": "TCP", "targetPort": 80}],
+            "ports": [{"port": 80, "protocol": "TCP", "targetPort": 80}],
             "selector": {"a": "b"}, "sessionAffinity": "None", "type": "ClusterIP"});
         assert_eq!(service["spec"], expected);
         assert!(validate(&service, None).is_empty());
