@@ -34,8 +34,7 @@ fn exec(c: &Cluster, namespace: &str, pod: &str, line: &str) -> String {
 
 fn both(c: &Cluster) -> Outcome {
     let (ours, theirs) = (c.namespace("t-dual-ours"), c.namespace("t-dual-theirs"));
-    // busybox's nc serves the family that it is told an address of.
-    let serve = "while true; do echo web | nc -l -p 8000 -s $(echo $IPS | cut -d, -f2); done";
+    let serve = "while true; do echo web | nc -l -p 8000; done";
     c.apply(&pod(&ours, "web", serve));
     c.apply(&pod(&ours, "friend", "sleep 1000000"));
     c.apply(&pod(&theirs, "stranger", "sleep 1000000"));
