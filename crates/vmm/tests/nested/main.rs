@@ -6,6 +6,11 @@
 //! middle  `/init` under translation: starts machines on the engine, looks at them from outside
 //! guest   in such a machine: looks from inside
 //! ```
+//!
+//! QEMU 7.2's translation of SVM is not sound: guests with two processors hang, fault three times over, or take the middle
+//! machine's kernel down, once in about fifteen starts, and QEMU's own `-M microvm,accel=kvm` in the middle fails the
+//! same way. So what fails is tried again, [`ATTEMPTS`] times in all, and every failure is shown; a fault of ours that is
+//! always there fails them all.
 
 mod archive;
 mod guest;
@@ -15,9 +20,14 @@ use archive::Archive;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::RecvTimeoutError;
+use std::time::Duration;
 
 const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 const BUSYBOX: &str = "/usr/bin/busybox";
+const ATTEMPTS: u32 = 3;
+/// A middle machine that says nothing for so long hangs.
+const SILENCE: Duration = Duration::from_secs(300);
 const MIDDLE_MODULES: &[&str] = &["irqbypass", "ccp", "kvm", "kvm-amd", "tun"];
 
 fn main() {
@@ -36,7 +46,13 @@ fn host() {
     match inputs() {
         Err(why) => println!("test nested_kvm ... SKIPPED: {why}"),
         Ok(inputs) => {
-            let good = run(&inputs);
+            let good = (1..=ATTEMPTS).any(|attempt| {
+                let good = run(&inputs);
+                if !good {
+                    println!("test nested_kvm: attempt {attempt} of {ATTEMPTS} failed, see above");
+                }
+                good
+            });
             println!("test nested_kvm ... {}", if good { "ok" } else { "FAILED" });
             std::process::exit(i32::from(!good));
         }
@@ -143,13 +159,25 @@ fn run(inputs: &Inputs) -> bool {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
+    let (sender, lines) = std::sync::mpsc::channel();
+    let output = BufReader::new(child.stdout.take().unwrap());
+    let reader = std::thread::spawn(move || output.split(b'\n').map_while(Result::ok).all(|l| sender.send(l).is_ok()));
     let mut good = false;
-    for line in BufReader::new(child.stdout.take().unwrap()).split(b'\n').map_while(Result::ok) {
-        let line = String::from_utf8_lossy(&line);
-        let line = line.trim_end();
-        println!("{line}");
-        good |= line == middle::ALL_GOOD;
+    loop {
+        match lines.recv_timeout(SILENCE) {
+            Ok(line) => {
+                let line = String::from_utf8_lossy(&line);
+                println!("{}", line.trim_end());
+                good |= line.trim_end() == middle::ALL_GOOD;
+            }
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                println!("test nested_kvm: the middle machine says nothing any more");
+                let _ = child.kill();
+                break;
+            }
+        }
     }
-    let _ = child.wait();
+    let _ = (child.wait(), reader.join());
     good
 }

@@ -16,6 +16,7 @@ pub const ALL_GOOD: &str = "nested: all good";
 pub const ELF: &str = "guest.elf";
 pub const STREAMED: usize = 1 << 20;
 const DISK: usize = 8 << 20;
+const STALLED: Duration = Duration::from_secs(240);
 
 fn busybox(args: &str) -> bool {
     Command::new("/bin/busybox").args(args.split(' ')).status().is_ok_and(|s| s.success())
@@ -73,7 +74,8 @@ fn machine(name: &str, args: &str) -> Machine {
 }
 
 fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + Duration::from_secs(300);
+    // a machine that hangs says nothing
+    let mut until = Instant::now() + STALLED;
     let mut shown = 0;
     loop {
         if let Some(value) = found() {
@@ -83,6 +85,7 @@ fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<
         if let Some((lines, _)) = text.get(shown..).and_then(|t| t.rsplit_once('\n')) {
             lines.lines().for_each(|line| println!("  {line}"));
             shown += lines.len() + 1;
+            until = Instant::now() + STALLED;
         }
         let ended = client::recorded(&machine.state_dir);
         assert!(Instant::now() < until, "{what} did not happen: {ended:?}");
