@@ -21,6 +21,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("dns", wire::dns),
     ("spdy", wire::spdy),
     ("qmp", wire::qmp),
+    ("vm_snapshot", wire::vm_snapshot),
     ("object_decode", objects::decode),
     ("object_strict", objects::strict),
     ("object_patch", objects::patch),

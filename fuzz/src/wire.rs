@@ -1,4 +1,4 @@
-//! What comes over sockets: requests to the registry, DNS, SPDY, a machine's control channel.
+//! What comes over sockets: requests to the registry, DNS, SPDY, a machine's control channel; and the snapshot that an engine wrote.
 
 use crate::halves;
 use network::dns::codec;
@@ -48,4 +48,8 @@ pub fn spdy(data: &[u8]) {
 
 pub fn qmp(data: &[u8]) {
     vmm::qmp::fuzz(data);
+}
+
+pub fn vm_snapshot(data: &[u8]) {
+    vmm::kvm::snapshot::fuzz(data);
 }

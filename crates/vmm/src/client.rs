@@ -1,8 +1,11 @@
 //! The monitor's control socket, from the node agent's side. Blocking; one line of JSON each way.
 
+use crate::channel;
+use crate::engine::{SNAPSHOT_DEADLINE, SnapshotFiles};
 use crate::machine::{Error, Machine, Result};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -23,6 +26,8 @@ pub enum Request {
     Balloon(u32),
     /// Answered at once; the connection then is the serial console.
     Console,
+    /// See [`Client::snapshot`].
+    Snapshot,
 }
 
 /// Times are unix nanoseconds.
@@ -90,6 +95,8 @@ pub fn recorded(state_dir: &Path) -> Option<State> {
     serde_json::from_slice(&std::fs::read(state_dir.join("exit.json")).ok()?).ok()
 }
 
+const DEADLINE: Duration = Duration::from_secs(35);
+
 pub struct Client {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
@@ -100,15 +107,19 @@ impl Client {
     pub fn connect(run_dir: &Path) -> Result<Self> {
         let stream = UnixStream::connect(run_dir.join("vmm.sock")).map_err(|_| Error::NotRunning)?;
         let fail = |e: std::io::Error| Error::Monitor(e.to_string());
-        stream.set_read_timeout(Some(Duration::from_secs(35))).map_err(fail)?;
+        stream.set_read_timeout(Some(DEADLINE)).map_err(fail)?;
         let writer = stream.try_clone().map_err(fail)?;
         Ok(Client { reader: BufReader::new(stream), writer })
     }
 
     pub fn request(&mut self, request: Request) -> Result<State> {
+        self.ask(request, &[])
+    }
+
+    fn ask(&mut self, request: Request, files: &[BorrowedFd<'_>]) -> Result<State> {
         let mut text = serde_json::to_vec(&request).map_err(|e| Error::Monitor(e.to_string()))?;
         text.push(b'\n');
-        self.writer.write_all(&text).map_err(|_| Error::NotRunning)?;
+        channel::send(&self.writer, &text, files).map_err(|_| Error::NotRunning)?;
         let mut line = Vec::new();
         let read = (&mut self.reader).take(64 << 10).read_until(b'\n', &mut line);
         if read.map_err(|e| Error::Monitor(e.to_string()))? == 0 {
@@ -117,6 +128,18 @@ impl Client {
         let reply: std::result::Result<State, String> =
             serde_json::from_slice(&line).map_err(|e| Error::Monitor(e.to_string()))?;
         reply.map_err(Error::Monitor)
+    }
+
+    /// Saves the machine, disks aside, as it is at one moment into files that are open and empty. It goes on then, or stays
+    /// paused if it was; also when this fails.
+    pub fn snapshot(&mut self, files: &SnapshotFiles) -> Result<State> {
+        let base = files.base.as_ref().map(AsFd::as_fd);
+        let all: Vec<_> = [files.state.as_fd(), files.memory.as_fd()].into_iter().chain(base).collect();
+        let fail = |e: std::io::Error| Error::Monitor(e.to_string());
+        self.writer.set_read_timeout(Some(SNAPSHOT_DEADLINE + DEADLINE)).map_err(fail)?;
+        let answer = self.ask(Request::Snapshot, &all);
+        self.writer.set_read_timeout(Some(DEADLINE)).map_err(fail)?;
+        answer
     }
 
     /// Returns when the monitor is gone.

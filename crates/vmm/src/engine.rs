@@ -4,11 +4,14 @@
 
 use crate::kvm::Support;
 use crate::kvm::engine::KvmEngine;
+use crate::kvm::snapshot::memory::Pagemap;
 use crate::machine::{Choice, Error, Machine, Result};
 use std::ffi::OsString;
+use std::fs::File;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// What to run in the jail, and the monitor's ends of its channels.
 pub struct Plan {
@@ -23,7 +26,7 @@ pub enum Work {
     /// Another program; its directories are shown read-only.
     Execute(Program),
     /// This program, forked: it sees nothing but what it holds open.
-    Inside { keep: Vec<RawFd>, main: Box<dyn FnOnce() -> i32> },
+    Inside { keep: Vec<RawFd>, main: Box<dyn FnOnce(Option<Pagemap>) -> i32> },
 }
 
 pub struct Program {
@@ -45,12 +48,26 @@ pub trait Control: Send {
     fn resume(&mut self) -> Result<()>;
     /// The guest shall give up this many pages of 4 KiB in all.
     fn balloon(&mut self, pages: u32) -> Result<()>;
+    /// Writes all that the machine is at one moment, its disks aside; it goes on then, or stays paused if it was.
+    fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()>;
 }
+
+/// Where a snapshot goes: open, empty, on the same file system as what it may be a difference to.
+pub struct SnapshotFiles {
+    pub state: File,
+    pub memory: File,
+    /// The memory of an earlier full snapshot: only what differs from it is written.
+    pub base: Option<File>,
+}
+
+/// How long the memory may take to be written.
+pub const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(600);
 
 pub trait Engine: Send + Sync {
     fn name(&self) -> &'static str;
     fn plan(&self, machine: &Machine) -> Result<Plan>;
-    fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>>;
+    /// Returns when the machine runs.
+    fn control(&self, machine: &Machine, channel: UnixStream) -> Result<Box<dyn Control>>;
 }
 
 /// The best engine for this machine on this computer: ours where KVM is native and it has all that the machine asks for.

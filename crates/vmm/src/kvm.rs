@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            engine: opens what the machine needs, then the jail, then
-//!              run: builds the VM, serves the control channel, ends
+//!              run: serves the control channel, ends       vm: builds the VM, or restores it, and saves it (snapshot)
 //!   memory, boot, acpi: what the guest finds       arch: registers, CPUID, MSRs of x86-64
 //!   vcpu: one thread each  ->  bus: ports and MMIO  ->  serial, power, virtio::mmio
 //!                                                       virtio::worker: one thread for each device
@@ -16,15 +16,18 @@ mod arch;
 pub mod boot;
 mod bus;
 pub(crate) mod engine;
+mod generation;
 pub mod memory;
 mod power;
 mod probe;
 mod run;
 mod seccomp;
 mod serial;
+pub mod snapshot;
 pub(crate) mod sys;
 mod vcpu;
 pub mod virtio;
+mod vm;
 
 pub use probe::{Support, probe};
 
@@ -46,7 +49,8 @@ pub enum End {
 /// What the thread that owns the machine is told.
 pub(crate) enum Event {
     Guest(End),
-    Command(run::Command),
+    /// With the open files that came with it.
+    Command(run::Command, Vec<std::os::fd::OwnedFd>),
     /// The monitor closed the control channel.
     Orphaned,
 }

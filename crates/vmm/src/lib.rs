@@ -6,6 +6,7 @@
 //!
 //! Leaves to others: where disks and kernels come from, what a pod is, addresses.
 
+mod channel;
 pub mod client;
 pub mod disk;
 pub mod engine;
@@ -20,4 +21,5 @@ pub mod seed;
 mod sys;
 
 pub use client::{Client, launch};
-pub use machine::{Choice, Console, Disk, DiskFormat, Error, Link, Machine, Result};
+pub use engine::SnapshotFiles;
+pub use machine::{Choice, Console, Disk, DiskFormat, Error, Link, Machine, Restore, Result};

@@ -59,6 +59,24 @@ pub struct Machine {
     pub console: Console,
     #[serde(default)]
     pub engine: Choice,
+    /// It goes on from here instead of booting.
+    #[serde(default)]
+    pub restore: Option<Restore>,
+}
+
+/// A snapshot to go on from, with the description it was taken with; its link alone may be another. [`Machine::engine`]
+/// has to be the one that took it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Restore {
+    pub state: PathBuf,
+    /// Shared with every machine that goes on from it: nothing may change it as long as one runs.
+    pub memory: PathBuf,
+    /// Of a differential snapshot: its own memory; `memory` is its base's.
+    #[serde(default)]
+    pub difference: Option<PathBuf>,
+    /// Read all of it and compare checksums first.
+    #[serde(default)]
+    pub verify: bool,
 }
 
 /// Which engine runs a machine.
@@ -202,6 +220,7 @@ pub(crate) fn sample() -> Machine {
         state_dir: "/var/x".into(),
         console: Console { log_path: "/var/log/x".into(), log_max_bytes: 1 << 20 },
         engine: Choice::Best,
+        restore: None,
     }
 }
 

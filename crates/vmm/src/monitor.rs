@@ -8,12 +8,13 @@
 mod console;
 mod jail;
 
+use crate::channel::Lines;
 use crate::client::{Exit, Request, State};
-use crate::engine::{self, Control};
+use crate::engine::{self, Control, SnapshotFiles};
 use crate::machine::{Error, Machine, Result};
 use crate::{kvm, sys};
 use console::Console;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -96,7 +97,7 @@ fn run(run_dir: &Path, tell: &mut UnixStream) -> Result<()> {
     let control_channel = plan.control.try_clone().map_err(Error::io("clone", run_dir))?;
     let (engine_pid, complaints) = jail::start(&machine, plan)?;
     sys::become_user(machine.uid).map_err(Error::io("change user", run_dir))?;
-    let control = match engine.control(control_channel) {
+    let control = match engine.control(&machine, control_channel) {
         Ok(control) => control,
         Err(error) => {
             let (code, _) = sys::wait(engine_pid).unwrap_or((-1, None));
@@ -174,15 +175,17 @@ impl Monitor {
         renameat(state_dir, "exit.json.new", state_dir, "exit.json").map_err(fail)
     }
 
-    fn answer(&self, request: &Request) -> std::result::Result<(), String> {
-        let mut control = lock(&self.control);
+    /// Only what the engine is asked for waits for what it is doing.
+    fn answer(&self, request: &Request, files: Vec<OwnedFd>) -> std::result::Result<(), String> {
+        let control = || lock(&self.control);
         let done = match request {
             Request::State | Request::Watch | Request::Console => Ok(()),
-            Request::PowerButton => control.power_button(),
-            Request::Reset => control.reset(),
-            Request::Pause => control.pause().inspect(|()| lock(&self.state).paused = true),
-            Request::Resume => control.resume().inspect(|()| lock(&self.state).paused = false),
-            Request::Balloon(pages) => control.balloon(*pages),
+            Request::PowerButton => control().power_button(),
+            Request::Reset => control().reset(),
+            Request::Pause => control().pause().inspect(|()| lock(&self.state).paused = true),
+            Request::Resume => control().resume().inspect(|()| lock(&self.state).paused = false),
+            Request::Balloon(pages) => control().balloon(*pages),
+            Request::Snapshot => snapshot_files(files).and_then(|files| control().snapshot(&files)),
             Request::Kill => {
                 let pid = lock(&self.state).engine_pid as i32;
                 rustix::process::Pid::from_raw(pid).ok_or(Error::NotRunning).and_then(|pid| {
@@ -195,7 +198,16 @@ impl Monitor {
     }
 }
 
+fn snapshot_files(files: Vec<OwnedFd>) -> Result<SnapshotFiles> {
+    let mut files = files.into_iter().map(std::fs::File::from);
+    let (Some(state), Some(memory)) = (files.next(), files.next()) else {
+        return Err(Error::Monitor("a snapshot needs files for state and memory".into()));
+    };
+    Ok(SnapshotFiles { state, memory, base: files.next() })
+}
+
 const MOST_CLIENTS: usize = 64;
+const LONGEST_REQUEST: usize = 4096;
 
 fn serve(listener: UnixListener, monitor: &Arc<Monitor>) -> Result<()> {
     let monitor = monitor.clone();
@@ -222,15 +234,11 @@ fn serve(listener: UnixListener, monitor: &Arc<Monitor>) -> Result<()> {
 /// monitor. After `Console` the connection is the serial line.
 fn client(monitor: &Monitor, stream: UnixStream) {
     let Ok(mut writer) = stream.try_clone() else { return };
-    let mut reader = BufReader::new(stream);
+    let mut reader = Lines::new(stream);
     loop {
-        let mut line = Vec::new();
-        match (&mut reader).take(4096).read_until(b'\n', &mut line) {
-            Ok(n) if n > 0 => {}
-            _ => return,
-        }
+        let Ok(Some((line, files))) = reader.next(LONGEST_REQUEST) else { return };
         let Ok(request) = serde_json::from_slice::<Request>(&line) else { return };
-        let reply = monitor.answer(&request).map(|()| lock(&monitor.state).clone());
+        let reply = monitor.answer(&request, files).map(|()| lock(&monitor.state).clone());
         let Ok(mut text) = serde_json::to_vec(&reply) else { return };
         text.push(b'\n');
         if writer.write_all(&text).is_err() {

@@ -2,7 +2,8 @@
 //! descriptors; QEMU opens no path that a tenant had a say in, and its own seccomp sandbox is on.
 
 use crate::engine::{Control, Engine, Plan, Program, Work};
-use crate::machine::{Disk, DiskFormat, Error, Machine, Result};
+use crate::kvm::snapshot::{self, Outline};
+use crate::machine::{Disk, DiskFormat, Error, Machine, Restore, Result};
 use crate::qmp::Qmp;
 use crate::{disk, qcow2, sys};
 use std::ffi::OsString;
@@ -95,6 +96,9 @@ impl Engine for Qemu {
             b.arg("-netdev").arg(format!("tap,id=net0,fd={number},vhost=off"));
             b.arg("-device").arg(format!("virtio-net-pci,netdev=net0,mac={},romfile=,host_mtu={}", link.mac, link.mtu));
         }
+        if let Some(restore) = &machine.restore {
+            incoming(&mut b, machine, restore)?;
+        }
         let console = channel(&mut b, "console")?;
         b.arg("-serial").arg("chardev:console");
         let control = channel(&mut b, "qmp")?;
@@ -104,8 +108,13 @@ impl Engine for Qemu {
         Ok(Plan { work, console, control })
     }
 
-    fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
-        Ok(Box::new(Qmp::greet(channel)?))
+    fn control(&self, machine: &Machine, channel: UnixStream) -> Result<Box<dyn Control>> {
+        let mut qmp = Qmp::greet(channel)?;
+        qmp.describe(outline(machine));
+        if machine.restore.is_some() {
+            qmp.arrive()?;
+        }
+        Ok(Box::new(qmp))
     }
 }
 
@@ -123,7 +132,27 @@ impl Qemu {
         b.arg("-m").arg(format!("{}M", machine.memory_bytes.div_ceil(1 << 20)));
         b.arg("-sandbox").arg("on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
         b.arg("-device").arg("virtio-rng-pci");
+        b.arg("-device").arg("vmgenid,guid=auto");
     }
+}
+
+/// What a snapshot's machine and the one that goes on from it must agree on; QEMU checks the rest.
+fn outline(machine: &Machine) -> Outline {
+    const DISK: u32 = 2;
+    let vcpus = u8::try_from(machine.vcpus).unwrap_or(u8::MAX);
+    Outline { vcpus, memory_bytes: machine.memory_bytes, devices: vec![(DISK, 0); machine.disks.len()] }
+}
+
+fn incoming(b: &mut Builder, machine: &Machine, restore: &Restore) -> Result<()> {
+    let open = |path: &Path| File::open(path).map_err(Error::io("open snapshot", path));
+    if restore.difference.is_some() {
+        return Err(Error::Monitor("machines in QEMU have no differential snapshots".into()));
+    }
+    let then: std::result::Result<Outline, _> = snapshot::read(&open(&restore.state)?);
+    then.and_then(|then| then.fits(&outline(machine))).map_err(|e| Error::Monitor(e.to_string()))?;
+    let number = b.descriptor(open(&restore.memory)?.into());
+    b.arg("-incoming").arg(format!("fd:{number}"));
+    Ok(())
 }
 
 fn channel(b: &mut Builder, id: &str) -> Result<UnixStream> {

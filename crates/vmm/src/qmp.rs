@@ -1,12 +1,17 @@
 //! QEMU's machine protocol over an inherited socket (<https://www.qemu.org/docs/master/interop/qmp-spec.html>). The other
 //! end may be a taken-over QEMU: lines are bounded and nothing it says is trusted.
 
-use crate::engine::Control;
+use crate::channel;
+use crate::engine::{Control, SNAPSHOT_DEADLINE, SnapshotFiles};
+use crate::kvm::snapshot::{self, Outline};
 use crate::machine::{Error, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const LONGEST_LINE: u64 = 64 << 10;
 /// Replies and events read before a command's answer is given up.
@@ -15,6 +20,8 @@ const MOST_LINES: usize = 1000;
 pub struct Qmp {
     reader: BufReader<UnixStream>,
     writer: UnixStream,
+    /// Written beside a snapshot.
+    outline: Option<Outline>,
 }
 
 impl Qmp {
@@ -23,7 +30,7 @@ impl Qmp {
         stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(fail)?;
         stream.set_write_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
         let writer = stream.try_clone().map_err(fail)?;
-        let mut qmp = Qmp { reader: BufReader::new(stream), writer };
+        let mut qmp = Qmp { reader: BufReader::new(stream), writer, outline: None };
         qmp.read()?;
         qmp.execute("qmp_capabilities")?;
         Ok(qmp)
@@ -43,8 +50,12 @@ impl Qmp {
     }
 
     fn execute(&mut self, command: &str) -> Result<Value> {
-        let line = format!("{{\"execute\":\"{command}\"}}\n");
-        self.writer.write_all(line.as_bytes()).map_err(|_| Error::NotRunning)?;
+        self.execute_with(command, json!({}), &[])
+    }
+
+    fn execute_with(&mut self, command: &str, arguments: Value, files: &[BorrowedFd<'_>]) -> Result<Value> {
+        let line = format!("{}\n", json!({ "execute": command, "arguments": arguments }));
+        channel::send(&self.writer, line.as_bytes(), files).map_err(|_| Error::NotRunning)?;
         for _ in 0..MOST_LINES {
             let mut reply = self.read()?;
             if let Some(value) = reply.get_mut("return") {
@@ -55,6 +66,61 @@ impl Qmp {
             }
         }
         Err(Error::Monitor(format!("{command}: no answer")))
+    }
+}
+
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Snapshots are QEMU's migration to a file and back.
+impl Qmp {
+    /// For a machine that goes on from a snapshot: returns when it runs.
+    pub fn arrive(&mut self) -> Result<()> {
+        let until = Instant::now() + SNAPSHOT_DEADLINE;
+        while self.status()? == "inmigrate" {
+            self.past(until)?;
+        }
+        // it was stopped when it was saved
+        self.execute("cont").map(drop)
+    }
+
+    pub fn describe(&mut self, outline: Outline) {
+        self.outline = Some(outline);
+    }
+
+    fn status(&mut self) -> Result<String> {
+        let status = self.execute("query-status")?;
+        Ok(status.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
+    fn past(&self, until: Instant) -> Result<()> {
+        if Instant::now() > until {
+            return Err(Error::Monitor("the snapshot took too long".into()));
+        }
+        std::thread::sleep(LOOK);
+        Ok(())
+    }
+
+    fn migrate(&mut self, memory: &File) -> Result<()> {
+        self.execute_with("migrate-set-parameters", json!({ "max-bandwidth": i64::MAX >> 20 << 20 }), &[])?;
+        self.execute_with("getfd", json!({ "fdname": "snapshot" }), &[memory.as_fd()])?;
+        self.execute_with("migrate", json!({ "uri": "fd:snapshot" }), &[])?;
+        let until = Instant::now() + SNAPSHOT_DEADLINE;
+        loop {
+            let state = self.execute("query-migrate")?;
+            match state.get("status").and_then(Value::as_str) {
+                Some("completed") => return Ok(()),
+                Some("failed" | "cancelled") => {
+                    let why = state.get("error-desc").and_then(Value::as_str).unwrap_or("is the disk full?");
+                    return Err(Error::Monitor(format!("the snapshot failed: {why}")));
+                }
+                _ => {
+                    if let Err(error) = self.past(until) {
+                        let _ = self.execute("migrate_cancel");
+                        return Err(error);
+                    }
+                }
+            }
+        }
     }
 }
 
@@ -73,6 +139,26 @@ impl Control for Qmp {
     }
     fn balloon(&mut self, _pages: u32) -> Result<()> {
         Err(Error::Monitor("machines in QEMU have no balloon".into()))
+    }
+    fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()> {
+        if files.base.is_some() {
+            return Err(Error::Monitor("machines in QEMU have no differential snapshots; take a full one".into()));
+        }
+        let outline = self.outline.as_ref().ok_or(Error::NotRunning)?;
+        let state = snapshot::seal(outline).map_err(|e| Error::Monitor(e.to_string()))?;
+        let runs = self.status()? == "running";
+        if runs {
+            self.execute("stop")?;
+        }
+        let done = self.migrate(&files.memory).and_then(|()| {
+            let written = files.state.write_all_at(&state, 0);
+            let synced = written.and_then(|()| files.state.sync_data()).and_then(|()| files.memory.sync_data());
+            synced.map_err(Error::io("write", "the snapshot"))
+        });
+        if runs {
+            self.execute("cont")?;
+        }
+        done
     }
 }
 

@@ -3,7 +3,27 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vmm::client::{self, Request};
-use vmm::{Client, Console, Disk, DiskFormat, Machine};
+use vmm::{Client, Console, Disk, DiskFormat, Machine, Restore, SnapshotFiles};
+
+/// Answers each byte on COM1 with how many there were, counted in memory.
+fn counting_sector() -> Vec<u8> {
+    let code = [
+        0xba, 0xfd, 0x03, // again: mov dx, 0x3fd
+        0xec, 0xa8, 0x01, 0x74, 0xfb, // wait: in al, dx; test al, 1; jz wait
+        0xb2, 0xf8, 0xec, // mov dl, 0xf8; in al, dx
+        0xfe, 0x06, 0x00, 0x70, // inc byte [0x7000]
+        0xa0, 0x00, 0x70, // mov al, [0x7000]
+        0x04, 0x30, 0xee, // add al, '0'; out dx, al
+        0xb0, 0x0a, 0xee, // mov al, newline; out dx, al
+        0xeb, 0xe6, // jmp again
+    ];
+    let mut sector = vec![0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0xa2, 0x00, 0x70]; // cli; xor ax, ax; mov ds, ax; mov [0x7000], al
+    sector.extend(code);
+    sector.resize(510, 0);
+    sector.extend([0x55, 0xaa]);
+    sector.resize(1 << 20, 0);
+    sector
+}
 
 /// Prints `hi` on COM1 and halts with interrupts on; the power button then does nothing, so it is killed.
 fn boot_sector() -> Vec<u8> {
@@ -58,6 +78,7 @@ fn machine(dir: &Path) -> Machine {
         state_dir: dir.join("state"),
         console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
         engine: vmm::Choice::Best,
+        restore: None,
     }
 }
 
@@ -110,4 +131,61 @@ fn a_machine_that_cannot_start_says_why_and_leaves_nothing() {
     let error = vmm::launch(&exe, &machine, |_| Ok(())).unwrap_err().to_string();
     assert!(error.contains("absent.raw"), "{error}");
     assert!(Client::connect(&machine.run_dir).is_err());
+}
+
+#[test]
+fn a_machine_goes_on_from_its_snapshot() {
+    let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
+    if !Path::new("/usr/bin/qemu-system-x86_64").exists() || !rustix::process::getuid().is_root() {
+        println!("SKIPPED: needs root and qemu-system-x86");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path());
+    machine.engine = vmm::Choice::Qemu;
+    std::fs::write(&machine.disks[0].path, counting_sector()).unwrap();
+    vmm::launch(&exe, &machine, |_| Ok(())).unwrap();
+    // what is typed before the guest listens is lost; each answer is a digit
+    let counts = |machine: &Machine, at_least: u8| {
+        use std::io::Write;
+        let mut typed = Client::connect(&machine.run_dir).unwrap().console().unwrap();
+        let mut answers = Vec::new();
+        wait_for("an answer", || {
+            let text = std::fs::read_to_string(&machine.console.log_path).unwrap_or_default();
+            answers = text.lines().filter_map(|l| l.rsplit_once(" F ")?.1.bytes().next()?.checked_sub(b'0')).collect();
+            let there = answers.last().is_some_and(|last| *last >= at_least);
+            let _ = if there { Ok(()) } else { typed.write_all(b"+") };
+            there
+        });
+        answers
+    };
+    counts(&machine, 4);
+    let make = |name: &str| std::fs::File::create_new(dir.path().join(name)).unwrap();
+    let files = SnapshotFiles { state: make("snapshot"), memory: make("memory"), base: None };
+    let mut client = Client::connect(&machine.run_dir).unwrap();
+    client.request(Request::Pause).unwrap();
+    assert!(client.snapshot(&files).unwrap().paused, "it stays as it was");
+    client.request(Request::Resume).unwrap();
+    counts(&machine, 8);
+    client.request(Request::Kill).unwrap();
+
+    let other = dir.path().join("other");
+    let mut restored = machine.clone();
+    (restored.run_dir, restored.state_dir) = (other.join("run"), other.join("state"));
+    restored.console.log_path = other.join("logs/0.log");
+    let (state, memory) = (dir.path().join("snapshot"), dir.path().join("memory"));
+    restored.restore = Some(Restore { state, memory, difference: None, verify: false });
+    vmm::launch(&exe, &restored, |_| Ok(())).unwrap();
+    let first = counts(&restored, 1)[0];
+    assert!(first >= 5, "it counts on from 4 or more: {first}");
+    Client::connect(&restored.run_dir).unwrap().request(Request::Kill).unwrap();
+
+    let mut wrong = restored.clone();
+    wrong.memory_bytes *= 2;
+    let error = vmm::launch(&exe, &wrong, |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("bytes of memory: 67108864 when it was taken, 134217728 now"), "{error}");
+    std::fs::File::options().write(true).open(dir.path().join("memory")).unwrap().set_len(100_000).unwrap();
+    wait_for("the end", || client::recorded(&restored.state_dir).is_some_and(|s| s.exit.is_some()));
+    let error = vmm::launch(&exe, &restored, |_| Ok(())).unwrap_err().to_string();
+    assert!(error.contains("ended at its start"), "{error}");
 }

@@ -124,6 +124,7 @@ fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Mac
         state_dir,
         console: vmm::Console { log_path: container.log_path.clone(), log_max_bytes: container.log_max_bytes },
         engine: vmm::Choice::Best,
+        restore: None,
     })
 }
 

@@ -2,7 +2,7 @@
 //! and the virtio devices. <https://uefi.org/specs/ACPI/6.5/>
 
 use super::memory::{self, Memory};
-use super::{arch, power, serial};
+use super::{arch, generation, power, serial};
 use acpi_tables::aml::{self, Device, EISAName, Interrupt, Memory32Fixed, Name, Path, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -32,7 +32,7 @@ pub fn write(memory: &Memory, vcpus: u8, places: &[Place]) -> Result<(), GuestMe
     let mut put = |bytes: &[u8]| {
         let address = at;
         at = (at + bytes.len() as u64).next_multiple_of(16);
-        if at > memory::ACPI_END {
+        if at > memory::GENERATION {
             return Err(GuestMemoryError::InvalidGuestAddress(GuestAddress(at)));
         }
         memory.write_slice(bytes, GuestAddress(address)).map(|()| address)
@@ -84,6 +84,7 @@ fn madt(vcpus: u8) -> MADT {
 
 fn dsdt(places: &[Place]) -> Vec<u8> {
     let mut body = device("PWRB", &[("_HID", &EISAName::new("PNP0C0C")), ("_UID", &0u8)], &[]);
+    body.extend(generation_device());
     body.extend(event_device());
     body.extend(serial_device());
     for (index, place) in places.iter().enumerate() {
@@ -108,13 +109,30 @@ fn device(name: &str, values: &[(&str, &dyn Aml)], methods: &[&dyn Aml]) -> Vec<
     bytes_of(&Device::new(Path::new(name), children))
 }
 
-/// The generic event device: its only interrupt is the power button.
+/// Says that the machine was cloned, or went back to what it was: the guest's random numbers must not be those of another
+/// (<https://go.microsoft.com/fwlink/?LinkId=260709>).
+fn generation_device() -> Vec<u8> {
+    let (low, high) = (memory::GENERATION as u32, (memory::GENERATION >> 32) as u32);
+    let address = aml::Package::new(vec![&low, &high]);
+    let counter = "VM_Gen_Counter";
+    let values: [(&str, &dyn Aml); 4] =
+        [("_HID", &"ATOLVGID"), ("_CID", &counter), ("_DDN", &counter), ("ADDR", &address)];
+    device("VGEN", &values, &[])
+}
+
+/// The generic event device: its interrupts are the power button and a new generation.
 fn event_device() -> Vec<u8> {
-    let interrupt = Interrupt::new(true, true, false, false, power::BUTTON_IRQ);
-    let resources = ResourceTemplate::new(vec![&interrupt]);
-    let button = Path::new("\\_SB_.PWRB");
-    let notify = aml::Notify::new(&button, &0x80u8);
-    let handler = aml::Method::new(Path::new("_EVT"), 1, true, vec![&notify]);
+    let button = Interrupt::new(true, true, false, false, power::BUTTON_IRQ);
+    let generation = Interrupt::new(true, true, false, false, generation::IRQ);
+    let resources = ResourceTemplate::new(vec![&button, &generation]);
+    let pressed = Path::new("\\_SB_.PWRB");
+    let renewed = Path::new("\\_SB_.VGEN");
+    let (press, renew) = (aml::Notify::new(&pressed, &0x80u8), aml::Notify::new(&renewed, &0x80u8));
+    let (which, button, generation) = (aml::Arg(0), power::BUTTON_IRQ, generation::IRQ);
+    let (is_button, is_generation) = (aml::Equal::new(&which, &button), aml::Equal::new(&which, &generation));
+    let on_press = aml::If::new(&is_button, vec![&press]);
+    let on_renewal = aml::If::new(&is_generation, vec![&renew]);
+    let handler = aml::Method::new(Path::new("_EVT"), 1, true, vec![&on_press, &on_renewal]);
     device("GED_", &[("_HID", &"ACPI0013"), ("_UID", &0u8), ("_CRS", &resources)], &[&handler])
 }
 

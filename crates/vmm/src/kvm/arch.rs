@@ -1,4 +1,6 @@
-//! All that is x86-64: what a processor is like when it starts, what it says of itself.
+//! All that is x86-64: what a processor is like when it starts, what it says of itself, what it holds ([`state`]).
+
+pub mod state;
 
 use super::boot::Entry;
 use super::memory::{self, Memory};
@@ -59,7 +61,7 @@ const EMPTY: [u32; 6] = [5, 0xa, 0x12, 0x1d, 0x1e, 0x8000_000a];
 /// XSAVE components of AMX.
 const TILES: u32 = 1 << 17 | 1 << 18;
 
-fn describe(supported: &CpuId, id: u8, count: u8) -> CpuId {
+pub fn describe(supported: &CpuId, id: u8, count: u8) -> CpuId {
     let mut cpuid = supported.clone();
     let width = u32::from(count).next_power_of_two().trailing_zeros();
     for entry in cpuid.as_mut_slice() {

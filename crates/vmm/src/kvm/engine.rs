@@ -1,14 +1,15 @@
 //! The KVM engine as the monitor sees it: it opens what the machine needs and speaks to the jailed process.
 
-use super::run::{self, Answer, Command, DiskPart, LinkPart, Parts};
+use super::run::{self, Answer, Command, DiskPart, LinkPart, Parts, RestoreParts};
 use super::virtio::net::Filter;
 use crate::disk::{self, Kind};
-use crate::engine::{Control, Engine, Plan, Work};
-use crate::machine::{Disk, DiskFormat, Error, Link, Machine, Result};
-use crate::sys;
+use crate::engine::{Control, Engine, Plan, SNAPSHOT_DEADLINE, SnapshotFiles, Work};
+use crate::machine::{Disk, DiskFormat, Error, Link, Machine, Restore, Result};
+use crate::{channel, sys};
 use kvm_ioctls::Kvm;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
@@ -60,13 +61,14 @@ impl Engine for KvmEngine {
             vsock: listen(&machine.run_dir.join("vsock.sock"))?,
             console: their_console,
             control: their_control,
+            restore: machine.restore.as_ref().map(restore).transpose()?,
         };
         let keep = parts.descriptors();
-        let work = Work::Inside { keep, main: Box::new(move || run::main(parts)) };
+        let work = Work::Inside { keep, main: Box::new(move |pagemap| run::main(parts, pagemap)) };
         Ok(Plan { work, console, control })
     }
 
-    fn control(&self, channel: UnixStream) -> Result<Box<dyn Control>> {
+    fn control(&self, _: &Machine, channel: UnixStream) -> Result<Box<dyn Control>> {
         Ok(Box::new(Channel::greet(channel)?))
     }
 }
@@ -96,6 +98,17 @@ fn link(link: &Link) -> Result<LinkPart> {
     Ok(LinkPart { tap: sys::open_tap(link)?, filter, mtu: u16::try_from(link.mtu).unwrap_or(u16::MAX) })
 }
 
+fn restore(restore: &Restore) -> Result<RestoreParts> {
+    let open = |path: &Path| File::open(path).map_err(Error::io("open snapshot", path));
+    let difference = restore.difference.as_deref().map(open).transpose()?;
+    Ok(RestoreParts {
+        state: open(&restore.state)?,
+        memory: open(&restore.memory)?,
+        difference,
+        verify: restore.verify,
+    })
+}
+
 fn listen(path: &Path) -> Result<UnixListener> {
     let _ = std::fs::remove_file(path);
     let listener = UnixListener::bind(path).map_err(Error::io("listen on", path))?;
@@ -111,11 +124,12 @@ struct Channel {
 }
 
 const LONGEST_ANSWER: u64 = 4096;
+const DEADLINE: Duration = Duration::from_secs(30);
 
 impl Channel {
     fn greet(stream: UnixStream) -> Result<Self> {
         let fail = |e: std::io::Error| Error::Monitor(format!("control channel: {e}"));
-        stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(fail)?;
+        stream.set_read_timeout(Some(DEADLINE)).map_err(fail)?;
         stream.set_write_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
         let writer = stream.try_clone().map_err(fail)?;
         let mut channel = Channel { reader: BufReader::new(stream), writer };
@@ -137,9 +151,13 @@ impl Channel {
     }
 
     fn ask(&mut self, command: Command) -> Result<()> {
+        self.ask_with(command, &[])
+    }
+
+    fn ask_with(&mut self, command: Command, files: &[BorrowedFd<'_>]) -> Result<()> {
         let mut text = serde_json::to_vec(&command).map_err(|e| Error::Monitor(e.to_string()))?;
         text.push(b'\n');
-        self.writer.write_all(&text).map_err(|_| Error::NotRunning)?;
+        channel::send(&self.writer, &text, files).map_err(|_| Error::NotRunning)?;
         self.answer()
     }
 }
@@ -159,5 +177,14 @@ impl Control for Channel {
     }
     fn balloon(&mut self, pages: u32) -> Result<()> {
         self.ask(Command::Balloon(pages))
+    }
+    fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()> {
+        let fail = |e: std::io::Error| Error::Monitor(format!("control channel: {e}"));
+        self.writer.set_read_timeout(Some(SNAPSHOT_DEADLINE)).map_err(fail)?;
+        let base = files.base.as_ref().map(AsFd::as_fd);
+        let all: Vec<BorrowedFd<'_>> = [files.state.as_fd(), files.memory.as_fd()].into_iter().chain(base).collect();
+        let done = self.ask_with(Command::Snapshot, &all);
+        self.writer.set_read_timeout(Some(DEADLINE)).map_err(fail)?;
+        done
     }
 }

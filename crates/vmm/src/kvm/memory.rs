@@ -24,6 +24,8 @@ pub const COMMAND_LINE: u64 = 0x2_0000;
 pub const LOW_END: u64 = 0x9_fc00;
 pub const ACPI_TABLES: u64 = 0xe_0000;
 pub const ACPI_END: u64 = 0x10_0000;
+/// The generation id's 16 bytes, after all tables.
+pub const GENERATION: u64 = ACPI_END - 16;
 pub const HIGH_START: u64 = 0x10_0000;
 
 /// The ranges that `bytes` of memory take.

@@ -1,12 +1,13 @@
 //! COM1: a 16550 whose other end is the monitor's console.
 
 use super::sys::Signal;
+use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use vm_superio::serial::{Serial, SerialEvents};
+use vm_superio::serial::{Serial, SerialEvents, SerialState};
 
 pub const PORT: u16 = 0x3f8;
 pub const PORTS: u16 = 8;
@@ -33,6 +34,41 @@ impl SerialEvents for Emptied {
     }
 }
 
+/// The registers, and what was typed and not yet read.
+#[derive(Serialize, Deserialize)]
+pub struct Saved {
+    registers: [u8; 9],
+    input: Vec<u8>,
+}
+
+impl Saved {
+    fn state(&self) -> SerialState {
+        let [
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+        ] = self.registers;
+        SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer: self.input.clone(),
+        }
+    }
+}
+
 type Uart = Serial<Line, Emptied, UnixStream>;
 
 #[derive(Clone)]
@@ -40,9 +76,36 @@ pub struct Com1(Arc<Mutex<Uart>>);
 
 impl Com1 {
     pub fn new(interrupt: Signal, console: &UnixStream) -> io::Result<(Self, Signal)> {
+        Self::with(&SerialState::default(), interrupt, console)
+    }
+
+    /// As it was when it was saved.
+    pub fn restored(saved: &Saved, interrupt: Signal, console: &UnixStream) -> io::Result<(Self, Signal)> {
+        Self::with(&saved.state(), interrupt, console)
+    }
+
+    fn with(state: &SerialState, interrupt: Signal, console: &UnixStream) -> io::Result<(Self, Signal)> {
         let emptied = Signal::new()?;
-        let uart = Serial::with_events(Line(interrupt), Emptied(emptied.try_clone()?), console.try_clone()?);
+        let (line, events) = (Line(interrupt), Emptied(emptied.try_clone()?));
+        let uart = Serial::from_state(state, line, events, console.try_clone()?);
+        let uart = uart.map_err(|e| io::Error::other(format!("{e:?}")))?;
         Ok((Com1(Arc::new(Mutex::new(uart))), emptied))
+    }
+
+    pub fn save(&self) -> Saved {
+        let s = self.lock().state();
+        let registers = [
+            s.baud_divisor_low,
+            s.baud_divisor_high,
+            s.interrupt_enable,
+            s.interrupt_identification,
+            s.line_control,
+            s.line_status,
+            s.modem_control,
+            s.modem_status,
+            s.scratch,
+        ];
+        Saved { registers, input: s.in_buffer }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Uart> {

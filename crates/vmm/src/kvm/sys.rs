@@ -3,8 +3,8 @@
 
 use super::memory::Memory;
 use super::virtio::queue::Segment;
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
+use kvm_bindings::{kvm_userspace_memory_region, kvm_xsave};
+use kvm_ioctls::{VcpuFd, VmFd};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::thread::JoinHandleExt;
@@ -60,6 +60,13 @@ pub fn give_memory(vm: &VmFd, memory: &Memory) -> Result<(), kvm_ioctls::Error> 
     Ok(())
 }
 
+/// Floating point and vector registers.
+pub fn set_xsave(vcpu: &VcpuFd, xsave: &kvm_xsave) -> Result<(), kvm_ioctls::Error> {
+    // SAFETY: KVM reads more than the structure only for features that a process has to ask the kernel for (AMX), which
+    // this one never does and its guests are not shown.
+    unsafe { vcpu.set_xsave(xsave) }
+}
+
 /// Linux takes at most 1024 vectors a call.
 const MOST_VECTORS: usize = 1024;
 
@@ -92,12 +99,13 @@ pub fn write_at(fd: BorrowedFd<'_>, memory: &Memory, segments: &[Segment], offse
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
-/// Gives pages back to the host; the guest finds zeros there when it next looks. Refuses what is not whole pages.
+/// Gives pages back to the host; the guest finds what they began as there when it next looks: zeros, or what the snapshot
+/// has. Refuses what is not whole pages.
 pub fn discard(memory: &Memory, segment: Segment) -> io::Result<()> {
     let whole = segment.address.0.is_multiple_of(4096) && segment.len.is_multiple_of(4096);
     let slice = memory.get_slice(segment.address, segment.len as usize).ok().filter(|_| whole);
     let slice = slice.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: the range is whole pages inside `memory`, a private anonymous mapping that nothing borrows.
+    // SAFETY: the range is whole pages inside `memory`, a private mapping that nothing borrows.
     let result = unsafe { libc::madvise(slice.ptr_guard_mut().as_ptr().cast(), slice.len(), libc::MADV_DONTNEED) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

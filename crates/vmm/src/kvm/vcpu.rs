@@ -72,6 +72,10 @@ impl Gate {
         self.set(Wanted::Pause, threads);
     }
 
+    pub fn is_paused(&self) -> bool {
+        self.lock().wanted == Wanted::Pause
+    }
+
     pub fn resume(&self) {
         self.set(Wanted::Run, &[]);
     }
@@ -81,11 +85,19 @@ impl Gate {
     }
 }
 
-pub fn start(mut vcpu: VcpuFd, id: u8, bus: Arc<Bus>, gate: Arc<Gate>) -> io::Result<JoinHandle<()>> {
+/// A processor: its thread runs it, and while that waits at the gate the owner looks at it.
+pub type Shared = Arc<Mutex<VcpuFd>>;
+
+pub fn lock(vcpu: &Shared) -> MutexGuard<'_, VcpuFd> {
+    vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub fn start(vcpu: Shared, id: u8, bus: Arc<Bus>, gate: Arc<Gate>) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(format!("vcpu{id}")).stack_size(256 << 10).spawn(move || {
         seccomp::enter(Role::Vcpu);
         while gate.pass() {
-            if let Some(end) = turn(&mut vcpu, &bus) {
+            let step = turn(&mut lock(&vcpu), &bus);
+            if let Step::End(end) = step {
                 bus.ending.end(end);
                 // the owner stops all of them; until then this one has nothing to run
                 while gate.pass() {
@@ -97,17 +109,44 @@ pub fn start(mut vcpu: VcpuFd, id: u8, bus: Arc<Bus>, gate: Arc<Gate>) -> io::Re
     })
 }
 
-/// Runs the guest until it needs something; answers how the machine ends if it does.
-fn turn(vcpu: &mut VcpuFd, bus: &Bus) -> Option<End> {
-    let broken = |what: String| Some(End::Broken(what));
+/// What an exit of the guest leads to.
+enum Step {
+    Served,
+    Interrupted,
+    End(End),
+}
+
+/// Completes the instruction that the guest was at when its processor stopped: KVM does that when it is entered again, and
+/// what it holds is whole only then. The processor's thread must wait at the gate.
+pub fn settle(vcpu: &mut VcpuFd, bus: &Bus) {
+    vcpu.set_kvm_immediate_exit(1);
+    loop {
+        match turn(vcpu, bus) {
+            Step::Served => {}
+            Step::Interrupted => break,
+            Step::End(end) => {
+                bus.ending.end(end);
+                break;
+            }
+        }
+    }
+    vcpu.set_kvm_immediate_exit(0);
+}
+
+/// Runs the guest until it needs something.
+fn turn(vcpu: &mut VcpuFd, bus: &Bus) -> Step {
+    let broken = |what: String| Step::End(End::Broken(what));
     match vcpu.run() {
         Ok(VcpuExit::IoIn(port, data)) => bus.port_in(port, data),
         Ok(VcpuExit::IoOut(port, data)) => bus.port_out(port, data),
         Ok(VcpuExit::MmioRead(address, data)) => bus.read(address, data),
         Ok(VcpuExit::MmioWrite(address, data)) => bus.write(address, data),
-        Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {}
-        Ok(VcpuExit::SystemEvent(kind, _)) if kind == kvm_bindings::KVM_SYSTEM_EVENT_RESET => return Some(End::Reset),
-        Ok(VcpuExit::SystemEvent(..)) => return Some(End::PowerOff),
+        Ok(VcpuExit::Intr) => return Step::Interrupted,
+        Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {}
+        Ok(VcpuExit::SystemEvent(kind, _)) if kind == kvm_bindings::KVM_SYSTEM_EVENT_RESET => {
+            return Step::End(End::Reset);
+        }
+        Ok(VcpuExit::SystemEvent(..)) => return Step::End(End::PowerOff),
         Ok(VcpuExit::Shutdown) => {
             let at = vcpu.get_regs().map_or(0, |r| r.rip);
             return broken(format!("a processor shut down (triple fault) at {at:#x}"));
@@ -120,8 +159,8 @@ fn turn(vcpu: &mut VcpuFd, bus: &Bus) -> Option<End> {
             return broken(format!("KVM cannot emulate the instruction at {at:#x}"));
         }
         Ok(other) => return broken(format!("an exit nobody asked for: {other:?}")),
-        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {}
+        Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Step::Interrupted,
         Err(e) => return broken(format!("run: {e}")),
     }
-    None
+    Step::Served
 }

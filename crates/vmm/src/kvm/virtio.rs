@@ -40,6 +40,12 @@ pub trait Device: Send {
     fn begin(&mut self, _features: u64) -> std::io::Result<()> {
         Ok(())
     }
+    /// The driver was ready when the machine was saved: what it waits for from the host's side is gone.
+    fn restored(&mut self) {}
+    /// Bytes, of a disk: a machine is restored with disks of the size they had.
+    fn size(&self) -> u64 {
+        0
+    }
     /// Whether all of this queue is taken at each kick; else it waits for the source.
     fn drains(&self, _queue: usize) -> bool {
         true

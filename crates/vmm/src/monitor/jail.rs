@@ -3,6 +3,7 @@
 
 use crate::engine::{Plan, Program, Work};
 use crate::kvm;
+use crate::kvm::snapshot::memory::Pagemap;
 use crate::machine::{Error, Machine, Result};
 use crate::sys;
 use rustix::mount::{
@@ -77,6 +78,9 @@ fn enter(machine: &Machine, work: Work, complaints: &File, tell: UnixStream) -> 
         Work::Execute(program) => report(execute(machine, program)),
         Work::Inside { mut keep, main } => {
             keep.push(tell.as_raw_fd());
+            // without it a snapshot reads all of the memory
+            let pagemap = Pagemap::open().ok();
+            keep.extend(pagemap.iter().map(Pagemap::descriptor));
             let mut step = || -> Result<()> {
                 empty_root(&machine.run_dir).map_err(fail("build the jail"))?;
                 kvm::sys::close_all_but(&mut keep).map_err(fail("close descriptors"))?;
@@ -87,7 +91,7 @@ fn enter(machine: &Machine, work: Work, complaints: &File, tell: UnixStream) -> 
                 return report(error);
             }
             drop(tell);
-            std::process::exit(main())
+            std::process::exit(main(pagemap))
         }
     }
 }

@@ -108,6 +108,8 @@ extern "C" fn main(zero_page: u64) -> ! {
     let has = |word: &str| is(line, word.as_bytes());
     if has("attack=") {
         attack::run(line + 7);
+    } else if has("count") {
+        count();
     } else if has("reset") {
         reset_once();
     } else if has("hold") {
@@ -119,6 +121,41 @@ extern "C" fn main(zero_page: u64) -> ! {
     }
     say("done\n");
     power_off()
+}
+
+/// Counts what is typed, in memory and on the disk, and says what its generation is.
+fn count() {
+    const LINE_STATUS: u16 = SERIAL + 5;
+    const COUNT: u64 = 0x200_0000;
+    const GENERATION: u64 = 0xf_fff0;
+    let mut disk = virtio::Device::find(2, 0).unwrap();
+    disk.begin(0);
+    write8(COUNT, b'0');
+    say("ready\n");
+    loop {
+        if in8(LINE_STATUS) & 1 == 0 {
+            core::hint::spin_loop();
+            continue;
+        }
+        match in8(SERIAL) {
+            b'+' => {
+                let count = [read8(COUNT) + 1];
+                write8(COUNT, count[0]);
+                report("stored", drive::store(&mut disk, 9, &count));
+                report("stored", drive::sector(&mut disk, 0, 9).is_some_and(|at| is(at, &count)));
+                say("count ");
+                out8(SERIAL, count[0]);
+                say("\n");
+            }
+            b'g' => {
+                say("generation ");
+                say_hex(u64::from(read32(GENERATION)) << 32 | u64::from(read32(GENERATION + 4)));
+                say("\n");
+            }
+            b'q' => return,
+            _ => {}
+        }
+    }
 }
 
 /// Memory is fresh after a reset, the disk is not.

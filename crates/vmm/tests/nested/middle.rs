@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 use vmm::client::{self, Request};
 use vmm::kvm::Support;
-use vmm::{Choice, Client, Console, Disk, DiskFormat, Machine};
+use vmm::{Choice, Client, Console, Disk, DiskFormat, Machine, Restore, SnapshotFiles};
 
 pub const ALL_GOOD: &str = "nested: all good";
 /// Debian's kernel as an ELF file with a PVH entry.
@@ -70,6 +70,7 @@ fn machine(name: &str, args: &str) -> Machine {
         state_dir: dir.join("state"),
         console: Console { log_path: dir.join("logs/0.log"), log_max_bytes: 1 << 20 },
         engine: Choice::Best,
+        restore: None,
     }
 }
 
@@ -158,6 +159,7 @@ fn whole_machine() {
     let mut monitor = Client::connect(&machine.run_dir).unwrap();
     balloon(&mut monitor, state.engine_pid);
     assert!(monitor.request(Request::Pause).unwrap().paused);
+    let saved = save(&machine, &path, &mut monitor);
     assert!(!monitor.request(Request::Resume).unwrap().paused);
     monitor.request(Request::PowerButton).unwrap();
     drop(monitor);
@@ -168,6 +170,43 @@ fn whole_machine() {
     let disk = std::fs::read(&path).unwrap();
     assert!(disk[1 << 20..2 << 20].iter().all(|b| *b == b'g'), "the guest's write is on the disk");
     assert!(disk[4 << 20..5 << 20].iter().all(|b| *b == 0) && disk[5 << 20] == b'm', "what it discarded is not");
+    restored(&saved);
+}
+
+/// A paused machine's memory and disk at one moment, as a machine that goes on from there.
+fn save(machine: &Machine, disk: &Path, monitor: &mut Client) -> Machine {
+    let dir = PathBuf::from("/tmp/saved");
+    std::fs::create_dir_all(&dir).unwrap();
+    let make = |name: &str| std::fs::File::create_new(dir.join(name)).unwrap();
+    let begun = Instant::now();
+    let files = SnapshotFiles { state: make("state"), memory: make("memory"), base: None };
+    assert!(monitor.snapshot(&files).unwrap().paused, "it stays paused");
+    let held = std::os::unix::fs::MetadataExt::blocks(&files.memory.metadata().unwrap()) >> 11;
+    say(&format!("snapshot of 256 MiB in {} ms, {held} MiB", begun.elapsed().as_millis()), held < 200);
+    std::fs::copy(disk, dir.join("disk.raw")).unwrap();
+    let mut saved = machine.clone();
+    (saved.run_dir, saved.state_dir) = (dir.join("run"), dir.join("vm"));
+    saved.console.log_path = dir.join("logs/0.log");
+    saved.disks[0].path = dir.join("disk.raw");
+    let (state, memory) = (dir.join("state"), dir.join("memory"));
+    saved.restore = Some(Restore { state, memory, difference: None, verify: true });
+    saved
+}
+
+/// Linux goes on where it was, with its devices, and makes itself new random numbers if it knows how to.
+fn restored(machine: &Machine) {
+    let begun = Instant::now();
+    vmm::launch(Path::new("/vmm"), machine, |_| Ok(())).unwrap();
+    println!("restored in {} ms", begun.elapsed().as_millis());
+    // the guest is in the middle of waiting for its power button
+    Client::connect(&machine.run_dir).unwrap().request(Request::PowerButton).unwrap();
+    let exit = wait_for(machine, "the end", || client::recorded(&machine.state_dir)?.exit);
+    let text = console(machine);
+    for good in ["power button pressed", "random numbers anew: ", "ok ping again", "ok disk read again"] {
+        assert!(text.contains(good), "{good}: see above");
+    }
+    assert!(!text.contains("FAILED") && !text.contains("anew: false"), "see above");
+    assert_eq!((exit.code, exit.message.as_str()), (0, ""), "it turned itself off");
 }
 
 fn stream(machine: &Machine) {

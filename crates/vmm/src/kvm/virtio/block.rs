@@ -165,6 +165,9 @@ impl Device for Block {
         put(56, &[1]);
         (config, 0)
     }
+    fn size(&self) -> u64 {
+        self.disk.capacity()
+    }
     fn kicked(&mut self, index: usize, io: &mut Io) -> Result<(), Fault> {
         while let Some(chain) = io.take(index)? {
             let room = queue::length(&chain.writable);

@@ -1,5 +1,9 @@
 //! The MMIO transport (Virtio 1.2, 4.2): one page of registers for each device.
 
+mod saved;
+
+pub use saved::Saved;
+
 use super::worker::{self, Config, Interrupt, Io, Worker};
 use super::{Device, EVENT_IDX, INDIRECT, VERSION_1};
 use crate::kvm::memory::Memory;
@@ -27,6 +31,8 @@ enum Stage {
     /// The device waits for its driver.
     Setup(Box<dyn Device>),
     Running(Worker),
+    /// The machine is held: neither its thread nor a vCPU runs.
+    Held(Box<dyn Device>, Vec<Queue>),
     /// Its thread died; the machine is ending.
     Lost,
 }
@@ -237,31 +243,48 @@ impl Transport {
         }
         let Stage::Setup(mut device) = std::mem::replace(&mut self.stage, Stage::Lost) else { return Ok(()) };
         device.begin(self.driver_features).or_else(|e| self.fault(e))?;
-        let io = Io {
-            memory: self.memory.clone(),
-            queues: std::mem::take(&mut self.queues),
-            interrupt: self.interrupt.clone(),
-            config: self.config.clone(),
-        };
-        let worker = worker::start(device, io, &self.kicks, self.ending.clone()).or_else(|e| self.fault(e))?;
+        let queues = std::mem::take(&mut self.queues);
         self.queues = fresh(self.sizes).or_else(|e| self.fault(e))?;
+        self.work(device, queues)
+    }
+
+    fn work(&mut self, device: Box<dyn Device>, queues: Vec<Queue>) -> Result<(), Fault> {
+        let (memory, interrupt, config) = (self.memory.clone(), self.interrupt.clone(), self.config.clone());
+        let io = Io { memory, queues, interrupt, config };
+        let worker = worker::start(device, io, &self.kicks, self.ending.clone()).or_else(|e| self.fault(e))?;
         self.stage = Stage::Running(worker);
         Ok(())
     }
 
     /// Stops the device's thread, if it runs.
     pub fn stop(&mut self) {
-        if let Stage::Running(worker) = std::mem::replace(&mut self.stage, Stage::Lost)
-            && let Some((device, _)) = worker.stop()
-        {
-            self.stage = Stage::Setup(device);
+        self.hold();
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Lost) {
+            Stage::Held(device, _) => Stage::Setup(device),
+            other => other,
+        };
+    }
+
+    /// Stops the device's thread between two requests, if it runs, until [`Transport::go_on`].
+    pub fn hold(&mut self) {
+        self.stage = match std::mem::replace(&mut self.stage, Stage::Lost) {
+            Stage::Running(worker) => worker.stop().map_or(Stage::Lost, |(device, queues)| Stage::Held(device, queues)),
+            other => other,
+        };
+    }
+
+    pub fn go_on(&mut self) -> Result<(), Fault> {
+        match std::mem::replace(&mut self.stage, Stage::Lost) {
+            Stage::Held(device, queues) => self.work(device, queues),
+            other => {
+                self.stage = other;
+                Ok(())
+            }
         }
     }
 
     fn reset(&mut self) -> Result<(), Fault> {
-        if matches!(self.stage, Stage::Running(_)) {
-            self.stop();
-        }
+        self.stop();
         self.queues = fresh(self.sizes).or_else(|e| self.fault(e))?;
         self.kicks.iter().for_each(Signal::clear);
         self.interrupt.status.store(0, Ordering::SeqCst);

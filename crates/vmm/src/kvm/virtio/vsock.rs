@@ -21,6 +21,9 @@ pub const HOST: u64 = 2;
 pub const GUEST: u64 = 3;
 const RECEIVE: usize = 0;
 const SEND: usize = 1;
+const EVENTS: usize = 2;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET: the driver shall forget its streams.
+const TRANSPORT_RESET: [u8; 4] = [0; 4];
 const MOST_CONNECTIONS: usize = 256;
 /// Answers that wait for the guest to take them; a guest that takes none and goes on asking is broken.
 const MOST_ANSWERS: usize = 1024;
@@ -37,6 +40,8 @@ pub struct Vsock {
     next_port: u32,
     /// The guest has no buffer left.
     full: bool,
+    /// The guest has streams of another life and does not know yet.
+    stale: bool,
 }
 
 impl Vsock {
@@ -45,7 +50,7 @@ impl Vsock {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&poll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
         let (connections, answers) = (BTreeMap::new(), VecDeque::new());
-        Ok(Vsock { listener, poll, connections, answers, next_port: FIRST_PORT, full: false })
+        Ok(Vsock { listener, poll, connections, answers, next_port: FIRST_PORT, full: false, stale: false })
     }
 
     fn accept(&mut self) {
@@ -169,8 +174,11 @@ impl Device for Vsock {
     fn begin(&mut self, _: u64) -> io::Result<()> {
         self.connections.clear();
         self.answers.clear();
-        self.full = false;
+        (self.full, self.stale) = (false, false);
         Ok(())
+    }
+    fn restored(&mut self) {
+        self.stale = true;
     }
     fn drains(&self, index: usize) -> bool {
         index == SEND
@@ -186,6 +194,14 @@ impl Device for Vsock {
         }
         if index == RECEIVE {
             self.full = false;
+        }
+        if self.stale
+            && let Some(chain) = io.take(EVENTS)?
+        {
+            let written = queue::scatter(&io.memory, &chain.writable, &TRANSPORT_RESET)?;
+            io.finish(EVENTS, chain.head, written as u32)?;
+            io.notify(EVENTS)?;
+            self.stale = false;
         }
         self.flush(io)?;
         io.notify(RECEIVE)
