@@ -4,7 +4,7 @@
 //! - [`routing`] turns API objects into an immutable table and finds the rule of a request.
 //! - [`upstream`] knows the endpoints of a Service port, keeps connections to them and speaks HTTP with them.
 //! - `proxy` carries one request from the one to the other; `serve` holds the client's connections, `tls` knows whose
-//!   certificate each is for.
+//!   certificate each is for. `direct` reads and answers the plain requests of HTTP/1.1, hyper all others.
 //! - `policy` is what is asked of a request before its rule sees it.
 //! - `follow` watches the API and swaps the table when something changed.
 //!
@@ -15,6 +15,7 @@
 mod access;
 mod config;
 mod counters;
+mod direct;
 mod follow;
 mod gateway;
 mod metrics;

@@ -36,19 +36,35 @@ type Reply = Response<ReplyBody>;
 
 /// Answers one request. Never fails: what goes wrong is an answer too.
 pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<Incoming>) -> Reply {
+    let upgrade = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
+    let (parts, body) = request.into_parts();
+    let mut body = Some(body);
+    let response = respond(&shared, &peer, &parts, &mut body, upgrade).await;
+    if let Some(unread) = body.filter(|body| parts.version == Version::HTTP_2 && !body.is_end_stream()) {
+        Box::pin(forget(unread)).await;
+    }
+    response
+}
+
+/// The same with the request taken apart. What is left in `body` was not read.
+pub async fn respond(
+    shared: &Arc<Shared>,
+    peer: &Peer,
+    parts: &Parts,
+    body: &mut Option<Incoming>,
+    upgrade: Option<OnUpgrade>,
+) -> Reply {
     let counters = &shared.counters;
     Counters::add(&counters.requests_total);
     let _active = Level::up(&counters.requests_active);
     let begin = Instant::now();
-    let upgrade = wants_upgrade(&request).then(|| hyper::upgrade::on(&mut request));
-    let (parts, body) = request.into_parts();
     let trace = match &shared.access {
         _ if parts.headers.contains_key(TRACEPARENT) => Trace::read(&parts.headers, random()),
         Some(_) => Some(Trace::begin(u128::from(random()) << 64 | u128::from(random()), random())),
         None => None,
     };
     let mut route = None;
-    let response = match Place::of(&parts) {
+    let response = match Place::of(parts) {
         Err((status, why)) => {
             Counters::add(&counters.refused_total);
             let mut refusal = reply::text(status, why);
@@ -59,13 +75,9 @@ pub async fn handle(shared: Arc<Shared>, peer: Arc<Peer>, mut request: Request<I
             refusal
         }
         Ok(place) => {
-            let visit = Visit { shared: &shared, peer: &peer, parts: &parts, place: &place, trace };
-            let mut body = Some(body);
-            let mut response = visit.answer(&mut body, upgrade, &mut route).await;
-            reply::speak_grpc(&parts, &mut response);
-            if let Some(unread) = body.filter(|body| parts.version == Version::HTTP_2 && !body.is_end_stream()) {
-                Box::pin(forget(unread)).await;
-            }
+            let visit = Visit { shared, peer, parts, place: &place, trace };
+            let mut response = visit.answer(body, upgrade, &mut route).await;
+            reply::speak_grpc(parts, &mut response);
             response
         }
     };
@@ -241,7 +253,7 @@ impl Visit<'_> {
                 _ => place.authority.as_bytes(),
             }),
             client_host: place.authority,
-            client: self.peer.client.ip(),
+            client: &self.peer.address,
             secure: self.peer.secure,
             trace: self.trace,
             length: body.as_ref().map_or(Length::None, |body| self.length(body)),

@@ -9,7 +9,9 @@ use http::header::{
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
 use std::borrow::Cow;
-use std::net::IpAddr;
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
 /// Longest host name that is looked at.
 const MAX_HOST: usize = 261;
@@ -183,7 +185,8 @@ pub struct Outgoing<'a> {
     pub host: &'a [u8],
     /// The host that the client asked for.
     pub client_host: &'a str,
-    pub client: IpAddr,
+    /// Its address, as text.
+    pub client: &'a str,
     /// The client came over TLS.
     pub secure: bool,
     pub trace: Option<Trace>,
@@ -249,28 +252,19 @@ impl Outgoing<'_> {
 
     /// Who asked, for what. What the client claimed itself is not believed: this is the edge.
     fn write_forwarded(&self, mut write: impl FnMut(&'static str, &[u8])) {
-        let mut text = [0u8; 48];
-        let left = {
-            use std::io::Write;
-            let mut room = &mut text[..];
-            let _ = write!(room, "{}", self.client);
-            room.len()
-        };
-        write("x-forwarded-for", text.get(..text.len() - left).unwrap_or_default());
-        write("x-forwarded-proto", if self.secure { b"https" } else { b"http" });
+        let proto = if self.secure { "https" } else { "http" };
+        let mut text = String::with_capacity(128);
+        write("x-forwarded-for", self.client.as_bytes());
+        write("x-forwarded-proto", proto.as_bytes());
         write("x-forwarded-host", self.client_host.as_bytes());
-        write("forwarded", self.forwarded().as_bytes());
+        // RFC 7239. Quoted, since ports and IPv6 addresses are no tokens; a host has neither quote nor backslash.
+        let quotes = if self.client.contains(':') { ["for=\"[", "]\""] } else { ["for=", ""] };
+        for part in [quotes[0], self.client, quotes[1], ";host=\"", self.client_host, "\";proto=", proto] {
+            text.push_str(part);
+        }
+        write("forwarded", text.as_bytes());
         if let Some(trace) = self.trace {
             write("traceparent", trace.header().as_bytes());
-        }
-    }
-
-    /// RFC 7239. Quoted, since ports and IPv6 addresses are no tokens; a host has neither quote nor backslash.
-    fn forwarded(&self) -> String {
-        let proto = if self.secure { "https" } else { "http" };
-        match self.client {
-            IpAddr::V4(client) => format!("for={client};host=\"{}\";proto={proto}", self.client_host),
-            IpAddr::V6(client) => format!("for=\"[{client}]\";host=\"{}\";proto={proto}", self.client_host),
         }
     }
 
@@ -319,11 +313,12 @@ pub fn strip_response(headers: &mut HeaderMap) {
         }
         headers.remove(CONNECTION);
     }
-    for name in [TRANSFER_ENCODING, UPGRADE, TE] {
-        headers.remove(name);
-    }
-    for name in ["keep-alive", "proxy-connection"] {
-        headers.remove(name);
+    let local = [TRANSFER_ENCODING, UPGRADE, TE, KEEP_ALIVE, PROXY_CONNECTION];
+    // Hardly ever there: one look at all is cheaper than one for each.
+    if headers.keys().any(|name| local.contains(name)) {
+        for name in local {
+            headers.remove(name);
+        }
     }
 }
 
@@ -412,7 +407,7 @@ mod tests {
             query: place.query,
             host: b"a.b",
             client_host: place.authority,
-            client: [10, 0, 0, 1].into(),
+            client: "10.0.0.1",
             secure: false,
             trace: None,
             length: Length::Chunked,

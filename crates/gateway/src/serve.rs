@@ -2,6 +2,7 @@
 
 use crate::config::Config;
 use crate::counters::{Counters, Level};
+use crate::direct::{self, Next};
 use crate::gateway::Shared;
 use crate::peer::Peer;
 use crate::proxy;
@@ -39,6 +40,9 @@ pub struct Limits {
     proxy_protocol: bool,
     handshake_timeout: Duration,
     body_timeout: Duration,
+    pub head_timeout: Duration,
+    pub max_head: usize,
+    pub max_headers: usize,
 }
 
 impl Limits {
@@ -68,6 +72,9 @@ impl Limits {
             proxy_protocol: config.proxy_protocol,
             handshake_timeout: config.handshake_timeout,
             body_timeout: config.body_timeout,
+            head_timeout: config.head_timeout,
+            max_head: config.max_head,
+            max_headers: config.max_headers,
         }
     }
 }
@@ -140,9 +147,10 @@ impl Arrival {
         let _open = Level::up(&counters.connections_open);
         // Small answers leave at once; a failure only costs time.
         let _ = stream.set_nodelay(true);
+        let local = stream.local_addr().unwrap_or(client);
         let wire = Wire::new(stream, BytesMut::new(), self.limits.body_timeout);
         if !secure && !self.limits.proxy_protocol {
-            let peer = Peer { client, secure: false, name: String::new(), listener: None };
+            let peer = Peer::new(client, local, false);
             return self.serve(wire, peer).await;
         }
         let mut ended = self.ended.clone();
@@ -171,12 +179,13 @@ impl Arrival {
     /// Finds out who is there: PROXY protocol, then TLS.
     async fn know(&self, wire: Wire<TcpStream>, mut client: SocketAddr, secure: bool) -> io::Result<Known> {
         let (mut stream, mut read) = wire.into_parts();
+        let local = stream.local_addr()?;
         if self.limits.proxy_protocol {
             client = proxy_header(&mut stream, &mut read).await?.unwrap_or(client);
         }
         let patience = self.limits.body_timeout;
         if !secure {
-            let peer = Peer { client, secure, name: String::new(), listener: None };
+            let peer = Peer::new(client, local, secure);
             return Ok(Known::Plain(Wire::new(stream, read, patience), peer));
         }
         let counters = &self.shared.counters;
@@ -197,16 +206,35 @@ impl Arrival {
                 let acceptor = tokio_rustls::TlsAcceptor::from(config.clone());
                 let stream = acceptor.accept(Wire::new(stream, read, patience)).await?;
                 Counters::add(&counters.tls_handshakes_total);
-                let peer = Peer { client, secure, name, listener: Some(listener.clone()) };
+                let peer = Peer { name, listener: Some(listener.clone()), ..Peer::new(client, local, secure) };
                 Ok(Known::Secure(Box::new(stream), peer))
             }
         }
     }
 
     /// Speaks HTTP until either side has enough.
-    async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(mut self, stream: S, peer: Peer) {
-        let (client, peer) = (peer.client, Arc::new(peer));
+    async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, mut wire: Wire<S>, peer: Peer) {
+        let client = peer.client;
         let mut cut = self.shared.cut.subscribe();
+        let next = tokio::select! {
+            biased;
+            next = direct::serve(&mut wire, &self.shared, &peer, &self.limits, &self.ended) => next,
+            () = until(&mut cut) => return,
+        };
+        match next {
+            Ok(Next::Hyper) => Box::pin(self.serve_hyper(wire, peer, cut)).await,
+            Ok(Next::Close) => {}
+            Err(error) => tracing::debug!(%client, "connection ended: {error}"),
+        }
+    }
+
+    async fn serve_hyper<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        mut self,
+        stream: Wire<S>,
+        peer: Peer,
+        mut cut: watch::Receiver<bool>,
+    ) {
+        let (client, peer) = (peer.client, Arc::new(peer));
         let shared = self.shared.clone();
         let service = service_fn(move |request| {
             let (shared, peer) = (shared.clone(), peer.clone());

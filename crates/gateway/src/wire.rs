@@ -25,6 +25,12 @@ impl<S> Wire<S> {
         Wire { front, stream, patience, stalled: None }
     }
 
+    /// These bytes are read again.
+    pub fn unread(&mut self, mut bytes: BytesMut) {
+        bytes.unsplit(std::mem::take(&mut self.front));
+        self.front = bytes;
+    }
+
     pub fn into_parts(self) -> (S, BytesMut) {
         (self.stream, self.front)
     }

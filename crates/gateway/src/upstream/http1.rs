@@ -50,6 +50,8 @@ pub struct Head {
     pub status: StatusCode,
     pub headers: HeaderMap,
     pub version: Version,
+    /// No more is said of the body than one length, of the connection at most that it stays.
+    plain: bool,
 }
 
 /// Sends the head in `connection.out` and the body, and awaits the response's head. `body` is `None` when the request has
@@ -166,8 +168,15 @@ pub fn parse_head(read: &mut BytesMut) -> io::Result<Option<Head>> {
     let version = if response.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
     let start = read.as_ptr() as usize;
     let mut lines = Vec::with_capacity(response.headers.len());
+    let (mut lengths, mut others) = (0, 0);
     for line in response.headers.iter() {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| invalid("a header's name is not valid"))?;
+        match name {
+            CONTENT_LENGTH => lengths += 1,
+            CONNECTION if line.value.eq_ignore_ascii_case(b"keep-alive") => {}
+            CONNECTION | TRANSFER_ENCODING => others += 1,
+            _ => {}
+        }
         lines.push((name, (line.value.as_ptr() as usize).wrapping_sub(start), line.value.len()));
     }
     let head = read.split_to(length).freeze();
@@ -178,14 +187,19 @@ pub fn parse_head(read: &mut BytesMut) -> io::Result<Option<Head>> {
         let value = HeaderValue::from_maybe_shared(value).map_err(|_| invalid("a header's value is not valid"))?;
         headers.append(name, value);
     }
-    Ok(Some(Head { status, headers, version }))
+    Ok(Some(Head { status, headers, version, plain: lengths == 1 && others == 0 }))
 }
 
 /// RFC 9112, section 6.3; takes the headers that only frame away.
 fn framing(head: &mut Head, method: &Method) -> io::Result<(Framing, bool)> {
+    let status = head.status;
+    if head.plain && status == StatusCode::OK && *method != Method::HEAD && head.version == Version::HTTP_11 {
+        let length = head.headers.get(CONTENT_LENGTH).and_then(content_length);
+        let length = length.ok_or_else(|| invalid("Content-Length is not a number"))?;
+        return Ok((Framing::Length(length), true));
+    }
     let close = head.version != Version::HTTP_11 || has_token(&head.headers, &CONNECTION, "close");
     let coded = head.headers.contains_key(TRANSFER_ENCODING);
-    let status = head.status;
     if *method == Method::HEAD || status == StatusCode::NOT_MODIFIED {
         head.headers.remove(TRANSFER_ENCODING);
         return Ok((Framing::Length(0), !close));
