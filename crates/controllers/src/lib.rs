@@ -69,6 +69,7 @@ const RECONCILERS: &[(usize, Make)] = &[
     (1, gateways::tls_routes),
     (1, gateways::ingresses),
     (1, gateways::policies),
+    (1, gateways::backend_policies),
     (2, knative::services),
     (2, knative::configurations),
     (2, knative::revisions),

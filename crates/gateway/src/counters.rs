@@ -37,6 +37,8 @@ counters! {
     /// Requests that a policy refused for another reason.
     denied_total,
     no_endpoint_total,
+    /// Requests for which no endpoint had room, nor the line of those that wait.
+    overflow_total,
     invalid_backend_total,
     upstream_connects_total,
     upstream_connect_failures_total,

@@ -1,7 +1,7 @@
 //! Follows the API: a changed EndpointSlice changes its Service's endpoints at once, everything else makes a new table.
 
 use crate::gateway::Shared;
-use crate::policy::{Attached, Limiters};
+use crate::policy::{Attached, Backends, Limiters};
 use crate::routing::{Objects, build};
 use crate::tls::{self, Cache};
 use crate::upstream::{Upstream, Upstreams, addresses};
@@ -35,6 +35,7 @@ struct Informers {
     secrets: Informer,
     config_maps: Informer,
     policies: Informer,
+    backend_policies: Informer,
 }
 
 /// What outlives a table.
@@ -132,13 +133,16 @@ fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut 
         secrets: informers.secrets.list(),
         config_maps: informers.config_maps.list(),
         policies: informers.policies.list(),
+        backend_policies: informers.backend_policies.list(),
     };
     upstreams.begin();
     let policies = Attached::read(&objects, &mut state.limiters);
     let table = build(&objects, class, upstreams, &policies);
     let sites = tls::build(&objects, class, upstreams, &mut state.certificates);
     upstreams.retire();
+    let backends = Backends::read(&objects);
     for upstream in upstreams.iter() {
+        upstream.set_rules(backends.of(&upstream.namespace, &upstream.service));
         refresh(informers, upstream);
     }
     tracing::debug!(entries = table.len(), "made a new routing table");
@@ -175,11 +179,12 @@ impl Informers {
             secrets: follow("", "v1", "secrets"),
             config_maps: follow("", "v1", "configmaps"),
             policies: follow("gateway.atoll.dev", "v1alpha1", "trafficpolicies"),
+            backend_policies: follow("gateway.atoll.dev", "v1alpha1", "backendpolicies"),
         }
     }
 
     /// All whose changes make a new table.
-    fn all(&self) -> [&Informer; 13] {
+    fn all(&self) -> [&Informer; 14] {
         [
             &self.classes,
             &self.gateways,
@@ -194,6 +199,7 @@ impl Informers {
             &self.secrets,
             &self.config_maps,
             &self.policies,
+            &self.backend_policies,
         ]
     }
 

@@ -4,10 +4,12 @@
 //! `build` reads them, `rate` counts, `token` checks JSON Web Tokens. A policy that cannot be understood, or whose Secret is
 //! not there, lets nothing through: it was meant to keep something out.
 
+mod backend;
 mod build;
 mod rate;
 mod token;
 
+pub use backend::Backends;
 pub use build::{Attached, Limiters};
 
 use crate::counters::Counters;

@@ -1,6 +1,7 @@
-//! The PROXY protocol, versions 1 and 2, as a load balancer in front of the gateway speaks it: the client's address ahead
-//! of the client's bytes (https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt).
+//! The PROXY protocol, versions 1 and 2, as a load balancer in front of the gateway speaks it, and as the gateway speaks it
+//! to endpoints that ask for it: the client's address ahead of the client's bytes (https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt).
 
+use crate::upstream::ProxyVersion;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -29,6 +30,32 @@ pub fn parse(bytes: &[u8]) -> io::Result<Option<Header>> {
         text(bytes)
     } else {
         Err(invalid("no PROXY protocol header"))
+    }
+}
+
+/// The header that says that `client` connected to `local`. Of addresses of two families nothing can be said.
+pub fn header(version: ProxyVersion, client: SocketAddr, local: SocketAddr) -> Vec<u8> {
+    let pair = match (client.ip().to_canonical(), local.ip().to_canonical()) {
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            Some(("TCP4", 0x11, [from.octets(), to.octets()].concat(), from.to_string(), to.to_string()))
+        }
+        (IpAddr::V6(from), IpAddr::V6(to)) => {
+            Some(("TCP6", 0x21, [from.octets(), to.octets()].concat(), from.to_string(), to.to_string()))
+        }
+        _ => None,
+    };
+    match (version, pair) {
+        (ProxyVersion::V1, None) => b"PROXY UNKNOWN\r\n".to_vec(),
+        (ProxyVersion::V1, Some((family, _, _, from, to))) => {
+            format!("PROXY {family} {from} {to} {} {}\r\n", client.port(), local.port()).into_bytes()
+        }
+        // LOCAL, of no family.
+        (ProxyVersion::V2, None) => [&SIGNATURE[..], &[0x20, 0, 0, 0]].concat(),
+        (ProxyVersion::V2, Some((_, family, addresses, _, _))) => {
+            let length = (addresses.len() as u16 + 4).to_be_bytes();
+            let ports = [client.port().to_be_bytes(), local.port().to_be_bytes()].concat();
+            [&SIGNATURE[..], &[0x21, family], &length, &addresses, &ports].concat()
+        }
     }
 }
 
@@ -93,6 +120,20 @@ mod tests {
     fn v2(command: u8, family: u8, body: &[u8]) -> Vec<u8> {
         let length = (body.len() as u16).to_be_bytes();
         [&SIGNATURE[..], &[command, family, length[0], length[1]], body].concat()
+    }
+
+    #[test]
+    fn what_is_written_can_be_read() {
+        let (four, six): (SocketAddr, SocketAddr) =
+            ("192.0.2.1:5".parse().unwrap(), "[2001:db8::1]:6".parse().unwrap());
+        for version in [ProxyVersion::V1, ProxyVersion::V2] {
+            for (client, local, wanted) in [(four, four, Some(four)), (six, six, Some(six)), (four, six, None)] {
+                let bytes = header(version, client, local);
+                let read = parse(&bytes).unwrap().unwrap();
+                assert_eq!((read.length, read.client), (bytes.len(), wanted));
+            }
+        }
+        assert_eq!(header(ProxyVersion::V1, four, four), b"PROXY TCP4 192.0.2.1 192.0.2.1 5 5\r\n");
     }
 
     #[test]

@@ -199,7 +199,7 @@ impl Arrival {
             }
             Some(Site::Pass { backends, total_weight }) => {
                 Counters::add(&counters.tls_passed_through_total);
-                let joined = tunnel::join(stream, &read, backends, *total_weight).await?;
+                let joined = tunnel::join(stream, &read, (client, local), backends, *total_weight).await?;
                 Ok(Known::Passed(Box::new(joined)))
             }
             Some(Site::Terminate { listener, config }) => {

@@ -161,6 +161,10 @@ pub fn traffic_policy() -> Vec<Column> {
     ])
 }
 
+pub fn backend_policy() -> Vec<Column> {
+    traffic_policy()
+}
+
 pub fn ingress() -> Vec<Column> {
     paths(&[
         ("Class", "string", 0, ".spec.ingressClassName"),

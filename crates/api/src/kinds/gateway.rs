@@ -73,6 +73,15 @@ pub(super) fn entries() -> Vec<Entry> {
             traffic_policy
         ),
         entry!(
+            ("gateway.atoll.dev", "v1alpha1", "backendpolicies", "BackendPolicy"),
+            &[],
+            CATEGORIES,
+            Namespaced,
+            Full,
+            "dev.atoll.gateway.v1alpha1.BackendPolicy",
+            backend_policy
+        ),
+        entry!(
             (INGRESS, "v1", "ingresses", "Ingress"),
             &["ing"],
             &[],

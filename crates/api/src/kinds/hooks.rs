@@ -131,6 +131,10 @@ pub fn traffic_policy() -> Hooks {
     Hooks { validate: Some(policy::validate), ..Default::default() }
 }
 
+pub fn backend_policy() -> Hooks {
+    Hooks { validate: Some(policy::validate_backend), ..Default::default() }
+}
+
 pub fn ingress() -> Hooks {
     Hooks { default: Some(ingress::default_ingress), validate: Some(ingress::validate_ingress), ..Default::default() }
 }

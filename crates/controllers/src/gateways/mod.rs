@@ -15,7 +15,7 @@ mod routes;
 mod tests;
 
 pub(crate) use ingresses::new as ingresses;
-pub(crate) use policies::new as policies;
+pub(crate) use policies::{backends as backend_policies, new as policies};
 pub(crate) use routes::{grpc as grpc_routes, http as routes, tls as tls_routes};
 
 use crate::context::{Condition, Context, GATEWAY_CLASSES, GATEWAYS, HTTP_ROUTES, NAMESPACES, set_condition};
@@ -35,6 +35,8 @@ static TLS_ROUTES: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v
 static GRANTS: LazyLock<Resource> = LazyLock::new(|| Resource::new(GROUP, "v1", "referencegrants"));
 static POLICIES: LazyLock<Resource> =
     LazyLock::new(|| Resource::new("gateway.atoll.dev", "v1alpha1", "trafficpolicies"));
+static BACKEND_POLICIES: LazyLock<Resource> =
+    LazyLock::new(|| Resource::new("gateway.atoll.dev", "v1alpha1", "backendpolicies"));
 static SECRETS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "secrets"));
 static CONFIG_MAPS: LazyLock<Resource> = LazyLock::new(|| Resource::new("", "v1", "configmaps"));
 static INGRESSES: LazyLock<Resource> = LazyLock::new(|| Resource::new("networking.k8s.io", "v1", "ingresses"));

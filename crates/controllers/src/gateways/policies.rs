@@ -1,11 +1,12 @@
-//! The status of TrafficPolicies: whether what they are for and what they need is there.
+//! The status of TrafficPolicies and BackendPolicies: whether what they are for and what they need is there.
 
-use super::{GRPC_ROUTES, INGRESSES, POLICIES, SECRETS, attach::Refusal, observe};
-use crate::context::{Condition, Context, GATEWAYS, HTTP_ROUTES};
+use super::{BACKEND_POLICIES, GRPC_ROUTES, INGRESSES, POLICIES, SECRETS, attach::Refusal, observe};
+use crate::context::{Condition, Context, GATEWAYS, HTTP_ROUTES, SERVICES};
 use crate::objects::list;
 use crate::runner::{Again, Reconcile, Source};
 use api::informer::{Informer, Key};
-use api::object::{Meta, Object};
+use api::kind::Resource;
+use api::object::{Meta, Object, SharedObject};
 use api::status::StatusResult;
 use async_trait::async_trait;
 use serde_json::json;
@@ -13,27 +14,46 @@ use std::sync::Arc;
 
 pub(crate) struct Policies {
     context: Arc<Context>,
+    name: &'static str,
+    resource: &'static Resource,
     policies: Informer,
     secrets: Informer,
     /// By kind.
-    targets: [(&'static str, Informer); 4],
+    targets: Vec<(&'static str, Informer)>,
+    /// Of several policies for one target only the oldest counts.
+    alone: bool,
 }
 
 pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
-    let informers = &context.informers;
-    let (policies, secrets) = (informers.of(&POLICIES), informers.of(&SECRETS));
     let kinds =
         [("Gateway", &*GATEWAYS), ("HTTPRoute", &*HTTP_ROUTES), ("GRPCRoute", &*GRPC_ROUTES), ("Ingress", &*INGRESSES)];
-    let targets = kinds.map(|(kind, resource)| (kind, informers.of(resource)));
+    of(context, "trafficpolicy-controller", &POLICIES, &kinds, false)
+}
+
+pub(crate) fn backends(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
+    of(context, "backendpolicy-controller", &BACKEND_POLICIES, &[("Service", &*SERVICES)], true)
+}
+
+fn of(
+    context: &Arc<Context>,
+    name: &'static str,
+    resource: &'static Resource,
+    kinds: &[(&'static str, &'static Resource)],
+    alone: bool,
+) -> (Arc<dyn Reconcile>, Vec<Source>) {
+    let informers = &context.informers;
+    let (policies, secrets) = (informers.of(resource), informers.of(&SECRETS));
+    let targets: Vec<_> = kinds.iter().map(|(kind, resource)| (*kind, informers.of(resource))).collect();
     let mut sources = vec![Source::own(policies.clone())];
-    for informer in targets.iter().map(|(_, informer)| informer).chain([&secrets]) {
+    for informer in targets.iter().map(|(_, informer)| informer).chain([&secrets, &policies]) {
         let known = policies.clone();
         let beside = move |object: &Object| known.list_in(object.namespace()).iter().map(Key::of).collect();
         // Only that they are there matters, not what they are like.
         let filter = |old: Option<&Object>, new: Option<&Object>| old.is_some() != new.is_some();
         sources.push(Source::new(informer.clone(), beside).filtered(filter));
     }
-    (Arc::new(Policies { context: Arc::clone(context), policies, secrets, targets }), sources)
+    let context = Arc::clone(context);
+    (Arc::new(Policies { context, name, resource, policies, secrets, targets, alone }), sources)
 }
 
 impl Policies {
@@ -45,6 +65,9 @@ impl Policies {
             if known.and_then(|(_, informer)| informer.get(namespace, name)).is_none() {
                 return Err(("TargetNotFound", format!("{kind} {namespace}/{name} not found")));
             }
+            if let Some(older) = self.older(policy, target).filter(|_| self.alone) {
+                return Err(("Conflicted", format!("{kind} {name} has the older policy {:?}", older.name())));
+            }
         }
         for field in ["apiKeys", "basicAuth"] {
             let name = policy.str_at(&format!("/spec/{field}/secretRef/name"));
@@ -55,12 +78,25 @@ impl Policies {
         }
         Ok(())
     }
+
+    /// The oldest other policy for the same target that is older than this one.
+    fn older(&self, policy: &Object, target: &Object) -> Option<SharedObject> {
+        let age = |policy: &Object| (policy.str_at("/metadata/creationTimestamp").to_owned(), policy.name().to_owned());
+        let same = |other: &SharedObject| {
+            list(other, "/spec/targetRefs")
+                .iter()
+                .any(|t| (t.str_at("/kind"), t.str_at("/name")) == (target.str_at("/kind"), target.str_at("/name")))
+        };
+        let mut others = self.policies.list_in(policy.namespace());
+        others.retain(|other| same(other) && age(other) < age(policy));
+        others.into_iter().min_by_key(|other| age(other))
+    }
 }
 
 #[async_trait]
 impl Reconcile for Policies {
     fn name(&self) -> &'static str {
-        "trafficpolicy-controller"
+        self.name
     }
 
     async fn reconcile(&self, key: &Key) -> StatusResult<Again> {
@@ -77,7 +113,7 @@ impl Reconcile for Policies {
             Err((reason, message)) => Condition { kind: "Accepted", status: "False", reason, message },
         };
         observe(&mut status, new, &policy, &self.context);
-        self.context.write_status(&POLICIES, &policy, status).await?;
+        self.context.write_status(self.resource, &policy, status).await?;
         Ok(None)
     }
 }

@@ -201,6 +201,30 @@ async fn ingresses_say_where_they_are_served() {
 }
 
 #[tokio::test]
+async fn of_two_policies_for_a_service_the_older_counts() {
+    let world = World::new().await;
+    let policy = |name: &str, created: &str| {
+        json!({"apiVersion": "gateway.atoll.dev/v1alpha1", "kind": "BackendPolicy",
+            "metadata": {"name": name, "namespace": "x", "creationTimestamp": created},
+            "spec": {"balancing": {"algorithm": "RoundRobin"}, "targetRefs": [{"kind": "Service", "name": "web"}]}})
+    };
+    world.create(&super::BACKEND_POLICIES, policy("a", "2026-01-01T00:00:00Z")).await;
+    let told = async |name: &str, reason: &str| {
+        let accepted = |policy: &Object| condition(policy, "/status/conditions", "Accepted").0 == reason;
+        world.wait(&super::BACKEND_POLICIES, name, accepted).await
+    };
+    told("a", "TargetNotFound").await;
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "x"},
+        "spec": {"ports": [{"port": 80}]}});
+    world.create(&SERVICES, service).await;
+    told("a", "Accepted").await;
+    world.create(&super::BACKEND_POLICIES, policy("b", "2026-01-02T00:00:00Z")).await;
+    told("b", "Conflicted").await;
+    world.delete(&super::BACKEND_POLICIES, "a").await;
+    told("b", "Accepted").await;
+}
+
+#[tokio::test]
 async fn policies_say_what_is_missing() {
     let world = World::new().await;
     let policy = json!({"apiVersion": "gateway.atoll.dev/v1alpha1", "kind": "TrafficPolicy",

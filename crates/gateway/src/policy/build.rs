@@ -206,7 +206,7 @@ fn limit(object: &SharedObject, index: usize, spec: &LimitSpec, limiters: &mut L
     Ok(Limit { by, limiter: limiters.of(object, index, made) })
 }
 
-fn header(name: &str) -> Result<HeaderName, String> {
+pub(super) fn header(name: &str) -> Result<HeaderName, String> {
     name.parse().map_err(|_| format!("header name {name:?} is not valid"))
 }
 

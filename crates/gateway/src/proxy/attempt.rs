@@ -3,11 +3,14 @@
 
 use super::{Chosen, Reply, Visit, random};
 use crate::counters::Counters;
+use crate::proxy_protocol;
 use crate::reply::{self, ReplyBody};
 use crate::request::{self, Length, Outgoing};
 use crate::routing::{Retry, Rule};
 use crate::tunnel;
-use crate::upstream::{Endpoint, Exchange, Kept, Lease, RequestBody, Upstream, exchange, exchange_http2};
+use crate::upstream::{
+    Endpoint, Exchange, Kept, Lease, Picked, ProxyVersion, RequestBody, Upstream, exchange, exchange_http2,
+};
 use api::demand::Share;
 use http::header::{CONNECTION, UPGRADE};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
@@ -62,6 +65,23 @@ enum Kind {
     Timeout,
     /// The client's fault: its body stalled, or was too large.
     Client(StatusCode),
+}
+
+/// How an endpoint is spoken to.
+#[derive(Clone, Copy)]
+struct Way {
+    http2: bool,
+    proxy: Option<ProxyVersion>,
+    idempotent: bool,
+    /// Not over a connection that was kept.
+    fresh: bool,
+}
+
+/// What came of looking for an endpoint that has room.
+enum Found {
+    Lease(Lease),
+    Full,
+    Nobody,
 }
 
 /// What is known of a request's attempts so far.
@@ -160,12 +180,16 @@ impl Visit<'_> {
         let mut pinned = chosen.endpoint.clone();
         let mut tried: Option<Arc<Endpoint>> = None;
         let mut stale = false;
+        let rules = upstream.group().rules.clone();
+        let key = rules.key(self.peer.client.ip(), &self.parts.headers);
         upstream.deposit();
         loop {
-            let (endpoint, share) = self.endpoint(upstream, pinned.take(), tried.as_ref()).await?;
+            let lease = self.endpoint(upstream, pinned.take(), (key, tried.as_ref())).await?;
+            let endpoint = lease.endpoint().clone();
             *served = Some(endpoint.id);
             let result = {
-                let once = self.once(upstream.http2, (&endpoint, share), outgoing, body.take(), (idempotent, stale));
+                let way = Way { http2: upstream.http2, proxy: rules.proxy_protocol, idempotent, fresh: stale };
+                let once = self.once(way, lease, outgoing, body.take());
                 let mut once = pin!(once);
                 match rule.backend_timeout {
                     None => once.await,
@@ -212,25 +236,33 @@ impl Visit<'_> {
         }
     }
 
-    /// One attempt at one endpoint. `fresh` asks for a connection that was not kept.
+    /// One attempt at one endpoint.
     async fn once(
         &self,
-        http2: bool,
-        (endpoint, share): (&Arc<Endpoint>, Share),
+        way: Way,
+        lease: Lease,
         outgoing: &Outgoing<'_>,
         body: Option<RequestBody>,
-        (idempotent, fresh): (bool, bool),
     ) -> Result<Answer, Miss> {
-        let lease = Lease::of(endpoint.clone(), share);
-        if http2 {
+        if way.http2 {
             return Box::pin(self.once_http2(lease, outgoing, body)).await;
         }
-        let connected = if fresh { Box::pin(endpoint.connect_new()).await } else { endpoint.connect(idempotent).await };
+        let endpoint = lease.endpoint();
+        let connected = if way.fresh || way.proxy.is_some() {
+            Box::pin(endpoint.connect_new()).await
+        } else {
+            endpoint.connect(way.idempotent).await
+        };
         let mut connection = match connected {
             Ok(connection) => connection,
             Err(error) => return Err(Miss { error, kind: Kind::Unsent, body }),
         };
         outgoing.write(&mut connection.out);
+        if let Some(version) = way.proxy {
+            // Who is at the other end was said: nobody else's request may follow.
+            connection.once = true;
+            connection.out.splice(0..0, proxy_protocol::header(version, self.peer.client, self.peer.local));
+        }
         let (reused, chunked) = (connection.reused, outgoing.length == Length::Chunked);
         match exchange(connection, lease, &self.parts.method, body, chunked).await {
             Ok(exchange) => Ok(Answer::Http1(exchange)),
@@ -265,33 +297,43 @@ impl Visit<'_> {
         }
     }
 
-    /// An endpoint to send to, and the request's share of the Service's load. Where endpoints come and go with requests,
-    /// this waits for one to come.
+    /// An endpoint to send to, with the request's share of its load and its Service's. Where endpoints come and go with
+    /// requests, this waits for one to come; where all have as many requests as they may, for room.
     async fn endpoint(
         &self,
         upstream: &Upstream,
         pinned: Option<Arc<Endpoint>>,
-        avoid: Option<&Arc<Endpoint>>,
-    ) -> Result<(Arc<Endpoint>, Share), Box<Reply>> {
+        (key, avoid): (Option<u64>, Option<&Arc<Endpoint>>),
+    ) -> Result<Lease, Box<Reply>> {
         let load = &upstream.load;
-        if !load.is_managed() {
-            // Nothing to wait for: most Services.
-            let share = load.enter();
-            let found = if load.is_held() { None } else { pinned.clone().or_else(|| upstream.pick(random(), avoid)) };
-            if let Some(endpoint) = found {
-                return Ok((endpoint, share));
-            }
-        }
         loop {
+            if !load.is_managed() {
+                // Nothing to wait for: most Services.
+                let share = load.enter();
+                if !load.is_held() {
+                    match self.lease(upstream, pinned.clone(), key, avoid, share) {
+                        Found::Lease(lease) => return Ok(lease),
+                        Found::Full => {
+                            Box::pin(self.stand_by(upstream)).await?;
+                            continue;
+                        }
+                        Found::Nobody => {}
+                    }
+                }
+            }
             let mut changed = std::pin::pin!(load.changed());
             changed.as_mut().enable();
             let share = load.enter();
             let held = load.is_held();
-            let found = if held { None } else { pinned.clone().or_else(|| upstream.pick(random(), avoid)) };
-            if let Some(endpoint) = found {
-                return Ok((endpoint, share));
+            let found = if held { Found::Nobody } else { self.lease(upstream, pinned.clone(), key, avoid, share) };
+            match found {
+                Found::Lease(lease) => return Ok(lease),
+                Found::Full => {
+                    Box::pin(self.stand_by(upstream)).await?;
+                    continue;
+                }
+                Found::Nobody => {}
             }
-            drop(share);
             let place = if held || load.is_managed() { load.stand_in_line() } else { None };
             if place.is_none() {
                 Counters::add(&self.shared.counters.no_endpoint_total);
@@ -300,6 +342,47 @@ impl Visit<'_> {
             }
             changed.await;
         }
+    }
+
+    fn lease(
+        &self,
+        upstream: &Upstream,
+        pinned: Option<Arc<Endpoint>>,
+        key: Option<u64>,
+        avoid: Option<&Arc<Endpoint>>,
+        share: Share,
+    ) -> Found {
+        let picked = pinned.map_or_else(|| upstream.pick(random(), key, avoid), Picked::Endpoint);
+        match picked {
+            Picked::Nobody => Found::Nobody,
+            Picked::Full => Found::Full,
+            // Another request may have taken the room meanwhile.
+            Picked::Endpoint(endpoint) => {
+                Lease::within(upstream.group().most, &endpoint, share).map_or(Found::Full, Found::Lease)
+            }
+        }
+    }
+
+    /// Waits until an endpoint may have room.
+    async fn stand_by(&self, upstream: &Upstream) -> Result<(), Box<Reply>> {
+        let group = upstream.group();
+        let mut freed = pin!(upstream.room.freed());
+        freed.as_mut().enable();
+        let place = upstream.room.wait(group.rules.max_pending);
+        if place.is_some() {
+            // Room that came free before this one stood here was told to nobody.
+            let room = upstream.pick(random(), None, None);
+            let waited = match room {
+                Picked::Full => tokio::time::timeout(self.shared.body_timeout, freed).await,
+                Picked::Endpoint(_) | Picked::Nobody => Ok(()),
+            };
+            if waited.is_ok() {
+                return Ok(());
+            }
+        }
+        Counters::add(&self.shared.counters.overflow_total);
+        let text = "the service has as many requests as it may";
+        Err(Box::new(reply::text(StatusCode::SERVICE_UNAVAILABLE, text)))
     }
 
     fn failed(&self, upstream: &Upstream, kind: Kind, error: &io::Error) -> Box<Reply> {

@@ -6,6 +6,7 @@ use super::attempt::http2_request;
 use super::{Visit, random};
 use crate::counters::Counters;
 use crate::gateway::Shared;
+use crate::proxy_protocol;
 use crate::request::{Length, Outgoing};
 use crate::routing::{Rule, Target};
 use crate::upstream::{Endpoint, Kept, Lease, RequestBody, exchange, exchange_http2};
@@ -23,7 +24,8 @@ const MAX_COPIES: u64 = 1024;
 const MAX_TIME: Duration = Duration::from_secs(30);
 
 enum Head {
-    Http1(Vec<u8>, Method),
+    /// Whether it begins with a PROXY protocol header.
+    Http1(Vec<u8>, Method, bool),
     Http2(Box<Request<RequestBody>>),
 }
 
@@ -36,7 +38,7 @@ impl Visit<'_> {
             if outgoing.upgrade.is_some() || random() % all.max(1) >= of {
                 continue;
             }
-            let Some(endpoint) = upstream.pick(random(), None) else { continue };
+            let Some(endpoint) = upstream.pick(random(), None, None).endpoint() else { continue };
             let counters = &self.shared.counters;
             if counters.mirrors_active.load(Relaxed) >= MAX_COPIES {
                 Counters::add(&counters.mirrors_left_out_total);
@@ -48,7 +50,11 @@ impl Visit<'_> {
             } else {
                 let mut head = Vec::new();
                 Outgoing { length: Length::None, ..*outgoing }.write(&mut head);
-                Head::Http1(head, self.parts.method.clone())
+                let proxy = upstream.group().rules.proxy_protocol;
+                if let Some(version) = proxy {
+                    head.splice(0..0, proxy_protocol::header(version, self.peer.client, self.peer.local));
+                }
+                Head::Http1(head, self.parts.method.clone(), proxy.is_some())
             };
             let (shared, kept) = (self.shared.clone(), kept.cloned());
             counters.mirrors_active.fetch_add(1, Relaxed);
@@ -79,13 +85,15 @@ async fn copy(
     let lease = Lease::take(endpoint.clone());
     Counters::add(&shared.counters.mirrored_total);
     match head {
-        Head::Http1(mut head, method) => {
+        Head::Http1(mut head, method, proxied) => {
             if has_body {
                 head.truncate(head.len().saturating_sub(2));
                 head.extend_from_slice(format!("content-length: {}\r\n\r\n", body.bytes.len()).as_bytes());
             }
-            let mut connection = endpoint.connect(true).await.ok()?;
+            let connected = if proxied { endpoint.connect_new().await } else { endpoint.connect(true).await };
+            let mut connection = connected.ok()?;
             connection.out = head;
+            connection.once = proxied;
             let body = (!body.bytes.is_empty()).then(|| RequestBody::again(&Kept { trailers: None, ..body }));
             drain(exchange(connection, lease, &method, body, false).await.ok()?.body).await;
         }

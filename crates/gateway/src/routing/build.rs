@@ -40,6 +40,7 @@ pub struct Objects {
     pub config_maps: Vec<SharedObject>,
     /// TrafficPolicies.
     pub policies: Vec<SharedObject>,
+    pub backend_policies: Vec<SharedObject>,
 }
 
 #[derive(Clone, Copy)]

@@ -8,10 +8,11 @@ use bytes::BytesMut;
 use hyper::client::conn::http2::SendRequest;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 /// Idle connections kept per endpoint.
 const MAX_IDLE: usize = 256;
@@ -34,6 +35,42 @@ pub struct Endpoint {
     /// Milliseconds since start of the process; 0 is not ejected.
     ejected_until: AtomicU64,
     retired: AtomicBool,
+    since: Instant,
+    room: Arc<Room>,
+}
+
+/// Where requests wait while all endpoints of an upstream have as many as they may.
+#[derive(Debug, Default)]
+pub struct Room {
+    waiting: AtomicUsize,
+    freed: Notify,
+}
+
+/// A place among those that wait.
+pub struct Waiting<'a>(&'a Room);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Room {
+    /// `None` if that many wait already.
+    pub fn wait(&self, most: usize) -> Option<Waiting<'_>> {
+        let place = self.waiting.fetch_update(SeqCst, SeqCst, |waiting| (waiting < most).then(|| waiting + 1));
+        place.is_ok().then(|| Waiting(self))
+    }
+
+    /// Completes when there may be room.
+    pub fn freed(&self) -> tokio::sync::futures::Notified<'_> {
+        self.freed.notified()
+    }
+
+    /// All look again.
+    pub fn all(&self) {
+        self.freed.notify_waiters();
+    }
 }
 
 /// An HTTP/1.1 connection to an endpoint.
@@ -46,6 +83,8 @@ pub struct Connection {
     pub out: Vec<u8>,
     /// Served a request before.
     pub reused: bool,
+    /// Is closed after this request.
+    pub once: bool,
     idle_since: Instant,
 }
 
@@ -58,11 +97,16 @@ impl Lease {
         endpoint.active.fetch_add(1, Relaxed);
         Lease(endpoint, None)
     }
-    /// With the request's share of its Service's load.
-    pub fn of(endpoint: Arc<Endpoint>, share: Share) -> Lease {
+    /// With the request's share of its Service's load; the share is given back if the endpoint has `most` already.
+    pub fn within(most: usize, endpoint: &Arc<Endpoint>, share: Share) -> Result<Lease, Share> {
+        let active = &endpoint.active;
+        if most == usize::MAX {
+            active.fetch_add(1, Relaxed);
+        } else if active.fetch_update(SeqCst, SeqCst, |count| (count < most).then(|| count + 1)).is_err() {
+            return Err(share);
+        }
         share.arrive();
-        endpoint.active.fetch_add(1, Relaxed);
-        Lease(endpoint, Some(share))
+        Ok(Lease(endpoint.clone(), Some(share)))
     }
     pub fn endpoint(&self) -> &Arc<Endpoint> {
         &self.0
@@ -71,7 +115,10 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.0.active.fetch_sub(1, Relaxed);
+        self.0.active.fetch_sub(1, SeqCst);
+        if self.0.room.waiting.load(SeqCst) > 0 {
+            self.0.room.freed.notify_one();
+        }
     }
 }
 
@@ -82,7 +129,7 @@ fn now_ms() -> u64 {
 }
 
 impl Endpoint {
-    pub(super) fn new(address: SocketAddr, id: u64, settings: Arc<Settings>) -> Endpoint {
+    pub(super) fn new(address: SocketAddr, id: u64, settings: Arc<Settings>, room: Arc<Room>) -> Endpoint {
         Endpoint {
             address,
             id,
@@ -93,11 +140,18 @@ impl Endpoint {
             failures: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
             retired: AtomicBool::new(false),
+            since: Instant::now(),
+            room,
         }
     }
 
     pub fn active(&self) -> usize {
         self.active.load(Relaxed)
+    }
+
+    /// Time since it was first known.
+    pub fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     pub fn counters(&self) -> &Counters {
@@ -152,6 +206,7 @@ impl Endpoint {
             read: BytesMut::with_capacity(8 << 10),
             out: Vec::with_capacity(1 << 10),
             reused: false,
+            once: false,
             idle_since: Instant::now(),
         })
     }
@@ -195,7 +250,7 @@ impl Endpoint {
 
     /// Keeps a connection whose exchange ended cleanly.
     pub fn keep(&self, mut connection: Connection) {
-        if self.retired.load(Relaxed) || !connection.read.is_empty() {
+        if connection.once || self.retired.load(Relaxed) || !connection.read.is_empty() {
             return;
         }
         connection.reused = true;

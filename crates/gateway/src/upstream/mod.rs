@@ -1,7 +1,8 @@
 //! Service ports and their endpoints: who there is, who is chosen, and connections that are kept open to them.
 //!
-//! `http1` and `http2` speak with an endpoint, `framing` says where an HTTP/1.1 body ends, `body` streams it.
+//! `balance` chooses, `http1` and `http2` speak with an endpoint, `framing` says where an HTTP/1.1 body ends, `body` streams it.
 
+mod balance;
 mod body;
 mod endpoint;
 mod framing;
@@ -10,8 +11,9 @@ mod http2;
 mod request_body;
 mod slices;
 
+pub use balance::{Algorithm, HashBy, Picked, ProxyVersion, Rules};
 pub use body::UpstreamBody;
-pub use endpoint::{Connection, Endpoint, Lease};
+pub use endpoint::{Connection, Endpoint, Lease, Room};
 pub use framing::{Chunks, Framing};
 pub use http1::{Exchange, Failure, Head, exchange, has_token, parse_head};
 pub use http2::{Refusal, exchange as exchange_http2};
@@ -21,8 +23,9 @@ pub use slices::addresses;
 use crate::counters::Counters;
 use api::demand::{Demand, Load};
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -98,12 +101,25 @@ pub struct Upstream {
     pub port_name: String,
     /// Spoken to in HTTP/2 from the first byte (gRPC).
     pub http2: bool,
-    endpoints: RwLock<Arc<[Arc<Endpoint>]>>,
+    group: RwLock<Arc<Group>>,
+    /// Whose turn it is.
+    turn: AtomicUsize,
+    /// Where requests wait until an endpoint has room.
+    pub room: Arc<Room>,
     settings: Arc<Settings>,
     /// Of the whole Service.
     pub load: Arc<Load>,
     /// Thousandths of retries that may still be made.
     budget: AtomicU32,
+}
+
+/// The endpoints there are, and how requests are spread over them.
+#[derive(Debug)]
+pub struct Group {
+    endpoints: Box<[Arc<Endpoint>]>,
+    pub rules: Arc<Rules>,
+    /// Requests under way at one endpoint at most.
+    pub most: usize,
 }
 
 /// A short name for something, the same in every process.
@@ -124,21 +140,43 @@ impl Upstream {
             service: service.to_owned(),
             port_name: port_name.to_owned(),
             http2,
-            endpoints: RwLock::new(Arc::from([])),
+            group: RwLock::new(Arc::new(Group { endpoints: Box::new([]), rules: Arc::default(), most: usize::MAX })),
+            turn: AtomicUsize::new(0),
+            room: Arc::default(),
             load: settings.demand.of(namespace, service),
             settings,
             budget: AtomicU32::new(BUDGET_AT_START),
         }
     }
 
-    pub fn endpoints(&self) -> Arc<[Arc<Endpoint>]> {
-        self.endpoints.read().unwrap_or_else(PoisonError::into_inner).clone()
+    pub fn group(&self) -> Arc<Group> {
+        self.group.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn endpoints(&self) -> Vec<Arc<Endpoint>> {
+        self.group().endpoints.to_vec()
+    }
+
+    fn set_group(&self, endpoints: Box<[Arc<Endpoint>]>, rules: Arc<Rules>) {
+        let group = Group { endpoints, most: rules.most(self.http2), rules };
+        *self.group.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(group);
+        self.load.notify();
+        self.room.all();
+    }
+
+    /// Replaces how requests are spread.
+    pub fn set_rules(&self, rules: &Arc<Rules>) {
+        let group = self.group();
+        if group.rules != *rules {
+            self.set_group(group.endpoints.clone(), rules.clone());
+        }
     }
 
     /// Replaces the endpoints; those that stay keep their connections and their record. Requests in flight to those
     /// that go are not disturbed.
     pub fn set_endpoints(&self, addresses: &[SocketAddr]) {
-        let old = self.endpoints();
+        let group = self.group();
+        let old = &group.endpoints;
         if old.len() == addresses.len() && old.iter().zip(addresses).all(|(o, a)| o.address == *a) {
             return;
         }
@@ -149,15 +187,14 @@ impl Upstream {
                 Some(endpoint) => Arc::clone(endpoint),
                 None => {
                     let id = fingerprint(&[&self.namespace, &self.service, &address.to_string()]);
-                    Arc::new(Endpoint::new(*address, id, self.settings.clone()))
+                    Arc::new(Endpoint::new(*address, id, self.settings.clone(), self.room.clone()))
                 }
             })
             .collect();
         for gone in old.iter().filter(|endpoint| !addresses.contains(&endpoint.address)) {
             gone.retire();
         }
-        *self.endpoints.write().unwrap_or_else(PoisonError::into_inner) = new.into();
-        self.load.notify();
+        self.set_group(new.into(), group.rules.clone());
     }
 
     /// A request begins.
@@ -176,31 +213,18 @@ impl Upstream {
 
     /// The endpoint of that name, if it may be used.
     pub fn endpoint(&self, id: u64) -> Option<Arc<Endpoint>> {
-        self.endpoints().iter().find(|endpoint| endpoint.id == id && !endpoint.is_ejected()).cloned()
+        self.group().endpoints.iter().find(|endpoint| endpoint.id == id && !endpoint.is_ejected()).cloned()
     }
 
-    /// The better of two random endpoints, by requests in flight; `avoid` and ejected ones only if there is no other.
-    pub fn pick(&self, random: u64, avoid: Option<&Arc<Endpoint>>) -> Option<Arc<Endpoint>> {
-        let endpoints = self.endpoints();
-        let count = endpoints.len() as u64;
-        if count <= 1 {
-            return endpoints.first().cloned();
-        }
-        let avoided = |e: &Arc<Endpoint>| avoid.is_some_and(|other| Arc::ptr_eq(e, other)) || e.is_ejected();
-        let first = endpoints.get((random % count) as usize)?;
-        let second = endpoints.get(((random + 1 + (random >> 32) % (count - 1)) % count) as usize)?;
-        let chosen = match (avoided(first), avoided(second)) {
-            (false, false) if second.active() < first.active() => second,
-            (false, _) => first,
-            (true, false) => second,
-            (true, true) => {
-                let start = (random % count) as usize;
-                let others = || endpoints.iter().cycle().skip(start).take(endpoints.len());
-                let different = |e: &&Arc<Endpoint>| avoid.is_none_or(|other| !Arc::ptr_eq(e, other));
-                others().find(|e| !avoided(e)).or_else(|| others().find(different)).unwrap_or(first)
-            }
-        };
-        Some(chosen.clone())
+    /// What balancing knows requests like this one by; `None` if it does not care.
+    pub fn key(&self, client: IpAddr, headers: &http::HeaderMap) -> Option<u64> {
+        self.group().rules.key(client, headers)
+    }
+
+    /// An endpoint by the rules; `avoid` and ejected ones only if there is no other.
+    pub fn pick(&self, random: u64, key: Option<u64>, avoid: Option<&Arc<Endpoint>>) -> Picked {
+        let group = self.group();
+        balance::pick(&group.endpoints, (&group.rules, group.most), &self.turn, (random, key), avoid)
     }
 }
 
@@ -240,7 +264,7 @@ mod tests {
             let upstream = upstream(count);
             let endpoints = upstream.endpoints();
             let avoid = &endpoints[avoid % endpoints.len()];
-            let picked = upstream.pick(random, Some(avoid)).unwrap();
+            let picked = upstream.pick(random, None, Some(avoid)).endpoint().unwrap();
             prop_assert!(!Arc::ptr_eq(&picked, avoid));
         }
     }

@@ -1,4 +1,4 @@
-//! TrafficPolicy: what its schema cannot say.
+//! TrafficPolicy and BackendPolicy: what their schemas cannot say.
 
 use super::field::{Problems, at, has, items, text};
 use crate::object::Object;
@@ -35,6 +35,20 @@ pub fn validate(new: &Object, _: Option<&Object>) -> Vec<Cause> {
     p.into_causes()
 }
 
+pub fn validate_backend(new: &Object, _: Option<&Object>) -> Vec<Cause> {
+    let mut p = Problems::default();
+    let balancing = at(at(new, "spec"), "balancing");
+    if (text(balancing, "algorithm") == "Hash") != has(balancing, "hash") {
+        let algorithm = text(balancing, "algorithm");
+        p.invalid_text("spec.balancing.hash", algorithm, "must be there if, and only if, algorithm is Hash");
+    }
+    let hash = at(balancing, "hash");
+    if has(balancing, "hash") && (text(hash, "by") == "Client") == has(hash, "name") {
+        p.invalid_text("spec.balancing.hash.name", text(hash, "name"), "must be there unless by is Client");
+    }
+    p.into_causes()
+}
+
 fn is_network(text: &str) -> bool {
     let (address, bits) = text.split_once('/').unwrap_or((text, ""));
     let Ok(address) = address.parse::<IpAddr>() else { return false };
@@ -54,6 +68,20 @@ mod tests {
         assert!(told(json!({"addresses": {"allow": ["10.0.0.0/8", "::1", "2001:db8::/32"]}})).is_empty());
         assert_eq!(told(json!({"addresses": {"deny": ["10.0.0.0/33"]}})), ["spec.addresses.deny[0]"]);
         assert_eq!(told(json!({"rateLimits": [{"requests": 1, "by": "Header"}]})), ["spec.rateLimits[0].header"]);
+        let told = |balancing: Value| {
+            let causes = validate_backend(&json!({"spec": {"balancing": balancing}}), None);
+            causes.into_iter().map(|c| c.field).collect::<Vec<_>>()
+        };
+        assert!(told(json!({"algorithm": "Hash", "hash": {"by": "Cookie", "name": "cart"}})).is_empty());
+        assert!(told(Value::Null).is_empty() && told(json!({"algorithm": "RoundRobin"})).is_empty());
+        assert_eq!(told(json!({"algorithm": "Hash"})), ["spec.balancing.hash"]);
+        assert_eq!(told(json!({"algorithm": "Hash", "hash": {"by": "Header"}})), ["spec.balancing.hash.name"]);
+    }
+
+    #[test]
+    fn tokens_need_keys() {
+        let told =
+            |spec: Value| validate(&json!({"spec": spec}), None).into_iter().map(|c| c.field).collect::<Vec<_>>();
         assert_eq!(told(json!({"jwt": {"issuer": "i", "jwks": "{}"}})), ["spec.jwt.jwks"]);
     }
 }
