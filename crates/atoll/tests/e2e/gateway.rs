@@ -2,9 +2,16 @@
 
 use crate::cluster::{Cluster, json};
 use crate::{Outcome, Test};
+use std::io::{BufRead, BufReader};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-pub const TESTS: &[Test] =
-    &[("gateway_serves_https_routes_and_ingresses", https), ("gateway_says_what_is_wrong", wrong)];
+pub const TESTS: &[Test] = &[
+    ("gateway_serves_https_routes_and_ingresses", https),
+    ("gateway_says_what_is_wrong", wrong),
+    ("gateway_spreads_requests_as_policies_say", spread),
+    ("gateway_passes_events_on_as_they_come", events),
+    ("gateway_changes_routes_and_certificates_under_load", changes),
+];
 
 /// A pod that serves its name over HTTP, and its Service.
 fn web(ns: &str, name: &str) -> String {
@@ -77,6 +84,147 @@ fn https(c: &Cluster) -> Outcome {
     c.until("the new certificate is used", || secure(&newer, &[]) == "one\n");
     let text = curl(c, &["-k", "--resolve", "b.test:8443:127.0.0.1", "https://b.test:8443/"]);
     assert!(text.contains("curl:"), "{text}");
+    Outcome::Passed
+}
+
+fn route(ns: &str, host: &str, backend: &str) -> String {
+    format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: {backend}, namespace: {ns}}}\nspec:\n  \
+         parentRefs: [{{name: atoll, namespace: default}}]\n  hostnames: [{host}]\n  rules:\n  \
+         - backendRefs: [{{name: {backend}, port: 80}}]\n---\n"
+    )
+}
+
+fn spread(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-spread");
+    for name in ["one", "two"] {
+        c.apply(&web(&ns, name).replace("labels: {app:", "labels: {tier: pool, app:"));
+    }
+    let policy = |name: &str, balancing: &str| {
+        format!(
+            "apiVersion: gateway.atoll.dev/v1alpha1\nkind: BackendPolicy\nmetadata: {{name: {name}, namespace: {ns}}}\n\
+             spec:\n  targetRefs: [{{kind: Service, name: pool}}]\n  balancing: {{{balancing}}}\n"
+        )
+    };
+    let service = format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: pool, namespace: {ns}}}\n\
+         spec: {{selector: {{tier: pool}}, ports: [{{name: http, port: 80, targetPort: 8080}}]}}\n---\n"
+    );
+    c.apply(&(service + &route(&ns, "pool.test", "pool") + &policy("p", "algorithm: RoundRobin")));
+    c.wait_ready(&ns, "pod/one");
+    c.wait_ready(&ns, "pod/two");
+    c.kubectl(&["wait", "-n", &ns, "backendpolicy/p", "--for=condition=Accepted", "--timeout=60s"]).good();
+    let ask = |header: &str| curl(c, &["-H", "Host: pool.test", "-H", header, "http://127.0.0.1:8080/"]);
+    let ten = |header: &str| (0..10).map(|_| ask(header)).collect::<Vec<_>>();
+    c.until("both take turns", || {
+        let said = ten("X: y");
+        said.iter().filter(|text| *text == "one\n").count() == 5
+            && said.iter().filter(|text| *text == "two\n").count() == 5
+    });
+    c.apply(&policy("p", "algorithm: Hash, hash: {by: Header, name: x-user}"));
+    let homes = || -> Vec<Vec<String>> { (0..12).map(|user| ten(&format!("x-user: {user}"))).collect() };
+    let steady = |homes: &Vec<Vec<String>>| homes.iter().all(|said| said.iter().all(|text| *text == said[0]));
+    c.until("a user stays where it is, and not all at one", || {
+        let homes = homes();
+        steady(&homes) && homes.iter().any(|said| said[0] == "one\n") && homes.iter().any(|said| said[0] == "two\n")
+    });
+    // Of two policies the older one counts, and the younger says so.
+    c.apply(&policy("q", "algorithm: LeastRequest"));
+    c.until("the younger policy says that it does not count", || {
+        let path = "jsonpath={.status.conditions[0].reason}";
+        c.kubectl(&["get", "backendpolicy", "-n", &ns, "q", "-o", path]).out == "Conflicted"
+    });
+    let said = c.kubectl_with(&["apply", "-f", "-"], &policy("r", "algorithm: Hash")).bad();
+    assert!(said.contains("spec.balancing.hash"), "{said}");
+    let said = c.kubectl_with(&["apply", "-f", "-"], &policy("r", "algorithm: Best")).bad();
+    assert!(said.contains("spec.balancing.algorithm") && said.contains("RoundRobin"), "{said}");
+    Outcome::Passed
+}
+
+/// Server-sent events: what was said is there before more is said.
+fn events(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-events");
+    let script = "while read -r line && [ ${#line} -gt 1 ]; do :; done; \
+                  printf 'HTTP/1.1 200 OK\\r\\ncontent-type: text/event-stream\\r\\n\\r\\ndata: first\\n\\n'; \
+                  while [ ! -e /tmp/go ]; do sleep 0.1; done; printf 'data: last\\n\\n'";
+    let pod = web(&ns, "feed");
+    let serve = "mkdir /tmp/w && echo feed > /tmp/w/index.html && exec httpd -f -p 8080 -h /tmp/w";
+    assert!(pod.contains(serve));
+    let script_file = "printf %s \"$SCRIPT\" > /tmp/feed.sh && exec nc -ll -p 8080 -e sh /tmp/feed.sh";
+    let pod = pod.replace(serve, script_file);
+    let env = format!("    env: [{{name: SCRIPT, value: {}}}]\n---\n", serde_json::Value::from(script));
+    c.apply(&(pod.replacen("---\n", &env, 1) + &route(&ns, "feed.test", "feed")));
+    c.wait_ready(&ns, "pod/feed");
+    let mut reading = c
+        .inside("curl")
+        .args(["-sSN", "--retry", "30", "--retry-all-errors", "--retry-delay", "1", "-f"])
+        .args(["-H", "Host: feed.test", "http://127.0.0.1:8080/"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .expect("curl runs");
+    let mut lines = BufReader::new(reading.stdout.take().expect("piped")).lines().map_while(Result::ok);
+    assert_eq!(lines.next().as_deref(), Some("data: first"), "the event comes while the answer goes on");
+    assert!(reading.try_wait().expect("wait").is_none());
+    c.kubectl(&["exec", "-n", &ns, "feed", "--", "touch", "/tmp/go"]).good();
+    assert!(lines.any(|line| line == "data: last"));
+    assert!(reading.wait().expect("wait").success());
+    Outcome::Passed
+}
+
+/// Neither a change of routes nor one of certificates is noticed by who asks meanwhile.
+fn changes(c: &Cluster) -> Outcome {
+    for (tool, arg) in [("h2load", "--version"), ("openssl", "version")] {
+        if !c.inside(tool).arg(arg).output().is_ok_and(|said| said.status.success()) {
+            return Outcome::Skipped(format!("{tool} is not installed"));
+        }
+    }
+    let ns = c.namespace("t-changes");
+    certificate(c, &ns, "cert", "a.test");
+    c.apply(&(web(&ns, "one") + &web(&ns, "two") + &route(&ns, "load.test", "one")));
+    c.apply(&format!(
+        "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {{name: secure, namespace: {ns}}}\nspec:\n  \
+         gatewayClassName: atoll\n  listeners:\n  - {{name: https, port: 8443, protocol: HTTPS, hostname: load.test, \
+         tls: {{certificateRefs: [{{name: cert}}]}}}}\n---\n{}",
+        route(&ns, "load.test", "two").replace("atoll, namespace: default", "secure")
+    ));
+    c.wait_ready(&ns, "pod/one");
+    c.wait_ready(&ns, "pod/two");
+    let secure = ["-k", "--resolve", "load.test:8443:127.0.0.1", "https://load.test:8443/"];
+    c.until("plain is served", || curl(c, &["-H", "Host: load.test", "http://127.0.0.1:8080/"]) == "one\n");
+    c.until("TLS is served", || curl(c, &secure) == "two\n");
+    let load = |more: &[&str]| {
+        let mut command = c.inside("h2load");
+        command.args(["-n", "3000", "-c", "8", "-H", ":authority: load.test"]).args(more).arg("http://127.0.0.1:8080/");
+        command.stdout(std::process::Stdio::piped()).spawn().expect("h2load runs")
+    };
+    let asking = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        let handshakes = scope.spawn(|| {
+            let mut all = Vec::new();
+            while asking.load(Ordering::Relaxed) {
+                all.push(curl(c, &secure));
+            }
+            all
+        });
+        for flags in [&["--h1"][..], &["-m", "8"]] {
+            let mut running = load(flags);
+            for turn in 0.. {
+                certificate(c, &ns, "cert", "load.test");
+                let service = ["one", "two"][turn % 2];
+                c.apply(&route(&ns, "load.test", "one").replace("name: one, port", &format!("name: {service}, port")));
+                if turn > 2 && running.try_wait().expect("wait").is_some() {
+                    break;
+                }
+            }
+            let said = running.wait_with_output().expect("h2load ends").stdout;
+            let said = String::from_utf8_lossy(&said);
+            assert!(said.contains("3000 succeeded, 0 failed, 0 errored"), "{said}");
+            assert!(said.contains("3000 2xx, 0 3xx, 0 4xx, 0 5xx"), "{said}");
+        }
+        asking.store(false, Ordering::Relaxed);
+        let all = handshakes.join().expect("asked");
+        assert!(!all.is_empty() && all.iter().all(|text| text == "two\n"), "{all:?}");
+    });
     Outcome::Passed
 }
 
