@@ -52,6 +52,14 @@ impl PathMatch {
         }
     }
 
+    /// The first segment of all paths that match, if they have the same.
+    pub fn first_segment(&self) -> Option<&str> {
+        match self {
+            PathMatch::Exact(path) | PathMatch::Prefix(path) => first_segment(path),
+            PathMatch::Regex(_) => None,
+        }
+    }
+
     /// Exact first, then regular expressions (the specification leaves their place open), then prefixes; the longer first.
     fn rank(&self) -> (u8, usize) {
         match self {
@@ -60,6 +68,11 @@ impl PathMatch {
             PathMatch::Prefix(prefix) => (0, prefix.len()),
         }
     }
+}
+
+/// What is between the first slash and the second.
+pub fn first_segment(path: &str) -> Option<&str> {
+    path.strip_prefix('/')?.split('/').next()
 }
 
 impl TextMatch {

@@ -2,7 +2,7 @@
 
 use super::filter::Filters;
 use super::host::HostPattern;
-use super::matching::{Match, Seen};
+use super::matching::{Match, Seen, first_segment};
 use super::session::Session;
 use crate::policy::Policy;
 use crate::upstream::Upstream;
@@ -110,32 +110,73 @@ impl Table {
 /// Entries by host, each list in order of precedence.
 #[derive(Debug, Default)]
 pub struct Hosts {
-    exact: HashMap<Box<str>, Vec<Entry>>,
-    wildcard: HashMap<Box<str>, Vec<Entry>>,
-    any: Vec<Entry>,
+    exact: HashMap<Box<str>, Entries>,
+    wildcard: HashMap<Box<str>, Entries>,
+    any: Entries,
+}
+
+/// The entries of one host in order of precedence, found by the first segment of the path: a request looks only at those
+/// that may fit.
+#[derive(Debug, Default)]
+struct Entries {
+    all: Vec<Entry>,
+    /// Where in `all` those are that fit only paths that begin with this segment.
+    by_segment: HashMap<Box<str>, Vec<usize>>,
+    /// Those that may fit any path.
+    others: Vec<usize>,
+}
+
+impl Entries {
+    fn new(mut all: Vec<Entry>) -> Entries {
+        all.sort_by(|a, b| a.condition.precedence(&b.condition));
+        let mut entries = Entries::default();
+        for (index, entry) in all.iter().enumerate() {
+            match entry.condition.path.first_segment() {
+                Some(segment) => entries.by_segment.entry(segment.into()).or_default().push(index),
+                None => entries.others.push(index),
+            }
+        }
+        Entries { all, ..entries }
+    }
+
+    fn find(&self, seen: &Seen<'_>, fits: impl Fn(&Entry) -> bool) -> Option<&Entry> {
+        let known = first_segment(seen.path).and_then(|segment| self.by_segment.get(segment));
+        let (mut known, mut others) = (known.into_iter().flatten().peekable(), self.others.iter().peekable());
+        loop {
+            let next = match (known.peek(), others.peek()) {
+                (Some(a), Some(b)) if a < b => known.next(),
+                (Some(_), None) => known.next(),
+                _ => others.next(),
+            };
+            let entry = self.all.get(*next?)?;
+            if fits(entry) {
+                return Some(entry);
+            }
+        }
+    }
 }
 
 impl Hosts {
     /// Takes entries with their host, already in order of route age and name and of rules within a route: equal matches
     /// keep that order.
     pub fn new(entries: Vec<(HostPattern, Entry)>) -> Hosts {
-        let mut table = Hosts::default();
+        let (mut exact, mut wildcard, mut any) = (HashMap::new(), HashMap::new(), Vec::new());
         for (host, entry) in entries {
             match host {
-                HostPattern::Any => table.any.push(entry),
-                HostPattern::Wildcard(suffix) => table.wildcard.entry(suffix).or_default().push(entry),
-                HostPattern::Exact(name) => table.exact.entry(name).or_default().push(entry),
+                HostPattern::Any => any.push(entry),
+                HostPattern::Wildcard(suffix) => wildcard.entry(suffix).or_insert_with(Vec::new).push(entry),
+                HostPattern::Exact(name) => exact.entry(name).or_insert_with(Vec::new).push(entry),
             }
         }
-        for list in table.exact.values_mut().chain(table.wildcard.values_mut()) {
-            list.sort_by(|a, b| a.condition.precedence(&b.condition));
-        }
-        table.any.sort_by(|a, b| a.condition.precedence(&b.condition));
-        table
+        let sorted = |lists: HashMap<Box<str>, Vec<Entry>>| {
+            lists.into_iter().map(|(host, list)| (host, Entries::new(list))).collect()
+        };
+        Hosts { exact: sorted(exact), wildcard: sorted(wildcard), any: Entries::new(any) }
     }
 
     pub fn len(&self) -> usize {
-        self.exact.values().chain(self.wildcard.values()).map(Vec::len).sum::<usize>() + self.any.len()
+        let named = self.exact.values().chain(self.wildcard.values());
+        named.chain([&self.any]).map(|entries| entries.all.len()).sum()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -146,19 +187,68 @@ impl Hosts {
     /// and where none of its matches fits, the next.
     pub fn find(&self, host: &str, seen: &Seen<'_>) -> Option<&Entry> {
         let fits =
-            |entry: &&Entry| entry.condition.matches(seen) && !entry.hidden.iter().any(|pattern| pattern.matches(host));
-        if let Some(found) = self.exact.get(host).and_then(|list| list.iter().find(fits)) {
+            |entry: &Entry| entry.condition.matches(seen) && !entry.hidden.iter().any(|pattern| pattern.matches(host));
+        if let Some(found) = self.exact.get(host).and_then(|list| list.find(seen, fits)) {
             return Some(found);
         }
         if !self.wildcard.is_empty() {
             let mut rest = host;
             while let Some((_, suffix)) = rest.split_once('.') {
-                if let Some(found) = self.wildcard.get(suffix).and_then(|list| list.iter().find(fits)) {
+                if let Some(found) = self.wildcard.get(suffix).and_then(|list| list.find(seen, fits)) {
                     return Some(found);
                 }
                 rest = suffix;
             }
         }
-        self.any.iter().find(fits)
+        self.any.find(seen, fits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routing::PathMatch;
+    use http::{HeaderMap, Method};
+    use proptest::prelude::*;
+
+    fn entry(condition: Match) -> Entry {
+        let rule = Rule {
+            route: "n/r".into(),
+            filters: Filters::default(),
+            backends: Vec::new(),
+            total_weight: 0,
+            request_timeout: None,
+            backend_timeout: None,
+            retry: None,
+            session: None,
+            invalid: None,
+        };
+        Entry { condition, rule: Arc::new(rule), hidden: Arc::from([]), policies: Arc::from([]) }
+    }
+
+    fn any_match() -> impl Strategy<Value = Match> {
+        let path = "(/[abc]?){0,3}";
+        let path = prop_oneof![
+            path.prop_map(|path| PathMatch::Exact(if path.is_empty() { "/".into() } else { path })),
+            path.prop_map(|path| PathMatch::prefix(&path)),
+            Just(PathMatch::Regex(regex::Regex::new("^(?:/a.*)$").unwrap())),
+        ];
+        let method = prop_oneof![Just(None), Just(Some(Method::GET)), Just(Some(Method::PUT))];
+        (path, method).prop_map(|(path, method)| Match { method, ..Match::path(path) })
+    }
+
+    proptest! {
+        /// By segment the same entry is found as by looking at all of them.
+        #[test]
+        fn nothing_is_overlooked(matches in proptest::collection::vec(any_match(), 0..12), path in "(/[abc]?){1,4}") {
+            let entries = Entries::new(matches.into_iter().map(entry).collect());
+            let headers = HeaderMap::new();
+            let seen = Seen { method: &Method::GET, path: &path, query: None, headers: &headers };
+            let fits = |entry: &Entry| entry.condition.matches(&seen);
+            let wanted = entries.all.iter().position(fits);
+            let found = entries.find(&seen, fits);
+            let found = found.and_then(|found| entries.all.iter().position(|entry| std::ptr::eq(entry, found)));
+            prop_assert_eq!(found, wanted);
+        }
     }
 }
