@@ -19,6 +19,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("oci_config", images::oci_config),
     ("registry_request", wire::registry_request),
     ("dns", wire::dns),
+    ("dhcp", wire::dhcp),
     ("spdy", wire::spdy),
     ("qmp", wire::qmp),
     ("vm_snapshot", wire::vm_snapshot),

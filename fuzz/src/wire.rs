@@ -2,6 +2,7 @@
 
 use crate::halves;
 use network::dns::codec;
+use network::fuzz::{dhcp4, dhcp6};
 use server::stream::spdy::frame::{Control, HEAD, Head};
 use server::stream::spdy::headers::{Headers, Inflater};
 
@@ -10,6 +11,19 @@ pub fn registry_request(data: &[u8]) {
     let size = size.iter().fold(0u64, |n, b| n << 8 | u64::from(*b));
     let (path, header) = halves(rest);
     registry::fuzz(&String::from_utf8_lossy(path), &String::from_utf8_lossy(header), size);
+}
+
+/// What a machine asks of the router, as DHCP and as DHCPv6.
+pub fn dhcp(data: &[u8]) {
+    let config = network::RouterConfig::new("", "");
+    let facts = dhcp4::Facts { pods: config.pod_cidr, dns: config.dns_address };
+    if let Some((reply, to)) = dhcp4::answer(data, &facts) {
+        assert!(reply.len() <= 576 && config.pod_cidr.contains(to));
+    }
+    let own = config.v6_of(config.router_address());
+    if let Some(reply) = dhcp6::answer(data, own, config.dns_address6(), [2, 0, 0, 0, 0, 1]) {
+        assert!(reply.len() <= 576 && reply.get(1..4) == data.get(1..4));
+    }
 }
 
 pub fn dns(data: &[u8]) {

@@ -168,6 +168,7 @@ async fn serve(
 
     let dns =
         Arc::new(DnsServer::start(&router, (router.config().dns_address, 53).into(), Vec::new()).map_err(explain)?);
+    let _guests = network::GuestServer::start(&router).map_err(explain)?;
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
     config.isolation = options.network_default.into();

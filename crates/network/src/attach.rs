@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 /// The router's side of every link: locally administered, from 169.254.1.1.
-const ROUTER_MAC: Mac = mac_of(GATEWAY);
+pub(crate) const ROUTER_MAC: Mac = mac_of(GATEWAY);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkKind {
@@ -236,8 +236,9 @@ impl Router {
             let mut batch = Batch::new();
             batch.configure_link(index, ROUTER_MAC, MTU);
             if self.ipv6 {
-                // Machines ask who it is; workloads in namespaces know.
-                batch.add_address6(index, GATEWAY6);
+                // Machines ask who it is, and for their addresses; workloads in namespaces know.
+                batch.add_network6(index, GATEWAY6, 64);
+                batch.join_group(index, ALL_DHCP_SERVERS);
             }
             route.send(batch)?;
             index
@@ -287,6 +288,8 @@ const WORKLOAD_LINK: &str = "eth0";
 /// `addr_gen_mode`: no link-local address.
 pub(crate) const NO_ADDRESS: &str = "1";
 pub(crate) const VETH_PREFIX: &str = "veth";
+/// RFC 8415, 7.1: where DHCPv6's questions go.
+pub(crate) const ALL_DHCP_SERVERS: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 1, 2);
 pub(crate) const TAP_PREFIX: &str = "tap";
 
 /// Made from the address, so that name and address cannot disagree.
@@ -296,6 +299,12 @@ pub(crate) fn link_name(kind: Kind, address: Ipv4Addr) -> String {
         Kind::Tap => TAP_PREFIX,
     };
     format!("{prefix}{:08x}", address.to_bits())
+}
+
+/// Whose tap has this name.
+pub(crate) fn address_of_tap(name: &str) -> Option<Ipv4Addr> {
+    let digits = name.strip_prefix(TAP_PREFIX).filter(|digits| digits.len() == 8)?;
+    u32::from_str_radix(digits, 16).ok().map(Ipv4Addr::from_bits)
 }
 
 pub(crate) fn link_of(config: &RouterConfig, kind: Kind, address: Ipv4Addr) -> firewall::Link {
@@ -314,7 +323,7 @@ fn link_local([a, b, c, d, e, f]: Mac) -> Ipv6Addr {
 }
 
 /// `0a:58` (the customary prefix of pod interfaces, locally administered) and the address.
-const fn mac_of(address: Ipv4Addr) -> Mac {
+pub(crate) const fn mac_of(address: Ipv4Addr) -> Mac {
     let [a, b, c, d] = address.octets();
     [0x0a, 0x58, a, b, c, d]
 }

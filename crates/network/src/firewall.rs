@@ -20,6 +20,7 @@
 //! until `policy.rs` knows it. Each packet that opens a connection costs two map look-ups and the rules of the policies
 //! that select the two workloads; how many other policies there are does not matter.
 
+use crate::attach::{ALL_DHCP_SERVERS, TAP_PREFIX};
 use crate::config::{GATEWAY, GATEWAY6, RouterConfig};
 use crate::error::Result;
 use crate::netlink::Socket;
@@ -33,10 +34,12 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
+/// Taps and their machines' MACs: who may ask for an address.
+const MACHINES: &str = "machines";
 const HAIRPINS: &str = "hairpins";
 /// Map of services; see `services.rs`.
 pub const SERVICES: &str = "services";
@@ -165,6 +168,7 @@ pub fn ensure(socket: &mut Socket, config: &RouterConfig, links: &[Link]) -> Res
             transaction.flush_set(SENDERS);
         } else {
             transaction.flush_set(LINKS);
+            transaction.flush_set(MACHINES);
             transaction.flush_set(HAIRPINS);
         }
     }
@@ -205,7 +209,11 @@ fn elements(link: &Link) -> Vec<(Family, &'static str, Vec<u8>)> {
         (Family::Ip6, LINKS, own(v6)),
         (Family::Ip6, HAIRPINS, twice(v6)),
     ];
-    all.extend(link.link_local.map(|address| (Family::Ip6, LINKS, own(address.into()))));
+    if let Some(address) = link.link_local {
+        let machine = concat(&[&interface_name(&link.name), &link.mac]);
+        all.push((Family::Ip6, LINKS, own(address.into())));
+        all.extend(Family::INET.map(|family| (family, MACHINES, machine.clone())));
+    }
     all
 }
 
@@ -213,6 +221,7 @@ fn elements(link: &Link) -> Vec<(Family, &'static str, Vec<u8>)> {
 fn ruleset(t: &mut Transaction, side: &Side) {
     let address = side.family.address();
     t.add_set(LINKS, &[Field::InterfaceName, Field::Ether, address], &Value::None);
+    t.add_set(MACHINES, &[Field::InterfaceName, Field::Ether], &Value::None);
     t.add_set(HAIRPINS, &[address, address], &Value::None);
     t.add_set(SERVICES, &[address, Field::Protocol, Field::Port], &Value::Verdict);
     t.add_set(EGRESS, &[address], &Value::Verdict);
@@ -253,6 +262,7 @@ fn sources(t: &mut Transaction, side: &Side) {
         let rule = side.rule().load_input_name(R0).load_link_source(R4).load_source(R6);
         rule.if_in_set(LINKS, R0)
     };
+    let machine = || side.rule().load_input_name(R0).load_link_source(R4).if_in_set(MACHINES, R0);
     t.add_rule("sources", side.rule().if_input("lo").accept());
     if side.family == Family::Ip6 {
         for header in EXTENSIONS {
@@ -261,11 +271,20 @@ fn sources(t: &mut Transaction, side: &Side) {
         for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
             t.add_rule("sources", own().if_icmp_type(kind).if_on_link().accept());
         }
+        t.add_rule("sources", machine().if_icmp_type(ROUTER_SOLICITATION).if_on_link().accept());
+        t.add_rule(
+            "sources",
+            machine().if_destination(ALL_DHCP_SERVERS).if_protocol(UDP).if_destination_port(547).accept(),
+        );
         let discovery = side.rule().if_icmp_types(ROUTER_SOLICITATION, REDIRECT);
         t.add_rule("sources", discovery.drop().comment("routers and redirects are nobody's to announce"));
         t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
     }
     t.add_rule("sources", own().accept());
+    if side.family == Family::Ip {
+        let asks = machine().if_source(Ipv4Addr::UNSPECIFIED).if_destination(Ipv4Addr::BROADCAST);
+        t.add_rule("sources", asks.if_protocol(UDP).if_destination_port(67).accept());
+    }
 }
 
 fn input(t: &mut Transaction, side: &Side) {
@@ -276,9 +295,19 @@ fn input(t: &mut Transaction, side: &Side) {
         t.add_rule("input", dns.accept());
     }
     if side.family == Family::Ip6 {
-        for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
+        for kind in [ROUTER_SOLICITATION, NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
             t.add_rule("input", side.rule().if_icmp_type(kind).accept());
         }
+    }
+    // Questions for an address; `sources` knows whose.
+    let from_tap = || side.rule().load_input_name(R0).equal(R0, TAP_PREFIX.as_bytes()).if_protocol(UDP);
+    match side.family {
+        Family::Ip | Family::Arp => t.add_rule("input", from_tap().if_destination_port(67).accept()),
+        Family::Ip6 => {
+            t.add_rule("input", from_tap().if_destination(ALL_DHCP_SERVERS).if_destination_port(547).accept())
+        }
+    }
+    if side.family == Family::Ip6 {
         t.add_rule("input", side.rule().if_destination_in(MULTICAST.0, MULTICAST.1).drop());
     }
     t.add_rule("input", side.rule().if_icmp_type(side.echo_request).accept());

@@ -6,6 +6,7 @@
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
 //! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
+//! - [`GuestServer`] tells machines that ask the addresses that they have.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
 //!
 //! A workload reaches nobody until a policy, or the default of its namespace, says so; the router refuses everything else
@@ -19,6 +20,7 @@ mod attach;
 mod config;
 mod error;
 mod firewall;
+mod guests;
 mod journal;
 mod ns;
 pub mod policy;
@@ -30,6 +32,10 @@ mod sys;
 pub mod watch;
 
 pub mod dns;
+/// Parsers of what machines send, for fuzz targets.
+pub mod fuzz {
+    pub use crate::guests::{dhcp4, dhcp6};
+}
 /// Builders and parsers of the kernel's netlink messages; public so that fuzz targets reach the parsers.
 pub mod netlink;
 
@@ -37,6 +43,7 @@ pub use attach::{AttachRequest, Attachment, LinkKind};
 pub use config::{Cidr, Cidr6, GATEWAY, GATEWAY6, MTU, RouterConfig};
 pub use dns::{DnsServer, Records};
 pub use error::{Error, Result};
+pub use guests::GuestServer;
 pub use ns::in_netns;
 pub use policy::{Isolation, Policies};
 pub use probe::probe;

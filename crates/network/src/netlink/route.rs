@@ -30,6 +30,8 @@ const IFF_NOARP: u32 = 0x80;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 const IFA_F_NODAD: u8 = 2;
+const IFA_FLAGS: u16 = 8;
+const IFA_F_MCAUTOJOIN: u32 = 0x400;
 const TABLE_MAIN: u8 = 254;
 const PROTOCOL_STATIC: u8 = 4;
 const SCOPE_LINK: u8 = 253;
@@ -151,12 +153,25 @@ impl Batch {
     }
     /// `address/128` on a link, without asking whether another has it.
     pub fn add_address6(&mut self, index: u32, address: Ipv6Addr) {
+        self.add_network6(index, address, 128);
+    }
+    /// The same with its network on the link.
+    pub fn add_network6(&mut self, index: u32, address: Ipv6Addr, prefix: u8) {
         self.request("add the address", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
             let scope = if address.is_unicast_link_local() { SCOPE_LINK } else { 0 };
-            w.raw(&[AF_INET6, 128, IFA_F_NODAD, scope]);
+            w.raw(&[AF_INET6, prefix, IFA_F_NODAD, scope]);
             w.raw(&index.to_ne_bytes());
             w.attr(1, &address.octets());
             w.attr(2, &address.octets());
+        });
+    }
+    /// Takes what is sent to a multicast group on a link, for as long as the link is there.
+    pub fn join_group(&mut self, index: u32, group: Ipv6Addr) {
+        self.request("join the group", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
+            w.raw(&[AF_INET6, 128, 0, SCOPE_LINK]);
+            w.raw(&index.to_ne_bytes());
+            w.attr(1, &group.octets());
+            w.u32(IFA_FLAGS, u32::from(IFA_F_NODAD) | IFA_F_MCAUTOJOIN);
         });
     }
     /// Destination reached directly over a link, from `source`.
@@ -237,6 +252,19 @@ pub fn find_link(socket: &mut Socket, name: &str) -> Result<Option<Link>> {
         }
     })?;
     Ok(found)
+}
+
+/// The name of the link with this index; `None` if there is none.
+pub fn link_name(socket: &mut Socket, index: u32) -> Result<Option<String>> {
+    let mut batch = Batch::new();
+    batch.request("look the link up", RTM_GETLINK, 0, &[Errno::NODEV], |w| interface(w, index, 0));
+    let mut found = None;
+    socket.query(batch, |kind, payload| {
+        if kind == RTM_NEWLINK {
+            found = link(payload);
+        }
+    })?;
+    Ok(found.map(|link| link.name))
 }
 
 /// As [`find_link`], absent being an error.
