@@ -121,10 +121,30 @@ pub struct Up {
     /// What holds where no NetworkPolicy does: a namespace is private, or everyone reaches everyone as in Kubernetes
     #[arg(long, default_value = "private", value_name = "DEFAULT")]
     pub network_default: NetworkDefault,
+    /// How workloads that a policy lets out get out: not at all, with an address of the host, or with their own
+    #[arg(long, default_value = "none", value_name = "none|nat|routed")]
+    pub egress: Egress,
     #[command(flatten)]
     pub networks: crate::networks::Networks,
     #[command(flatten)]
     pub budget: crate::images::Budget,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Egress {
+    None,
+    Nat,
+    Routed,
+}
+
+impl From<Egress> for network::Egress {
+    fn from(egress: Egress) -> Self {
+        match egress {
+            Egress::None => network::Egress::None,
+            Egress::Nat => network::Egress::Nat,
+            Egress::Routed => network::Egress::Routed,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

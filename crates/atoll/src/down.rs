@@ -5,6 +5,7 @@ use crate::instance::Instance;
 use crate::up;
 use network::Router;
 use rustix::process::{Pid, Signal, kill_process};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ pub fn run(data_dir: &Path) -> Outcome {
     }
     let _lock = instance.lock()?;
     let router = Router::open(crate::networks::known(&instance)?).map_err(explain)?;
+    let host = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router.enter_thread().map_err(explain)?;
     let router = Arc::new(router);
     let runtime =
@@ -31,6 +33,7 @@ pub fn run(data_dir: &Path) -> Outcome {
     drop(runtime);
     println!("stopped {stopped} {}", if stopped == 1 { "workload" } else { "workloads" });
     if let Some(router) = Arc::into_inner(router) {
+        router.set_egress(host.as_fd(), network::Egress::None).map_err(explain)?;
         router.teardown().map_err(explain)?;
     }
     let _ = std::fs::remove_dir_all(&instance.run_dir);

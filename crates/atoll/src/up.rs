@@ -10,6 +10,7 @@ use crate::networks;
 use network::{DnsServer, Router};
 use node::boundary::{Boundary, container::ContainerBoundary, microvm::MicrovmBoundary, wasm::WasmBoundary};
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -47,6 +48,9 @@ pub fn run(options: &Up) -> Outcome {
     };
     let router = Arc::new(Router::open(networks::choose(&instance, &options.networks)?).map_err(explain)?);
     let host_netns = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
+    router
+        .set_egress(host_netns.as_fd(), options.egress.into())
+        .map_err(|error| Failure(format!("--egress: {}", explain(error))))?;
     router.enter_thread().map_err(explain)?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -166,8 +170,10 @@ async fn serve(
     server.write_kubeconfig(&instance.data_dir.join("kubeconfig")).map_err(explain)?;
     let client = server.client();
 
-    let dns =
-        Arc::new(DnsServer::start(&router, (router.config().dns_address, 53).into(), Vec::new()).map_err(explain)?);
+    let upstreams = if router.has_uplink() { upstreams() } else { Vec::new() };
+    let dns_address = (router.config().dns_address, 53).into();
+    let dns = DnsServer::start_with(&router, dns_address, upstreams, Some(host_netns.as_fd()));
+    let dns = Arc::new(dns.map_err(explain)?);
     let _guests = network::GuestServer::start(&router).map_err(explain)?;
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
@@ -224,6 +230,13 @@ async fn serve(
     }
     drop(server);
     outcome
+}
+
+/// The servers that the host asks for names.
+fn upstreams() -> Vec<SocketAddr> {
+    let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    let servers = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok());
+    servers.map(|address: std::net::IpAddr| SocketAddr::new(address, 53)).take(3).collect()
 }
 
 fn image_limits(options: &Up) -> Result<image::Limits, Failure> {

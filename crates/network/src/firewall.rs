@@ -2,14 +2,15 @@
 //! that every workload has, and one in family `arp`; all in the router's own namespace.
 //!
 //! ```text
-//! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or is dropped; in
-//!                                `ip6` without extension headers that say how to route it
+//! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or by the uplink with
+//!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
 //! output     -100  services_out  the same for the router's own connections
 //! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
-//!                                map `ingress` by destination: the same -> accept. All else -> chain `refused`
+//!                                map `ingress` by destination: the same -> accept; or out by the uplink, if there is
+//!                                one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
 //! output        0  output        the refusal of endpointless services and of the outside for the router's own connections
 //! postrouting 100  hairpin       a pod that reached itself through a Service sees the router as its peer
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
@@ -29,7 +30,9 @@ use crate::netlink::nft::{
     interface_name, octets,
 };
 use crate::netlink::route::Mac;
+use crate::policy::{Block, Network, ranges};
 use crate::router::VOID;
+use crate::uplink::LINK as UPLINK;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
@@ -92,6 +95,8 @@ struct Side {
     pods: (IpAddr, u8),
     services: (IpAddr, u8),
     loopback: (IpAddr, u8),
+    /// What the uplink does not lead to; `None`: it leads nowhere.
+    inside: Option<Vec<(Ipv4Addr, Ipv4Addr)>>,
     dns: IpAddr,
     router: IpAddr,
     gateway: IpAddr,
@@ -108,6 +113,7 @@ impl Side {
                 pods: (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
                 services: (config.service_cidr.base().into(), config.service_cidr.prefix()),
                 loopback: (Ipv4Addr::new(127, 0, 0, 0).into(), 8),
+                inside: Some(inside(config)),
                 dns: config.dns_address.into(),
                 router: config.router_address().into(),
                 gateway: GATEWAY.into(),
@@ -119,6 +125,7 @@ impl Side {
                 pods: (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
                 services: (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
                 loopback: (Ipv6Addr::LOCALHOST.into(), 128),
+                inside: None,
                 dns: config.dns_address6().into(),
                 router: config.router_address6().into(),
                 gateway: GATEWAY6.into(),
@@ -280,6 +287,11 @@ fn sources(t: &mut Transaction, side: &Side) {
         t.add_rule("sources", discovery.drop().comment("routers and redirects are nobody's to announce"));
         t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
     }
+    if let Some(inside) = &side.inside {
+        let inside = t.add_anonymous_ranges(inside);
+        t.add_rule("sources", side.rule().if_input(UPLINK).load_source(R0).if_in(inside, R0).drop());
+        t.add_rule("sources", side.rule().if_input(UPLINK).accept());
+    }
     t.add_rule("sources", own().accept());
     if side.family == Family::Ip {
         let asks = machine().if_source(Ipv4Addr::UNSPECIFIED).if_destination(Ipv4Addr::BROADCAST);
@@ -343,13 +355,37 @@ fn forward(t: &mut Transaction, side: &Side) {
     for (base, prefix) in [side.loopback, whole(side.router), whole(side.gateway), side.pods] {
         t.add_rule("output", side.rule().if_destination_in(base, prefix).accept());
     }
-    t.add_rule("output", side.rule().if_output(side.nowhere).reject_unreachable(Unreachable::Prohibited));
+    t.add_rule("output", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
+    for link in [side.nowhere, UPLINK] {
+        t.add_rule("output", side.rule().if_output(link).reject_unreachable(Unreachable::Prohibited));
+    }
     t.add_rule("forward", itself(side).accept().comment("a workload always reaches itself"));
+    t.add_rule("forward", side.rule().if_input(UPLINK).if_output(UPLINK).goto(REFUSED));
+    t.add_rule("forward", side.rule().if_input(UPLINK).goto(TO_INGRESS));
     t.add_rule("forward", side.rule().load_source(R0).verdict_map(EGRESS, R0));
     t.add_rule("forward", side.rule().goto(REFUSED));
     t.add_rule(TO_INGRESS, side.rule().load_destination(R0).verdict_map(INGRESS, R0));
+    if let Some(inside) = &side.inside {
+        let inside = t.add_anonymous_ranges(inside);
+        t.add_rule(TO_INGRESS, side.rule().load_destination(R0).if_in(inside, R0).goto(REFUSED));
+        t.add_rule(TO_INGRESS, side.rule().if_output(UPLINK).accept());
+    }
     t.add_rule(TO_INGRESS, side.rule().goto(REFUSED));
     defaults(t, side.family, true);
+}
+
+/// What is never outside, sorted: what nobody has, workloads and Services, this machine, links, groups.
+pub(crate) fn inside(config: &RouterConfig) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+    let network = |base: Ipv4Addr, prefix| Block { network: Network { base: base.into(), prefix }, except: Vec::new() };
+    let all = ranges(&[
+        network(Ipv4Addr::UNSPECIFIED, 8),
+        network(Ipv4Addr::LOCALHOST, 8),
+        network(Ipv4Addr::new(169, 254, 0, 0), 16),
+        network(Ipv4Addr::new(224, 0, 0, 0), 3),
+        network(config.pod_cidr.base(), config.pod_cidr.prefix()),
+        network(config.service_cidr.base(), config.service_cidr.prefix()),
+    ]);
+    all.v4
 }
 
 /// What workloads that no policy isolates may do: reach their own namespace, or everything. The transaction is left at
@@ -358,6 +394,10 @@ pub fn defaults(t: &mut Transaction, family: Family, private: bool) {
     t.family(family);
     for chain in [EGRESS_DEFAULT, INGRESS_DEFAULT] {
         t.flush_chain(chain);
+        if chain == INGRESS_DEFAULT {
+            let published = t.rule().if_input(UPLINK).if_translated(true);
+            t.add_rule(chain, published.accept().comment("a port of the node that a Service opened"));
+        }
         let same = if private {
             let number = t.rule().load_source(R0).load_mapped(NAMESPACES, R0, R0).set_mark(R0);
             number

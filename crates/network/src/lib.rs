@@ -1,10 +1,12 @@
 //! The private network: one router namespace per Atoll instance, one point-to-point link per workload, Services by
-//! nftables maps and cluster DNS. Nothing in here edits the host's links, routes, nftables or sysctls: every socket that
-//! changes something is opened inside the router's namespace or a workload's.
+//! nftables maps and cluster DNS. Every socket that changes something is opened inside the router's namespace or a
+//! workload's; the host's links, routes, nftables and sysctls are touched by [`Router::set_egress`] alone, which an
+//! administrator asks for.
 //!
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
+//! - [`Router::set_egress`] makes the way out.
 //! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
 //! - [`GuestServer`] tells machines that ask the addresses that they have.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
@@ -29,6 +31,7 @@ pub mod refused;
 mod router;
 mod services;
 mod sys;
+mod uplink;
 pub mod watch;
 
 pub mod dns;
@@ -49,3 +52,4 @@ pub use policy::{Isolation, Policies};
 pub use probe::probe;
 pub use router::{Leased, Router};
 pub use services::{Protocol, ServiceRule};
+pub use uplink::{Egress, NODE};

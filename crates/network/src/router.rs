@@ -10,6 +10,7 @@ use crate::netlink::{Batch, Socket};
 use crate::ns;
 use crate::policy::{Changed, Policies, Programmed};
 use crate::services::{ServiceRule, Services};
+use crate::uplink::{self, NODE, Uplink};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use std::collections::HashSet;
@@ -39,6 +40,7 @@ pub struct Router {
     pub(crate) firewall: Mutex<Firewall>,
     pub(crate) addresses: Mutex<Addresses>,
     pub(crate) names: NameLocks,
+    pub(crate) uplink: Mutex<Option<Uplink>>,
     _lock: File,
 }
 
@@ -97,6 +99,7 @@ impl Router {
             firewall: Mutex::new(Firewall { socket, services, policies }),
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
+            uplink: Mutex::new(None),
             _lock: lock,
         })
     }
@@ -129,7 +132,7 @@ impl Router {
     pub fn sync_services(&self, rules: &[ServiceRule]) -> Result<usize> {
         for rule in rules {
             let (address, cidr) = (rule.cluster_ip, self.config.service_cidr);
-            if !cidr.contains(address) {
+            if !cidr.contains(address) && address != NODE {
                 return Err(Error::Config {
                     field: "cluster_ip",
                     value: address.to_string(),
@@ -257,7 +260,7 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     }
     let (pods, services) = (config.pod_cidr, config.service_cidr);
     for (base, prefix) in
-        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (Ipv4Addr::UNSPECIFIED, 0)]
+        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (NODE, 32), (Ipv4Addr::UNSPECIFIED, 0)]
     {
         batch.add_link_route(base, prefix, lo, router);
     }
@@ -298,7 +301,7 @@ fn remove_strays(route: &mut Socket, pins: &Path, addresses: &Addresses) -> Resu
     let mut batch = Batch::new();
     for link in route::links(route)? {
         let ours = link.group == route::GROUP || link.group == route::DEAD;
-        if ours && !known.contains(&link.name) {
+        if ours && link.name != uplink::LINK && !known.contains(&link.name) {
             batch.delete_link(&link.name);
         }
     }

@@ -3,7 +3,7 @@
 
 mod common;
 use common::*;
-use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord, Views, codec};
+use network::dns::{EndpointRecord, Outside, PortRecord, ServiceKind, ServiceRecord, Views, codec};
 use network::{DnsServer, Protocol, Records, in_netns};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
@@ -103,6 +103,12 @@ fn others_names_are_forwarded_where_allowed() {
     let answer =
         in_netns(&netns(&pod), || ask_udp(&codec::question(77, "www.example.org", codec::TYPE_A, None))).unwrap();
     assert!(answer[..2] == [0, 77] && answer.ends_with(&[192, 0, 2, 99]));
+    // Who is not let out learns nothing, and tells nothing, by asking for names.
+    let closed = Views { outside: Outside::These([upstream.address].into()), ..Views::open() };
+    server.set_views(closed);
+    let question = codec::question(78, "secret.example.org", codec::TYPE_A, None);
+    let answer = in_netns(&netns(&pod), || ask_udp(&question)).unwrap();
+    assert_eq!(answer[3] & 15, 3, "does not exist");
 }
 
 #[test]

@@ -7,9 +7,10 @@ use crate::ports::{
 };
 use async_trait::async_trait;
 use image::{Digest, Kind, PullOptions, Reference, Store};
-use network::dns::Views;
+use network::dns::{Outside, Views};
 use network::{AttachRequest, DnsServer, Isolation, LinkKind, Router};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -221,7 +222,8 @@ impl Networks for RouterNetworks {
         let work = move |router: &Router| {
             // One Service with a foreign address must not keep all others from working.
             let cidr = router.config().service_cidr;
-            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|r| cidr.contains(r.cluster_ip));
+            let own = |r: &ServiceRule| cidr.contains(r.cluster_ip) || r.cluster_ip == network::NODE;
+            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(own);
             for rule in foreign {
                 tracing::warn!(
                     "service {}/{}: address {} is not in {cidr}",
@@ -246,12 +248,25 @@ impl Networks for RouterNetworks {
         self.router.leases()
     }
 
+    fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+        self.router.outside()
+    }
+
+    async fn sync_egress_addresses(&self, sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {
+        if !self.router.has_uplink() {
+            return Ok(());
+        }
+        self.run("egress addresses", move |router| router.sync_egress_addresses(&sources)).await
+    }
+
     async fn sync_policies(&self, compiled: Compiled) -> Result<(), NetworkError> {
         let workloads = &compiled.policies.workloads;
+        let out = workloads.iter().filter(|(_, workload)| compiled.policies.lets_out(workload));
         let views = Views {
             open: compiled.policies.isolation == Isolation::Open,
             namespaces: workloads.iter().map(|(address, own)| (*address, own.namespace.clone())).collect(),
             visible: compiled.visible,
+            outside: Outside::These(out.map(|(address, _)| *address).collect()),
         };
         if let Some(dns) = self.dns.get() {
             dns.set_views(views);

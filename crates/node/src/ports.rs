@@ -7,7 +7,8 @@ use async_trait::async_trait;
 pub use network::dns::Records;
 pub use network::{Leased, Protocol, ServiceRule};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 /// The parts of an OCI image configuration that shape a container.
@@ -114,6 +115,14 @@ pub trait Networks: Send + Sync + 'static {
     /// Everything that is attached.
     async fn leases(&self) -> Vec<Leased> {
         Vec::new()
+    }
+    /// Where an uplink leads.
+    fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+        Vec::new()
+    }
+    /// Replaces the sources that workloads' connections leave by the uplink with, where it is not the host's choice.
+    async fn sync_egress_addresses(&self, _sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {
+        Ok(())
     }
     /// Replaces all policies.
     async fn sync_policies(&self, _policies: Compiled) -> Result<(), NetworkError> {

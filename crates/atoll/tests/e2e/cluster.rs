@@ -86,6 +86,11 @@ impl Cluster {
         Said::of(command.args(args).output().expect("atoll runs"))
     }
 
+    /// A program of the host that Atoll runs on.
+    pub fn host(&self, program: &str, args: &[&str]) -> Said {
+        Said::of(self.inside(program).args(args).output().expect("the program runs"))
+    }
+
     pub fn kubectl(&self, args: &[&str]) -> Said {
         Said::of(self.inside("kubectl").args(args).output().expect("kubectl runs"))
     }
@@ -121,16 +126,17 @@ impl Cluster {
 
     /// Starts `atoll up` and waits for its `ready` line.
     pub fn up(&self) {
-        self.up_with(&[]);
+        self.up_with(&[], &[]);
     }
 
-    pub fn up_with(&self, env: &[(&str, &std::ffi::OsStr)]) {
+    pub fn up_with(&self, args: &[&str], env: &[(&str, &std::ffi::OsStr)]) {
         let log = File::options().create(true).append(true).open(self.scratch("up.log")).expect("log");
         let out = File::create(self.scratch("up.out")).expect("log");
         let child = self
             .inside(env!("CARGO_BIN_EXE_atoll"))
             .args(["up", "--data-dir"])
             .arg(self.data())
+            .args(args)
             .envs(env.iter().copied())
             .stdout(out)
             .stderr(log)

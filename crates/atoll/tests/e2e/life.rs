@@ -111,7 +111,7 @@ fn survive(c: &Cluster) -> Outcome {
 }
 
 /// Links, addresses, routes, rules and sysctls of the network namespace that an instance is started from.
-fn host_state(c: &Cluster) -> Vec<(&'static str, String)> {
+pub fn host_state(c: &Cluster) -> Vec<(&'static str, String)> {
     let look = |program: &str, args: &[&str]| Said::of(c.inside(program).args(args).output().unwrap()).good();
     // what the kernel itself counts in the whole machine, or draws anew at every reading
     let moving = ["random.", "netfilter.nf_conntrack_count", "fs.", "kernel.", "vm."];
@@ -126,6 +126,20 @@ fn host_state(c: &Cluster) -> Vec<(&'static str, String)> {
         ("nft list ruleset", look("nft", &["list", "ruleset"])),
         ("sysctl -a", sysctls.join("\n")),
     ]
+}
+
+pub fn compare(before: &[(&str, String)], now: &[(&str, String)], when: &str) {
+    for ((what, said), (_, then)) in now.iter().zip(before) {
+        // What ARP has learnt meanwhile is no setting.
+        let lines = |text: &str| -> Vec<String> {
+            let learnt = *what == "ip neighbour";
+            text.lines().filter(|line| !learnt || line.contains("PERMANENT")).map(str::to_owned).collect()
+        };
+        let (now, then) = (lines(said), lines(then));
+        let new: Vec<_> = now.iter().filter(|line| !then.contains(line)).collect();
+        let gone: Vec<_> = then.iter().filter(|line| !now.contains(line)).collect();
+        assert!(new.is_empty() && gone.is_empty(), "{what}, {when}: new {new:?}, gone {gone:?}");
+    }
 }
 
 /// What the host's network says before, while and after an instance runs workloads is the same, to the letter.
@@ -163,7 +177,7 @@ fn notifies(c: &Cluster) -> Outcome {
         String::from_utf8_lossy(&buffer[..length]).into_owned()
     };
     c.stop(Signal::TERM);
-    c.up_with(&[("NOTIFY_SOCKET", path.as_os_str())]);
+    c.up_with(&[], &[("NOTIFY_SOCKET", path.as_os_str())]);
     assert_eq!(heard(), "READY=1");
     c.stop(Signal::TERM);
     assert_eq!(heard(), "STOPPING=1");

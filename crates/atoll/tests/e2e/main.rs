@@ -7,6 +7,7 @@ mod build;
 mod cluster;
 mod crash;
 mod dual;
+mod egress;
 mod functions;
 mod gateway;
 mod images;
@@ -47,6 +48,7 @@ const ALL: &[&[Test]] = &[
     vm::TESTS,
     oci::TESTS,
     crash::TESTS,
+    egress::TESTS,
     life::TESTS,
 ];
 

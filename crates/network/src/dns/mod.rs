@@ -13,4 +13,4 @@ pub mod zone;
 
 pub use records::{EndpointRecord, PortRecord, Records, ServiceKind, ServiceRecord};
 pub use server::DnsServer;
-pub use views::{View, Views};
+pub use views::{Outside, View, Views};

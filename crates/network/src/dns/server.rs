@@ -8,9 +8,10 @@ use super::views::{View, Views};
 use super::zone::{Outcome, Zone};
 use crate::config::RouterConfig;
 use crate::error::{Error, Result};
+use crate::ns;
 use crate::router::Router;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -47,9 +48,24 @@ impl DnsServer {
     /// Serves `cluster.local` at `address` inside the router's namespace; at the DNS service's address also at its IPv6
     /// address. Names outside go to `upstreams`, asked from that namespace too; with none they do not exist.
     pub fn start(router: &Router, address: SocketAddr, upstreams: Vec<SocketAddr>) -> Result<DnsServer> {
+        DnsServer::start_with(router, address, upstreams, None)
+    }
+
+    /// As [`DnsServer::start`], but servers outside are asked from the namespace `from`.
+    pub fn start_with(
+        router: &Router,
+        address: SocketAddr,
+        upstreams: Vec<SocketAddr>,
+        from: Option<BorrowedFd<'_>>,
+    ) -> Result<DnsServer> {
         let config = router.config();
         let second = (router.ipv6 && address.ip() == config.dns_address).then(|| config.dns_address6());
-        router.run(|| start(config.clone(), address, second.map(IpAddr::V6), upstreams))?
+        let ask = || Forwarder::start(upstreams, config.networks());
+        let forwarder = match from {
+            Some(from) => ns::in_ns(from, ask)??,
+            None => router.run(ask)??,
+        };
+        router.run(|| start(config.clone(), address, second.map(IpAddr::V6), forwarder))?
     }
 
     /// Where it listens; of interest if port 0 was asked for.
@@ -109,7 +125,7 @@ fn start(
     config: RouterConfig,
     address: SocketAddr,
     second: Option<IpAddr>,
-    upstreams: Vec<SocketAddr>,
+    forwarder: Option<Forwarder>,
 ) -> Result<DnsServer> {
     let zone = Zone::new(authority(&config), 0, &Records::default());
     let shared = Arc::new(Shared {
@@ -118,7 +134,7 @@ fn start(
         serial: AtomicU32::new(0),
         turn: AtomicUsize::new(0),
         connections: AtomicUsize::new(0),
-        forwarder: Forwarder::start(upstreams, config.networks())?,
+        forwarder,
         config,
     });
     let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -245,8 +261,10 @@ impl Shared {
             Some(address) => views.of(address),
             None => View::Nothing,
         };
+        let outside = self.is_own(client) || self.workload(client).is_some_and(|asker| views.outside.allows(asker));
         match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed), view) {
             Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),
+            Outcome::Elsewhere if !outside => answer(&codec::write(&query, &Reply::of(Code::NameError), udp)),
             Outcome::Elsewhere => self.elsewhere(packet, query, udp, answer),
         }
     }

@@ -1,7 +1,7 @@
 //! Who sees which names. A question's source address says whose it is (the router checks source addresses on every link);
 //! names of a namespace that the asker does not see do not exist for it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -12,6 +12,29 @@ pub struct Views {
     pub open: bool,
     pub namespaces: HashMap<Ipv4Addr, Arc<str>>,
     pub visible: BTreeMap<String, BTreeSet<String>>,
+    pub outside: Outside,
+}
+
+/// Who may ask for names outside: a question carries data out as well as a packet does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outside {
+    Everyone,
+    These(HashSet<Ipv4Addr>),
+}
+
+impl Default for Outside {
+    fn default() -> Outside {
+        Outside::These(HashSet::new())
+    }
+}
+
+impl Outside {
+    pub fn allows(&self, asker: Ipv4Addr) -> bool {
+        match self {
+            Outside::Everyone => true,
+            Outside::These(askers) => askers.contains(&asker),
+        }
+    }
 }
 
 /// What one asker sees.
@@ -29,7 +52,7 @@ pub enum View<'a> {
 
 impl Views {
     pub fn open() -> Views {
-        Views { open: true, ..Views::default() }
+        Views { open: true, outside: Outside::Everyone, ..Views::default() }
     }
 
     pub fn of(&self, asker: Ipv4Addr) -> View<'_> {

@@ -12,6 +12,7 @@ const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 
 const IFLA_ADDRESS: u16 = 1;
@@ -189,6 +190,24 @@ impl Batch {
             w.attr(5, &gateway.octets());
         });
     }
+    /// Destination by a next hop that is on-link whatever the link's addresses say, and the source of what is sent there
+    /// from here.
+    pub fn add_route_via(
+        &mut self,
+        (base, prefix): (Ipv4Addr, u8),
+        index: u32,
+        hop: Ipv4Addr,
+        source: Option<Ipv4Addr>,
+    ) {
+        self.route(prefix, 0, ROUTE_UNICAST, NEXTHOP_ONLINK, |w| {
+            w.attr(1, &base.octets());
+            w.u32(4, index);
+            w.attr(5, &hop.octets());
+            if let Some(source) = source {
+                w.attr(7, &source.octets());
+            }
+        });
+    }
     /// What no more specific route covers is answered with "host unreachable".
     pub fn add_unreachable(&mut self, destination: Ipv4Addr, prefix: u8) {
         self.route(prefix, 0, ROUTE_UNREACHABLE, 0, |w| w.attr(1, &destination.octets()));
@@ -333,4 +352,42 @@ pub fn link(payload: &[u8]) -> Option<Link> {
         up: u32_at(payload, 8)? & IFF_UP != 0,
         group: Attributes::get(attributes, IFLA_GROUP).and_then(|bytes| u32_at(bytes, 0)).unwrap_or(0),
     })
+}
+
+/// A unicast route of the main table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    pub base: Ipv4Addr,
+    pub prefix: u8,
+    /// The link that it leads out by; 0 for one of several next hops.
+    pub link: u32,
+}
+
+/// The main table's IPv4 unicast routes.
+pub fn routes(socket: &mut Socket) -> Result<Vec<Route>> {
+    let mut batch = Batch::new();
+    batch.request("list the routes", RTM_GETROUTE, NLM_F_DUMP, &[], |w| {
+        w.raw(&[AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    });
+    let mut all = Vec::new();
+    socket.query(batch, |kind, payload| {
+        if kind == RTM_NEWROUTE {
+            all.extend(route(payload));
+        }
+    })?;
+    Ok(all)
+}
+
+/// Reads one `RTM_NEWROUTE` payload; `None` for what is not a unicast route of the main table.
+pub fn route(payload: &[u8]) -> Option<Route> {
+    let attributes = payload.get(12..)?;
+    let is_ours = payload.first() == Some(&AF_INET)
+        && payload.get(4) == Some(&TABLE_MAIN)
+        && payload.get(7) == Some(&ROUTE_UNICAST);
+    let base = match Attributes::get(attributes, 1) {
+        Some(bytes) => <[u8; 4]>::try_from(bytes).ok()?.into(),
+        None => Ipv4Addr::UNSPECIFIED,
+    };
+    let link = Attributes::get(attributes, 4).and_then(|bytes| u32_at(bytes, 0)).unwrap_or(0);
+    is_ours.then_some(Route { base, prefix: *payload.get(1)?, link })
 }

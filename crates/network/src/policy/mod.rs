@@ -108,6 +108,8 @@ pub struct Policies {
     pub groups: BTreeMap<Arc<str>, BTreeSet<Ipv4Addr>>,
     pub profiles: BTreeMap<Arc<str>, Profile>,
     pub workloads: BTreeMap<Ipv4Addr, Workload>,
+    /// Where the uplink leads, sorted and disjoint; without one, nowhere.
+    pub outside: Vec<(Ipv4Addr, Ipv4Addr)>,
 }
 
 /// A connection to judge, by its first packet after a Service's address has been replaced by an endpoint's.
@@ -137,12 +139,14 @@ pub enum Reason {
     NoRule(Arc<str>),
     /// No workload has the address.
     NoWorkload,
+    /// Nobody here speaks for what is behind the uplink.
+    Outside,
 }
 
 impl Reason {
     pub fn allows(&self) -> bool {
         match self {
-            Reason::Itself | Reason::SameNamespace | Reason::Open | Reason::Rule(_) => true,
+            Reason::Itself | Reason::SameNamespace | Reason::Open | Reason::Rule(_) | Reason::Outside => true,
             Reason::OtherNamespace | Reason::Denied(_) | Reason::NoRule(_) | Reason::NoWorkload => false,
         }
     }
@@ -161,6 +165,7 @@ impl fmt::Display for Reason {
             }
             Reason::NoRule(origin) => write!(f, "{origin} isolates it, and no rule allows this"),
             Reason::NoWorkload => f.write_str("no workload here has that address"),
+            Reason::Outside => f.write_str("it is outside, behind the uplink"),
         }
     }
 }
@@ -203,6 +208,13 @@ impl Policies {
             return Decision { egress: Reason::Itself, ingress: Reason::Itself };
         }
         let side = |own: Option<&Workload>, peer: End, other: Option<&Workload>, direction| match own {
+            None if self.is_outside(match direction {
+                Direction::Egress => flow.source,
+                Direction::Ingress => flow.destination,
+            }) =>
+            {
+                Reason::Outside
+            }
             None => Reason::NoWorkload,
             Some(own) => self.side(own, peer, other, direction, flow),
         };
@@ -248,6 +260,36 @@ impl Policies {
         };
         let inside = || rule.blocks.contains(peer.address);
         (rule.ports.is_empty() || rule.ports.iter().any(port)) && (rule.anyone || member() || inside())
+    }
+
+    pub fn is_outside(&self, address: IpAddr) -> bool {
+        let IpAddr::V4(address) = address else { return false };
+        self.outside.iter().any(|(first, last)| (*first..=*last).contains(&address))
+    }
+
+    /// Whether there is a way out, and some rule lets the workload take it, to wherever.
+    pub fn lets_out(&self, workload: &Workload) -> bool {
+        let open = self.isolation == Isolation::Open;
+        let touches = |(first, last): &(Ipv4Addr, Ipv4Addr)| self.outside.iter().any(|(a, b)| a <= last && first <= b);
+        let mut key = workload.egress.as_ref();
+        for _ in 0..TIERS {
+            let Some(profile) = key.map(|key| self.profiles.get(key)) else { break };
+            let Some(profile) = profile.filter(|_| !self.outside.is_empty()) else { return false };
+            for rule in &profile.rules {
+                match rule.action {
+                    Action::Allow if rule.anyone || rule.blocks.v4.iter().any(touches) => return true,
+                    Action::Deny if rule.anyone && rule.ports.is_empty() => return false,
+                    Action::Pass if rule.anyone && rule.ports.is_empty() => break,
+                    Action::Allow | Action::Deny | Action::Pass => {}
+                }
+            }
+            match &profile.otherwise {
+                Otherwise::Refuse => return false,
+                Otherwise::Default => break,
+                Otherwise::Profile(next) => key = Some(next),
+            }
+        }
+        open && !self.outside.is_empty()
     }
 
     /// Every workload follows the default.

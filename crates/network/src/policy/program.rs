@@ -2,7 +2,7 @@
 //! set for each group, and for each workload its elements in the maps of `firewall.rs`. Only what differs is written, in up to three transactions ([`Work`]): a process killed
 //! between them leaves what the next one replaces.
 
-use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Workload, pod_address};
+use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Reason, Workload, pod_address};
 use crate::config::RouterConfig;
 use crate::error::Result;
 use crate::firewall::{
@@ -490,7 +490,16 @@ fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Polici
             protocol: entry.original.protocol,
             port: entry.reply.source_port,
         };
-        is_workload(flow.source) && is_workload(flow.destination) && !policies.decide(config, &flow).allowed()
+        let decision = policies.decide(config, &flow);
+        match [flow.source, flow.destination].map(is_workload) {
+            [true, true] => !decision.allowed(),
+            [true, false] => policies.is_outside(flow.destination) && !decision.egress.allows(),
+            // The default refuses strangers, but not at a port that a Service opened on the node.
+            [false, true] => {
+                policies.is_outside(flow.source) && matches!(decision.ingress, Reason::NoRule(_) | Reason::Denied(_))
+            }
+            [false, false] => false,
+        }
     })?;
     conntrack::delete(socket, &stale)?;
     Ok(stale.len())

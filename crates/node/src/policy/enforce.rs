@@ -23,6 +23,8 @@ const RETRY: Duration = Duration::from_secs(2);
 const RESYNC: Duration = Duration::from_secs(300);
 
 const ADMIN: &str = "policy.networking.k8s.io";
+/// On a namespace: the host's address that its workloads have outside.
+const EGRESS_ADDRESS: &str = "atoll.dev/egress-address";
 
 pub(crate) struct Enforcer {
     config: RouterConfig,
@@ -201,11 +203,23 @@ impl Enforcer {
         }
         let upto = self.asked.load(Ordering::Acquire);
         let leases = self.networks.leases().await;
-        let compiled = self.compile(&mut work, &leases);
+        let mut compiled = self.compile(&mut work, &leases);
+        compiled.policies.outside = self.networks.outside();
         self.networks.sync_policies(compiled.clone()).await?;
+        self.networks.sync_egress_addresses(self.egress_addresses(&leases)).await?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(compiled);
         work.done = upto;
         Ok(())
+    }
+
+    /// By workload, from what its namespace asks for.
+    fn egress_addresses(&self, leases: &[Leased]) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+        let namespaces = self.namespaces.list();
+        let wanted: HashMap<&str, Ipv4Addr> = namespaces
+            .iter()
+            .filter_map(|object| Some((object.name(), object.annotation(EGRESS_ADDRESS)?.parse().ok()?)))
+            .collect();
+        leases.iter().filter_map(|l| Some((l.address, *wanted.get(l.namespace.as_str())?))).collect()
     }
 
     fn compile(&self, work: &mut Work, leases: &[Leased]) -> Compiled {

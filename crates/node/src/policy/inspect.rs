@@ -220,8 +220,8 @@ impl Inspector {
             IpAddr::V4(to) => self.config.pod_cidr.contains(to) || self.config.service_cidr.contains(to),
             IpAddr::V6(to) => self.config.pod_cidr6.contains(to) || self.config.service_cidr6.contains(to),
         };
-        if !inside {
-            let why = "the address is outside, and there is no way outside".to_owned();
+        if !inside && !current.policies.is_outside(flow.destination) {
+            let why = "the address is outside, and no uplink leads there (atoll up --egress)".to_owned();
             return (text(&decision.egress), Err(why));
         }
         (text(&decision.egress), text(&decision.ingress))

@@ -20,6 +20,9 @@ pub fn admit(
     object: &mut Object,
 ) -> StatusResult<Effects> {
     let mut effects = Effects::default();
+    if let Operation::Create | Operation::Update { .. } = operation {
+        check_egress_address(target, object)?;
+    }
     match operation {
         Operation::Create => {
             let name = object.name().to_owned();
@@ -49,6 +52,21 @@ pub fn admit(
         }
     }
     Ok(effects)
+}
+
+/// The source that the namespace's workloads have outside must be an address that a host can have.
+fn check_egress_address(target: &Target, object: &Object) -> StatusResult<()> {
+    const NAME: &str = "atoll.dev/egress-address";
+    let Some(text) = object.annotation(NAME) else { return Ok(()) };
+    let usable = text.parse::<std::net::Ipv4Addr>().is_ok_and(|address| {
+        let first = address.octets()[0];
+        !address.is_loopback() && !address.is_link_local() && first != 0 && first < 224
+    });
+    if usable {
+        return Ok(());
+    }
+    let why = format!("Invalid value: \"{text}\": must be one of the host's IPv4 addresses, like 192.0.2.7");
+    Err(target.invalid(vec![crate::rest::cause("FieldValueInvalid", &format!("metadata.annotations[{NAME}]"), why)]))
 }
 
 pub fn has_finalizers(object: &Object) -> bool {

@@ -1,6 +1,7 @@
 //! nf_tables: tables, chains, sets, rules and their expressions, as `linux/netfilter/nf_tables.h` numbers them. Registers
 //! are named by 32-bit slots: `R0` to `R15`; a concatenated key occupies consecutive ones.
 
+mod nat;
 mod rule;
 
 use super::parse::{Attributes, text};

@@ -35,14 +35,14 @@ impl Rule {
         comment.clone_into(&mut self.comment);
         self
     }
-    fn expression(mut self, name: &str, fill: impl FnOnce(&mut Writer)) -> Rule {
+    pub(super) fn expression(mut self, name: &str, fill: impl FnOnce(&mut Writer)) -> Rule {
         self.writer.nest(LIST_ELEM, |w| {
             w.string(1, name);
             w.nest(2, fill);
         });
         self
     }
-    fn meta(self, key: u32, to: Reg) -> Rule {
+    pub(super) fn meta(self, key: u32, to: Reg) -> Rule {
         self.expression("meta", |w| {
             w.be32(2, key);
             w.be32(1, to.number());
@@ -64,7 +64,7 @@ impl Rule {
             w.be32(3, from.number());
         })
     }
-    fn payload(self, base: u32, offset: u32, length: u32, to: Reg) -> Rule {
+    pub(super) fn payload(self, base: u32, offset: u32, length: u32, to: Reg) -> Rule {
         self.expression("payload", |w| {
             w.be32(1, to.number());
             w.be32(2, base);
@@ -94,14 +94,14 @@ impl Rule {
     pub fn equal(self, register: Reg, value: &[u8]) -> Rule {
         self.compare(register, 0, value)
     }
-    fn compare(self, register: Reg, operator: u32, value: &[u8]) -> Rule {
+    pub(super) fn compare(self, register: Reg, operator: u32, value: &[u8]) -> Rule {
         self.expression("cmp", |w| {
             w.be32(1, register.number());
             w.be32(2, operator);
             w.nest(3, |w| w.attr(DATA_VALUE, value));
         })
     }
-    fn mask(self, register: Reg, mask: &[u8]) -> Rule {
+    pub(super) fn mask(self, register: Reg, mask: &[u8]) -> Rule {
         self.expression("bitwise", |w| {
             w.be32(1, register.number());
             w.be32(2, register.number());
@@ -229,7 +229,7 @@ impl Rule {
             w.be32(7, 0);
         })
     }
-    fn immediate(self, to: Reg, value: &[u8]) -> Rule {
+    pub(super) fn immediate(self, to: Reg, value: &[u8]) -> Rule {
         self.expression("immediate", |w| {
             w.be32(1, to.number());
             w.nest(2, |w| w.attr(DATA_VALUE, value));

@@ -1,0 +1,138 @@
+//! The way out: `atoll up --egress`, with a world beside the host. Each test stops the instance and starts it again with
+//! what it needs.
+
+use crate::cluster::{Cluster, sleeper};
+use crate::life::{compare, host_state};
+use crate::{Outcome, Test};
+use rustix::process::Signal;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::process::{Child, Command};
+
+pub const TESTS: &[Test] = &[("egress_nat_and_routed", egress)];
+
+const HOST: &str = "203.0.113.2";
+const WORLD: &str = "203.0.113.1";
+
+/// A network namespace behind the host's link `wan`, with a web server that tells clients their address.
+pub struct World {
+    pub netns: String,
+    server: Option<Child>,
+}
+
+impl World {
+    pub fn new(c: &Cluster) -> World {
+        let netns = format!("atoll-e2e-world-{}", std::process::id());
+        assert!(Command::new("ip").args(["netns", "add", &netns]).status().unwrap().success());
+        let mut world = World { netns, server: None };
+        let host = |line: &str| c.host("ip", &line.split(' ').collect::<Vec<_>>()).good();
+        host(&format!("link add wan type veth peer name eth0 netns {}", world.netns));
+        c.host("sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=1"]).good();
+        host(&format!("address add {HOST}/24 dev wan"));
+        host("link set wan up");
+        for line in ["link set lo up", "address add 203.0.113.1/24 dev eth0", "link set eth0 up"] {
+            assert!(world.command("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
+        }
+        host(&format!("route add default via {WORLD}"));
+        let route = format!("route add 10.42.0.0/16 via {HOST}");
+        assert!(world.command("ip").args(route.split(' ')).status().unwrap().success());
+        let root = c.scratch("world");
+        fs::create_dir_all(root.join("cgi-bin")).unwrap();
+        fs::write(root.join("cgi-bin/who"), "#!/bin/sh\necho\necho $REMOTE_ADDR\n").unwrap();
+        fs::set_permissions(root.join("cgi-bin/who"), fs::Permissions::from_mode(0o755)).unwrap();
+        let server =
+            world.command("/bin/busybox").args(["httpd", "-f", "-p", "203.0.113.1:80", "-h"]).arg(&root).spawn();
+        world.server = Some(server.unwrap());
+        world
+    }
+
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.netns)).arg("--").arg(program);
+        command
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+        // Its end of the link goes with it, and the host's routes with that.
+        let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
+    }
+}
+
+/// Who the world says that the pod is; empty where there is no way.
+fn who(c: &Cluster, namespace: &str) -> String {
+    let line = format!("printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {WORLD} 80 | tail -n 1");
+    c.kubectl(&["exec", "-n", namespace, "pod", "--", "sh", "-c", &line]).out.trim().to_owned()
+}
+
+fn let_out(namespace: &str, block: &str) -> String {
+    format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: out, namespace: {namespace}}}\nspec:\n  \
+         podSelector: {{}}\n  policyTypes: [Egress]\n  egress: [{{to: [{{ipBlock: {{cidr: {block}}}}}]}}]\n"
+    )
+}
+
+fn egress(c: &Cluster) -> Outcome {
+    let world = World::new(c);
+    let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    c.stop(Signal::TERM);
+    down();
+    let before = host_state(c);
+    c.up_with(&["--egress", "nat"], &[]);
+    let ns = c.namespace("t-egress");
+    c.apply(&sleeper("pod", &ns));
+    c.wait_ready(&ns, "pod/pod");
+    let pod = c.kubectl(&["get", "pod", "-n", &ns, "pod", "-o", "jsonpath={.status.podIP}"]).good();
+    let explain = || {
+        c.atoll(&[
+            "network",
+            "explain",
+            "--data-dir",
+            &c.data().to_string_lossy(),
+            &format!("{ns}/pod"),
+            WORLD,
+            "--port",
+            "80",
+        ])
+    };
+    assert_eq!(who(c, &ns), "", "no policy lets it out");
+    assert!(explain().out.contains("is refused"), "{}", explain().out);
+    c.apply(&let_out(&ns, "0.0.0.0/0"));
+    c.until("the policy lets it out", || who(c, &ns) == HOST);
+    assert!(explain().good().contains("passes"));
+    // The host's own addresses are not outside.
+    let own = c.kubectl(&["exec", "-n", &ns, "pod", "--", "nc", "-w", "3", "-z", HOST, "7443"]);
+    assert!(!own.ok, "{}", own.out);
+    // Another address of the host for this namespace.
+    let bad = c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address=nowhere"]).bad();
+    assert!(bad.contains("metadata.annotations[atoll.dev/egress-address]") && bad.contains("\"nowhere\""), "{bad}");
+    c.host("ip", &["address", "add", "203.0.113.7/24", "dev", "wan"]).good();
+    c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address=203.0.113.7"]).good();
+    c.until("the namespace has its address outside", || who(c, &ns) == "203.0.113.7");
+    c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address-"]).good();
+    c.host("ip", &["address", "del", "203.0.113.7/24", "dev", "wan"]).good();
+    // Killed: what is open goes on without it, and the next one finds everything.
+    c.stop(Signal::KILL);
+    c.up_with(&["--egress", "nat"], &[]);
+    c.until("out again", || who(c, &ns) == HOST);
+    c.apply(&let_out(&ns, "192.0.2.0/24"));
+    c.until("the policy names other addresses", || who(c, &ns).is_empty());
+    c.apply(&let_out(&ns, "203.0.113.0/24"));
+    c.stop(Signal::TERM);
+    c.up_with(&["--egress", "routed"], &[]);
+    c.until("routed keeps the pod's address", || who(c, &ns) == pod);
+    c.stop(Signal::TERM);
+    down();
+    compare(&before, &host_state(c), "after atoll down");
+    c.up();
+    c.wait_ready(&ns, "pod/pod");
+    assert_eq!(who(c, &ns), "", "without --egress nothing gets out");
+    compare(&before, &host_state(c), "without --egress");
+    drop(world);
+    Outcome::Passed
+}

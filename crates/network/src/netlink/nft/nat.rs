@@ -1,0 +1,77 @@
+//! Expressions that only the uplink's ruleset needs: source and destination translation, segment sizes.
+
+use super::{NFPROTO_IPV4, R0, Reg, Rule};
+use std::net::Ipv4Addr;
+
+const TCP: u8 = 6;
+const SYN: u8 = 2;
+const SYN_RST: u8 = 6;
+const STATUS_DNAT: u32 = 1 << 5;
+const CT_STATUS: u32 = 2;
+/// `RTN_LOCAL`: an address of this machine.
+const ADDRESS_LOCAL: u32 = 2;
+
+impl Rule {
+    pub fn unless_input(self, name: &str) -> Rule {
+        self.load_input_name(R0).compare(R0, 1, &super::interface_name(name))
+    }
+    /// Whether the connection's destination has been translated.
+    pub fn if_translated(self, yes: bool) -> Rule {
+        let status = self.expression("ct", |w| {
+            w.be32(1, R0.number());
+            w.be32(2, CT_STATUS);
+        });
+        status.mask(R0, &STATUS_DNAT.to_ne_bytes()).compare(R0, u32::from(yes), &[0; 4])
+    }
+    /// Whether the destination is an address of this namespace.
+    pub fn if_destination_local(self) -> Rule {
+        let kind = self.expression("fib", |w| {
+            w.be32(1, R0.number());
+            w.be32(2, 3);
+            w.be32(3, 2);
+        });
+        kind.equal(R0, &ADDRESS_LOCAL.to_ne_bytes())
+    }
+    /// Lowers the segment size that a TCP connection's opening packets offer to what the route carries.
+    pub fn clamp_segments(self) -> Rule {
+        let opening = self.if_protocol(TCP).payload(2, 13, 1, R0).mask(R0, &[SYN_RST]).equal(R0, &[SYN]);
+        opening
+            .expression("rt", |w| {
+                w.be32(1, R0.number());
+                w.be32(2, 3);
+            })
+            .expression("byteorder", |w| {
+                w.be32(1, R0.number());
+                w.be32(2, R0.number());
+                w.be32(3, 1);
+                w.be32(4, 2);
+                w.be32(5, 2);
+            })
+            .expression("exthdr", |w| {
+                w.u8(2, 2);
+                w.be32(3, 2);
+                w.be32(4, 2);
+                w.be32(6, 1);
+                w.be32(7, R0.number());
+            })
+    }
+    /// The source becomes the address of the link that the packet leaves by.
+    pub fn masquerade(self) -> Rule {
+        self.expression("masq", |_| {})
+    }
+    /// The source becomes the address in the register.
+    pub fn source_nat_from(self, address: Reg) -> Rule {
+        self.nat(0, address)
+    }
+    /// The destination becomes this address; the port stays.
+    pub fn destination_nat_to(self, address: Ipv4Addr) -> Rule {
+        self.immediate(R0, &address.octets()).nat(1, R0)
+    }
+    fn nat(self, kind: u32, address: Reg) -> Rule {
+        self.expression("nat", |w| {
+            w.be32(1, kind);
+            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(3, address.number());
+        })
+    }
+}

@@ -1,0 +1,242 @@
+//! The way out, if an administrator asked for one: a veth pair between the router and the host's network namespace, and
+//! on the host one nftables table of the instance's name, routes over that link, and `ip_forward`.
+//!
+//! ```text
+//! router:  0.0.0.0/1, 128.0.0.0/1 via 169.254.1.2 dev uplink          (more specific than the default, which refuses)
+//! host:    <pod CIDR>, 169.254.1.3 via 169.254.1.3 dev atoll-<instance>
+//!          table ip atoll-<instance>: see `host.rs`
+//! ```
+//!
+//! Next hops are fixed neighbours that no device has as an address: nothing is asked by ARP. What was on the host before
+//! is written to `<run_dir>/uplink` before anything is changed and put back from there, by whichever process.
+
+mod host;
+mod sysctls;
+
+use crate::attach::mac_of;
+use crate::config::{MTU, RouterConfig};
+use crate::error::{Error, Result};
+use crate::firewall;
+use crate::netlink::nft::{self, Family, Transaction};
+use crate::netlink::route::{self, Veth};
+use crate::netlink::{Batch, Socket};
+use crate::ns;
+use crate::router::{Router, guard};
+use crate::services::Protocol;
+use rustix::fd::BorrowedFd;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+/// The router's end.
+pub(crate) const LINK: &str = "uplink";
+const HOST_HOP: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 2);
+/// Where the router takes connections to ports of the node; as a next hop, the router seen from the host.
+pub const NODE: Ipv4Addr = Ipv4Addr::new(169, 254, 1, 3);
+
+/// How workloads get out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Egress {
+    /// Not at all; the host is not touched.
+    #[default]
+    None,
+    /// With an address of the host as their source.
+    Nat,
+    /// With their own addresses; the world outside has routes back to this host.
+    Routed,
+}
+
+/// What the host's table holds beside its fixed rules.
+pub(crate) struct Uplink {
+    socket: Socket,
+    table: String,
+    sources: Option<BTreeMap<Ipv4Addr, Ipv4Addr>>,
+    exposed: Option<BTreeSet<(Protocol, u16)>>,
+}
+
+impl Router {
+    /// Makes the way out of the router to the namespace `host`, or takes it away. What an earlier process left is found
+    /// and used again. A failure leaves nothing behind.
+    pub fn set_egress(&self, host: BorrowedFd<'_>, egress: Egress) -> Result<()> {
+        *guard(&self.uplink) = None;
+        if egress == Egress::None {
+            return self.remove_uplink(host);
+        }
+        match self.make_uplink(host, egress) {
+            Ok(uplink) => *guard(&self.uplink) = Some(uplink),
+            Err(error) => {
+                let _ = self.remove_uplink(host);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    pub fn has_uplink(&self) -> bool {
+        guard(&self.uplink).is_some()
+    }
+
+    /// Where the uplink leads, sorted; without one, nowhere.
+    pub fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+        if !self.has_uplink() {
+            return Vec::new();
+        }
+        let mut from = Some(Ipv4Addr::UNSPECIFIED);
+        let mut all = Vec::new();
+        for (first, last) in firewall::inside(&self.config) {
+            if let Some(from) = from.filter(|from| *from < first) {
+                all.push((from, Ipv4Addr::from_bits(first.to_bits() - 1)));
+            }
+            from = last.to_bits().checked_add(1).map(Ipv4Addr::from_bits);
+        }
+        all.extend(from.map(|from| (from, Ipv4Addr::BROADCAST)));
+        all
+    }
+
+    /// Workloads whose connections leave with an address other than the one the host would choose; all others follow
+    /// the host. Without a translating uplink, nothing.
+    pub fn sync_egress_addresses(&self, sources: &BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<()> {
+        match &mut *guard(&self.uplink) {
+            Some(uplink) => uplink.sync_sources(sources),
+            None => Ok(()),
+        }
+    }
+
+    /// Ports of the host that packets from outside are led from to the router, with their source kept. Without an
+    /// uplink, nothing.
+    pub fn sync_exposed(&self, ports: &BTreeSet<(Protocol, u16)>) -> Result<()> {
+        match &mut *guard(&self.uplink) {
+            Some(uplink) => uplink.sync_exposed(ports),
+            None => Ok(()),
+        }
+    }
+
+    fn make_uplink(&self, host: BorrowedFd<'_>, egress: Egress) -> Result<Uplink> {
+        let name = host_name(&self.config)?;
+        let state = self.config.run_dir.join("uplink");
+        let host_there = ns::in_ns(host, || {
+            let mut socket = Socket::route()?;
+            let link = route::find_link(&mut socket, &name)?;
+            check_routes(&mut socket, &self.config, link.as_ref().map(|link| link.index))?;
+            sysctls::save(&state)?;
+            Ok::<_, Error>(link.is_some())
+        })??;
+        let index = self.uplink_pair(host, &name, host_there)?;
+        let mut batch = Batch::new();
+        batch.set_up(index);
+        batch.add_neighbour(index, HOST_HOP, mac_of(HOST_HOP));
+        for half in [Ipv4Addr::UNSPECIFIED, Ipv4Addr::new(128, 0, 0, 0)] {
+            batch.add_route_via((half, 1), index, HOST_HOP, Some(self.config.router_address()));
+        }
+        guard(&self.route).send(batch)?;
+        ns::in_ns(host, || {
+            ns::sysctl(&format!("ipv6/conf/{name}/disable_ipv6"), "1")?;
+            for (switch, value) in [("rp_filter", "1"), ("accept_source_route", "0"), ("accept_redirects", "0")] {
+                ns::sysctl(&format!("ipv4/conf/{name}/{switch}"), value)?;
+            }
+            let mut route = Socket::route()?;
+            let index = route::link_index(&mut route, &name)?;
+            let mut batch = Batch::new();
+            batch.set_up(index);
+            batch.add_neighbour(index, NODE, mac_of(NODE));
+            let pods = (self.config.pod_cidr.base(), self.config.pod_cidr.prefix());
+            for network in [pods, (NODE, 32)] {
+                batch.add_route_via(network, index, NODE, None);
+            }
+            route.send(batch)?;
+            let mut socket = Socket::netfilter()?;
+            let fresh = host::ensure(&mut socket, &name, &self.config, egress)?;
+            ns::sysctl("ipv4/ip_forward", "1")?;
+            let known = || fresh.then(Default::default);
+            Ok(Uplink { socket, sources: known(), exposed: fresh.then(Default::default), table: name.clone() })
+        })?
+    }
+
+    /// Makes the pair unless both ends are there. Answers the index of the router's end.
+    fn uplink_pair(&self, host: BorrowedFd<'_>, name: &str, host_there: bool) -> Result<u32> {
+        let mut route = guard(&self.route);
+        if let (Some(link), true) = (route::find_link(&mut route, LINK)?, host_there) {
+            return Ok(link.index);
+        }
+        let mut batch = Batch::new();
+        batch.delete_link(LINK);
+        route.send(batch)?;
+        if host_there {
+            // The other end of one that belonged to a router that is gone.
+            ns::in_ns(host, || delete_link(name))??;
+        }
+        let mut batch = Batch::new();
+        batch.add_veth(&Veth {
+            name: LINK,
+            mac: mac_of(NODE),
+            peer_name: name,
+            peer_mac: mac_of(HOST_HOP),
+            peer_ns: Some(host),
+            mtu: MTU,
+        });
+        route.send(batch)?;
+        route::link_index(&mut route, LINK)
+    }
+
+    fn remove_uplink(&self, host: BorrowedFd<'_>) -> Result<()> {
+        let state = self.config.run_dir.join("uplink");
+        if !state.exists() {
+            return Ok(());
+        }
+        let name = host_name(&self.config)?;
+        let mut batch = Batch::new();
+        batch.delete_link(LINK);
+        guard(&self.route).send(batch)?;
+        ns::in_ns(host, || {
+            delete_link(&name)?;
+            let mut socket = Socket::netfilter()?;
+            if nft::table_comment(&mut socket, &name, Family::Ip)?.is_some() {
+                let mut transaction = Transaction::new(&name);
+                transaction.delete_table();
+                transaction.commit(&mut socket)?;
+            }
+            sysctls::restore(&state)
+        })?
+    }
+}
+
+/// Of the host's end, and of the table there: `atoll-` and the instance.
+fn host_name(config: &RouterConfig) -> Result<String> {
+    let instance = config.run_dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let fine = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+    if instance.is_empty() || instance.len() > 9 || !instance.bytes().all(fine) {
+        let why = "its last part names the uplink, and must be 1 to 9 letters and digits".to_owned();
+        return Err(Error::Config { field: "run_dir", value: config.run_dir.display().to_string(), why });
+    }
+    Ok(format!("atoll-{instance}"))
+}
+
+/// In the thread's namespace.
+fn delete_link(name: &str) -> Result<()> {
+    let mut batch = Batch::new();
+    batch.delete_link(name);
+    Socket::route()?.send(batch)
+}
+
+/// Routes of the host's own must not be hidden, nor hide workloads.
+fn check_routes(socket: &mut Socket, config: &RouterConfig, own: Option<u32>) -> Result<()> {
+    let pods = config.pod_cidr;
+    for found in route::routes(socket)? {
+        let inside = found.prefix >= pods.prefix() && pods.contains(found.base);
+        // Wider routes than the pods' are less specific and stay what they are.
+        if inside && Some(found.link) != own {
+            let links = route::links(socket)?;
+            let link = links.into_iter().find(|link| link.index == found.link);
+            let by = link.map_or_else(String::new, |link| format!(" by {}", link.name));
+            return Err(Error::Config {
+                field: "egress",
+                value: pods.to_string(),
+                why: format!(
+                    "the host has a route to {}/{}{by} inside the workloads' network; remove it, or the other Atoll \
+                     that has an uplink",
+                    found.base, found.prefix
+                ),
+            });
+        }
+    }
+    Ok(())
+}
