@@ -15,16 +15,17 @@ const HOST: &str = "203.0.113.2";
 const WORLD: &str = "203.0.113.1";
 
 /// A network namespace behind the host's link `wan`, with a web server that tells clients their address.
-pub struct World {
-    pub netns: String,
+struct World<'a> {
+    c: &'a Cluster,
+    netns: String,
     server: Option<Child>,
 }
 
-impl World {
-    pub fn new(c: &Cluster) -> World {
+impl World<'_> {
+    fn new(c: &Cluster) -> World<'_> {
         let netns = format!("atoll-e2e-world-{}", std::process::id());
         assert!(Command::new("ip").args(["netns", "add", &netns]).status().unwrap().success());
-        let mut world = World { netns, server: None };
+        let mut world = World { c, netns, server: None };
         let host = |line: &str| c.host("ip", &line.split(' ').collect::<Vec<_>>()).good();
         host(&format!("link add wan type veth peer name eth0 netns {}", world.netns));
         c.host("sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=1"]).good();
@@ -46,20 +47,21 @@ impl World {
         world
     }
 
-    pub fn command(&self, program: &str) -> Command {
+    fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/run/netns/{}", self.netns)).arg("--").arg(program);
         command
     }
 }
 
-impl Drop for World {
+impl Drop for World<'_> {
     fn drop(&mut self) {
         if let Some(mut server) = self.server.take() {
             let _ = server.kill();
             let _ = server.wait();
         }
-        // Its end of the link goes with it, and the host's routes with that.
+        // Both ends go, and the host's routes with them. With the namespace alone they would go some time later.
+        self.c.host("ip", &["link", "del", "wan"]);
         let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
     }
 }
