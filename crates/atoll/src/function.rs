@@ -3,8 +3,10 @@
 
 pub(crate) mod api;
 mod deploy;
+mod lambda;
 mod project;
 mod watch;
+mod zip;
 
 use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
@@ -28,7 +30,7 @@ pub(crate) const LOOK: Duration = Duration::from_millis(200);
 pub enum Function {
     /// Serve a component: from its file, from a project's directory, or from an image
     #[command(
-        after_help = "Examples:\n  atoll function deploy price ./price.wasm --route shop.localhost/price --env TAX=19\n  atoll function deploy price ./project --secret DB_PASSWORD=db/password"
+        after_help = "Examples:\n  atoll function deploy price ./price.wasm --route shop.localhost/price --env TAX=19\n  atoll function deploy price ./project --secret DB_PASSWORD=db/password\n  atoll function deploy greet ./greet.zip --lambda --base 127.0.0.1:5000/lambda/python:3.11 --handler app.handler"
     )]
     Deploy(Deploy),
     /// List functions
@@ -113,7 +115,7 @@ pub struct Deploy {
     #[command(flatten)]
     at: At,
     name: String,
-    /// A .wasm file, a project's directory, or an image's name
+    /// A .wasm file, a project's directory, or an image's name; with --lambda a .zip file or an image's name
     #[arg(value_name = "FILE|DIR|IMAGE")]
     source: String,
     /// Where the gateway serves it, HOST/PATH; may be given several times
@@ -140,9 +142,18 @@ pub struct Deploy {
     /// Instances at most
     #[arg(long)]
     max_scale: Option<u32>,
-    /// What runs it: wasm, container or microvm
-    #[arg(long, default_value = "wasm", value_parser = ["wasm", "container", "microvm"])]
-    boundary: String,
+    /// It speaks Lambda's runtime API: a zip with a `bootstrap`, or an image with a runtime interface client in it
+    #[arg(long)]
+    lambda: bool,
+    /// The image that a zip is put over; without one, its `bootstrap` must need no other file
+    #[arg(long, value_name = "IMAGE", requires = "lambda")]
+    base: Option<String>,
+    /// What the runtime is told to call, such as app.handler
+    #[arg(long, requires = "lambda")]
+    handler: Option<String>,
+    /// What runs it: wasm, container or microvm; wasm if left out, container with --lambda
+    #[arg(long, value_parser = ["wasm", "container", "microvm"])]
+    boundary: Option<String>,
     /// Host part of the name that a file gets as an image
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     registry: String,

@@ -68,7 +68,7 @@ pub fn run(options: &Up) -> Outcome {
 pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
     let exe = executable()?;
     Ok(vec![
-        Arc::new(ContainerBoundary::new(exe.clone(), host_netns)),
+        Arc::new(ContainerBoundary::new(exe.clone(), instance.data_dir.clone(), host_netns)),
         Arc::new(MicrovmBoundary::new(exe.clone())),
         Arc::new(WasmBoundary::new(exe, instance.data_dir.clone(), instance.run_dir.clone())),
     ])

@@ -20,9 +20,14 @@ pub(crate) fn socket_path(run_dir: &Path) -> PathBuf {
 
 /// Starts a host that runs as `uid`, with its socket in `run_dir`. Returns when it serves; it is no child of the caller.
 pub fn launch(exe: &Path, run_dir: &Path, uid: u32) -> Result<Client> {
+    launch_role(exe, "function-host", run_dir, uid)?;
+    Client::connect(run_dir)
+}
+
+pub(crate) fn launch_role(exe: &Path, role: &str, run_dir: &Path, uid: u32) -> Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(run_dir).map_err(io("create", run_dir))?;
     let output = Command::new(exe)
-        .arg("function-host")
+        .arg(role)
         .arg(run_dir)
         .arg(uid.to_string())
         .env_clear()
@@ -32,7 +37,25 @@ pub fn launch(exe: &Path, run_dir: &Path, uid: u32) -> Result<Client> {
     if !output.status.success() {
         return Err(Error::Start(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
-    Client::connect(run_dir)
+    Ok(())
+}
+
+/// A connection to the control socket in `run_dir`; `NotRunning` if nobody listens.
+pub(crate) fn connect_to(run_dir: &Path) -> Result<OwnedFd> {
+    let path = socket_path(run_dir);
+    let failed = |e: rustix::io::Errno| io("connect to", &path)(e);
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed)?;
+    let address = SocketAddrUnix::new(&path).map_err(failed)?;
+    connect(&socket, &address).map_err(|_| Error::NotRunning)?;
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, timeout, Some(ANSWER)).map_err(failed)?;
+    }
+    Ok(socket)
+}
+
+/// Takes the limit off the wait for an answer.
+pub(crate) fn wait_for_ever(socket: &OwnedFd) -> Result<()> {
+    set_socket_timeout(socket, Timeout::Recv, None).map_err(io("configure", "the socket"))
 }
 
 /// A connection to a host.
@@ -43,15 +66,7 @@ pub struct Client {
 impl Client {
     /// `NotRunning` if there is no host.
     pub fn connect(run_dir: &Path) -> Result<Client> {
-        let path = socket_path(run_dir);
-        let failed = |e: rustix::io::Errno| io("connect to", &path)(e);
-        let socket =
-            socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed)?;
-        let address = SocketAddrUnix::new(&path).map_err(failed)?;
-        connect(&socket, &address).map_err(|_| Error::NotRunning)?;
-        for timeout in [Timeout::Recv, Timeout::Send] {
-            set_socket_timeout(&socket, timeout, Some(ANSWER)).map_err(failed)?;
-        }
+        let socket = connect_to(run_dir)?;
         let client = Client { socket };
         match client.ask(&Request::Hello, &[])? {
             Reply::Hello { version: VERSION } => Ok(client),
@@ -110,7 +125,7 @@ impl Client {
     /// Waits until something changed after `since`; gives the number of the last change. May wait for ever: use a
     /// connection of its own.
     pub fn changed(&self, since: u64) -> Result<u64> {
-        set_socket_timeout(&self.socket, Timeout::Recv, None).map_err(io("configure", "the socket"))?;
+        wait_for_ever(&self.socket)?;
         match self.ask(&Request::Changed { since }, &[])? {
             Reply::Changed { sequence } => Ok(sequence),
             other => Err(unexpected(other)),

@@ -16,6 +16,8 @@ mod log;
 mod ticker;
 mod trace;
 
+pub(crate) use trace::continue_in as continue_trace;
+
 use crate::error::{Error, Result, chain, io};
 use crate::{client, jail};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
@@ -32,13 +34,22 @@ const SERVE: &str = "--serve";
 const READY: &[u8] = b"ready";
 const LIMITS: jail::Limits = jail::Limits { processes: 512, descriptors: 65536, address_space: None, cpu: None };
 
+const ROLE: &str = "function-host";
+
 /// Entry of `atoll function-host RUN_DIR UID`. Returns 0 when the host serves, detached.
 pub fn main(args: &[String]) -> i32 {
+    role(ROLE, args, serve_jailed)
+}
+
+/// A role that serves a control socket from a jail: started, it starts itself again, detached.
+pub(crate) fn role(role: &str, args: &[String], serve: fn(OwnedFd, &Path, u32) -> Result<()>) -> i32 {
     let result = match args {
-        [serve, run_dir, uid] if serve == SERVE => parse(uid).and_then(|uid| serve_jailed(Path::new(run_dir), uid)),
-        [run_dir, uid] => parse(uid).and_then(|uid| start(Path::new(run_dir), uid)),
+        [again, run_dir, uid] if again == SERVE => {
+            parse(uid).and_then(|uid| control_socket().and_then(|socket| serve(socket, Path::new(run_dir), uid)))
+        }
+        [run_dir, uid] => parse(uid).and_then(|uid| start(role, Path::new(run_dir), uid)),
         _ => {
-            eprintln!("usage: atoll function-host RUN_DIR UID (started by the node agent)");
+            eprintln!("usage: atoll {role} RUN_DIR UID (started by the node agent)");
             return 2;
         }
     };
@@ -51,6 +62,13 @@ pub fn main(args: &[String]) -> i32 {
     }
 }
 
+/// The second process's standard input.
+fn control_socket() -> Result<OwnedFd> {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(io("take over", "the control socket"))?;
+    let _ = rustix::process::setsid();
+    Ok(socket)
+}
+
 fn parse(uid: &str) -> Result<u32> {
     match uid.parse() {
         Ok(uid) if uid > 0 => Ok(uid),
@@ -59,7 +77,7 @@ fn parse(uid: &str) -> Result<u32> {
 }
 
 /// The first process.
-fn start(run_dir: &Path, uid: u32) -> Result<()> {
+fn start(role: &str, run_dir: &Path, uid: u32) -> Result<()> {
     let socket = listening_socket(run_dir)?;
     let log_path = run_dir.join("host.log");
     let log = File::options()
@@ -72,7 +90,7 @@ fn start(run_dir: &Path, uid: u32) -> Result<()> {
     crate::sys::unshare(UnshareFlags::NEWPID).map_err(io("leave the PID namespace of", "the host"))?;
     let exe = Path::new("/proc/self/exe");
     let mut child = Command::new(exe)
-        .args(["function-host", SERVE])
+        .args([role, SERVE])
         .arg(run_dir)
         .arg(uid.to_string())
         .env_clear()
@@ -105,10 +123,7 @@ fn listening_socket(run_dir: &Path) -> Result<OwnedFd> {
 }
 
 /// The second process, first of its PID namespace.
-fn serve_jailed(run_dir: &Path, uid: u32) -> Result<()> {
-    let stdin = std::io::stdin();
-    let socket = stdin.as_fd().try_clone_to_owned().map_err(io("take over", "the control socket"))?;
-    let _ = rustix::process::setsid();
+fn serve_jailed(socket: OwnedFd, run_dir: &Path, uid: u32) -> Result<()> {
     // The engine opens /proc/self/pagemap, which will not be there later.
     let engine = jail::as_user(uid, crate::engine::serving)?.map_err(|e| Error::Start(format!("{e:#}")))?;
     jail::leave_the_host(run_dir)?;
@@ -128,7 +143,7 @@ fn serve_jailed(run_dir: &Path, uid: u32) -> Result<()> {
 
 /// From here on whoever started us may go. Standard output, the report's pipe, becomes a second standard error: the
 /// reader waits for its end.
-fn report_ready() -> Result<()> {
+pub(crate) fn report_ready() -> Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(READY).and_then(|()| stdout.flush()).map_err(io("report to", "the starter"))?;
     rustix::stdio::dup2_stdout(std::io::stderr()).map_err(io("redirect", "standard output"))

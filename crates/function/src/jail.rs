@@ -109,7 +109,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_pipe2,
     libc::SYS_ftruncate,
     libc::SYS_memfd_create,
-    // sockets that were handed in, and those they accept
+    // sockets that were handed in (bound, maybe not listening yet), and those they accept
+    libc::SYS_listen,
     libc::SYS_accept4,
     libc::SYS_recvfrom,
     libc::SYS_sendto,

@@ -18,6 +18,7 @@ mod engine;
 mod error;
 pub mod host;
 mod jail;
+pub mod lambda;
 #[allow(unsafe_code)]
 mod sys;
 mod wire;

@@ -117,7 +117,7 @@ async fn whole_life() {
     image(base);
     let pod = pod(base);
     let exe = std::env::current_exe().expect("own path");
-    let boundary = ContainerBoundary::new(exe.clone(), None);
+    let boundary = ContainerBoundary::new(exe.clone(), base.to_owned(), None);
     assert!(matches!(boundary.list(&pod).await, Err(BoundaryError::NoSandbox(_))));
     assert!(matches!(boundary.changed(&pod).await, Err(BoundaryError::NoSandbox(_))));
     boundary.prepare(&pod).await.expect("prepared");
@@ -141,7 +141,7 @@ async fn whole_life() {
 
     // Another agent, as after a restart, finds it as it was.
     drop(boundary);
-    let boundary = ContainerBoundary::new(exe, None);
+    let boundary = ContainerBoundary::new(exe, base.to_owned(), None);
     boundary.prepare(&pod).await.expect("found");
     assert!(boundary.list(&pod).await.expect("list").contains(&running));
     let mut changed = Box::pin(boundary.changed(&pod));

@@ -1,7 +1,7 @@
 //! From a component's file, or an image's name, to a Knative Service that serves it.
 
 use super::api::{Api, Refusal};
-use super::{Deploy, services, wait_ready};
+use super::{Deploy, lambda, services, wait_ready};
 use crate::cli::{Failure, Outcome, explain};
 use crate::instance::Instance;
 use image::{Digest, ImportOptions, Store};
@@ -17,9 +17,10 @@ const SHORT: usize = 16;
 pub async fn run(options: &Deploy) -> Outcome {
     let api = options.at.api()?;
     let namespace = options.at.namespace(&api);
-    let image = match local(&options.source)? {
-        Some(file) => import(options, &namespace, &file)?,
-        None => options.source.clone(),
+    let image = match (options.lambda, local(&options.source)?) {
+        (true, Some(file)) => package(options, &namespace, &file)?,
+        (false, Some(file)) => import(options, &namespace, &file)?,
+        (_, None) => options.source.clone(),
     };
     let service = service(options, &namespace, &image)?;
     let routes = routes(options, &namespace)?;
@@ -55,12 +56,28 @@ fn local(source: &str) -> Result<Option<PathBuf>, Failure> {
             false => Err(Failure(format!("{}: no function.wasm in it; run its build.sh first", path.display()))),
         };
     }
-    let looks_like_file = source.ends_with(".wasm") || source.starts_with('.') || source.starts_with('/');
+    let looks_like_file =
+        source.ends_with(".wasm") || source.ends_with(".zip") || source.starts_with('.') || source.starts_with('/');
     match path.is_file() {
         true => Ok(Some(path.to_owned())),
         false if looks_like_file => Err(Failure(format!("{source}: no such file"))),
         false => Ok(None),
     }
+}
+
+/// A zip becomes an image: over its base it is what Lambda unpacks to /var/task.
+fn package(options: &Deploy, namespace: &str, file: &Path) -> Result<String, Failure> {
+    let bytes = std::fs::read(file).map_err(|e| Failure(format!("{}: {e}", file.display())))?;
+    let instance = Instance::existing(&options.at.data.data_dir)?;
+    let store = Store::open(instance.data_dir.join("images")).map_err(explain)?;
+    let store = store.with_local_hosts([options.registry.clone()]);
+    let package = lambda::Package {
+        zip: &bytes,
+        repository: format!("{}/functions/{namespace}/{}", options.registry, options.name),
+        base: options.base.as_deref(),
+        handler: options.handler.as_deref(),
+    };
+    package.into_image(&store).map_err(|failure| Failure(format!("{}: {failure}", file.display())))
 }
 
 /// Into the image store, as a CNCF Wasm OCI artifact, named by what it holds: another content is another revision.
@@ -113,18 +130,32 @@ fn service(options: &Deploy, namespace: &str, image: &str) -> Result<Value, Fail
             annotations[format!("autoscaling.knative.dev/{annotation}")] = value.to_string().into();
         }
     }
+    if options.lambda {
+        annotations[lambda::INTERFACE] = lambda::LAMBDA.into();
+        // A runtime has one event at a time: more pods, rather than a queue, up to a bound.
+        if options.max_scale.is_none() {
+            annotations["autoscaling.knative.dev/max-scale"] = lambda::MAX_SCALE.to_string().into();
+        }
+    }
     let mut container = json!({"image": image, "env": env, "envFrom": env_from});
     if let Some(memory) = &options.memory {
         container["resources"] = json!({"limits": {"memory": memory}});
     }
     let mut spec = json!({"containers": [container]});
-    if options.boundary != "container" {
-        spec["runtimeClassName"] = options.boundary.as_str().into();
+    match (options.boundary.as_deref(), options.lambda) {
+        (Some("container") | None, true) | (Some("container"), false) => {}
+        (Some(other), true) => {
+            return Err(Failure(format!("--boundary {other}: Lambda's runtime API is there for containers only")));
+        }
+        (named, false) => spec["runtimeClassName"] = named.unwrap_or("wasm").into(),
+    }
+    if let (true, Some(handler)) = (options.lambda && !options.source.ends_with(".zip"), &options.handler) {
+        spec["containers"][0]["args"] = json!([handler]);
     }
     if let Some(seconds) = options.timeout {
         spec["timeoutSeconds"] = seconds.into();
     }
-    if let Some(concurrency) = options.concurrency {
+    if let Some(concurrency) = options.concurrency.or(options.lambda.then_some(1)) {
         spec["containerConcurrency"] = concurrency.into();
     }
     Ok(json!({

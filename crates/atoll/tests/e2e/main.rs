@@ -12,6 +12,7 @@ mod functions;
 mod gateway;
 mod images;
 mod kubectl;
+mod lambda;
 mod life;
 mod network;
 mod oci;
@@ -35,6 +36,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 /// In the order they run: the last ones stop and start the instance.
 const ALL: &[&[Test]] = &[
     functions::TESTS,
+    lambda::TESTS,
     gateway::TESTS,
     images::TESTS,
     build::TESTS,

@@ -8,7 +8,7 @@ const PARENT: HeaderName = HeaderName::from_static("traceparent");
 const STATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Replaces `traceparent` by one that names the invocation as the parent of what the function does.
-pub(super) fn continue_in(headers: &mut HeaderMap) {
+pub(crate) fn continue_in(headers: &mut HeaderMap) {
     let known = headers.get(PARENT).and_then(|value| value.to_str().ok()).and_then(trace_and_flags);
     let (trace, flags) = known.unwrap_or_else(|| {
         // What went with an unreadable parent means nothing.

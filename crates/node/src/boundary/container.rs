@@ -2,6 +2,7 @@
 //! own, seccomp and few capabilities. A shim for each pod does the work; here its requests are put together and its
 //! descriptors become streams.
 
+mod lambda;
 pub(super) mod spec;
 mod stream;
 
@@ -9,8 +10,9 @@ use super::*;
 use ::container::client::{self, Client, Ending, Live};
 use ::container::shim::protocol;
 use api::streams::Exit;
+use lambda::Lambdas;
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
@@ -24,18 +26,20 @@ pub struct ContainerBoundary {
     host_netns: Option<PathBuf>,
     /// The sequence number of each sandbox's last list: what [`Boundary::changed`] waits to see pass.
     seen: Mutex<HashMap<String, u64>>,
+    lambdas: Arc<Lambdas>,
 }
 
 impl ContainerBoundary {
     /// `exe` is this program, whose role `shim` supervises a pod. `host_netns` is the host's network namespace, if this
     /// process is in another one.
-    pub fn new(exe: PathBuf, host_netns: Option<PathBuf>) -> Self {
+    pub fn new(exe: PathBuf, data_dir: PathBuf, host_netns: Option<PathBuf>) -> Self {
         // A shim opens it while this process is there, under its own /proc/self.
         let host_netns = host_netns.map(|path| match path.strip_prefix("/proc/self") {
             Ok(rest) => PathBuf::from(format!("/proc/{}", std::process::id())).join(rest),
             Err(_) => path,
         });
-        Self { exe, host_netns, seen: Mutex::default() }
+        let lambdas = Lambdas::new(exe.clone(), data_dir);
+        Self { exe, host_netns, seen: Mutex::default(), lambdas }
     }
 
     fn note(&self, sandbox: &SandboxSpec, sequence: Option<u64>) {
@@ -72,6 +76,10 @@ async fn blocking<T: Send + 'static>(
         Ok(outcome) => outcome.map_err(|e| translate(uid, operation, e)),
         Err(e) => Err(BoundaryError::Failed { operation, message: e.to_string() }),
     }
+}
+
+fn joined(outcome: std::result::Result<Result<()>, tokio::task::JoinError>) -> Result<()> {
+    outcome.unwrap_or_else(|e| Err(BoundaryError::Failed { operation: "Lambda runtime", message: e.to_string() }))
 }
 
 fn translate(uid: String, operation: &'static str, error: ::container::Error) -> BoundaryError {
@@ -190,14 +198,26 @@ impl Boundary for ContainerBoundary {
     }
 
     async fn start(&self, sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<ContainerState> {
-        let start = spec::start(sandbox, container)?;
+        let mut container = container.clone();
+        if lambda::is_lambda(sandbox) {
+            lambda::environment(sandbox, &mut container);
+            let (lambdas, pod, starting) = (self.lambdas.clone(), sandbox.clone(), container.clone());
+            joined(tokio::task::spawn_blocking(move || lambdas.starting(&pod, &starting)).await)?;
+        }
+        let start = spec::start(sandbox, &container)?;
         self.with_shim(sandbox, "start", move |mut shim| shim.start(start)).await.map(state)
     }
 
     async fn list(&self, sandbox: &SandboxSpec) -> Result<Vec<ContainerState>> {
         let (sequence, states) = self.with_shim(sandbox, "list", |mut shim| shim.list()).await?;
         self.note(sandbox, Some(sequence));
-        Ok(states.into_iter().map(state).collect())
+        let states: Vec<ContainerState> = states.into_iter().map(state).collect();
+        if lambda::is_lambda(sandbox) {
+            let (lambdas, pod, seen) = (self.lambdas.clone(), sandbox.clone(), states.clone());
+            let told = tokio::task::spawn_blocking(move || lambdas.observed(&pod, &seen)).await;
+            told.map_err(|e| BoundaryError::Failed { operation: "list", message: e.to_string() })?;
+        }
+        Ok(states)
     }
 
     async fn changed(&self, sandbox: &SandboxSpec) -> Result<()> {
@@ -294,6 +314,10 @@ impl Boundary for ContainerBoundary {
 
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()> {
         let (cgroup, dir, run_dir) = (PathBuf::from(&sandbox.cgroup), state_dir(sandbox), sandbox.run_dir.clone());
+        if lambda::is_lambda(sandbox) {
+            let (lambdas, pod) = (self.lambdas.clone(), sandbox.clone());
+            joined(tokio::task::spawn_blocking(move || lambdas.destroyed(&pod)).await)?;
+        }
         let done = blocking(sandbox.uid.clone(), "destroy", move || client::destroy(&cgroup, &dir, &run_dir)).await;
         self.note(sandbox, None);
         done

@@ -202,10 +202,10 @@ fn host_devices() -> Vec<oci::Mount> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn container(change: impl FnOnce(&mut ContainerSpec)) -> ContainerSpec {
+    pub fn container(change: impl FnOnce(&mut ContainerSpec)) -> ContainerSpec {
         let mut spec = ContainerSpec {
             name: "web".into(),
             attempt: 2,
@@ -226,7 +226,7 @@ mod tests {
         spec
     }
 
-    fn pod() -> SandboxSpec {
+    pub fn pod() -> SandboxSpec {
         serde_json::from_value(serde_json::json!({
             "uid": "u", "namespace": "n", "name": "p", "dir": "/d", "run_dir": "/r", "hostname": "p",
             "network": {"mac": "", "mtu": 0, "dns_search": [], "host": false, "address": null, "netns": "/ns", "tap": null,
