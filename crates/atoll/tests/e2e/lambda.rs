@@ -94,7 +94,7 @@ fn bootstrap(c: &Cluster) -> Outcome {
     let address = c.kubectl(&address).good();
     c.apply(&crate::cluster::sleeper("neighbour", &ns));
     c.wait_ready(&ns, "pod/neighbour");
-    let reach = |port: &str| c.kubectl(&["exec", "-n", &ns, "neighbour", "--", "nc", "-z", "-w", "5", &address, port]);
+    let reach = |port: &str| c.kubectl(&["exec", "-n", &ns, "neighbour", "--", "nc", "-w", "5", &address, port]);
     reach("8080").good();
     reach("9001").bad();
 
