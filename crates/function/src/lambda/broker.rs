@@ -87,8 +87,12 @@ pub(super) struct Broker {
     pub spec: LambdaSpec,
     state: Mutex<State>,
     arrived: Notify,
+    taken: Notify,
     changed: Condvar,
 }
+
+/// Longer than its limit a runtime is let be, so that who waits for the answer is the first to know.
+const GRACE: Duration = Duration::from_millis(100);
 
 /// What a runtime is given.
 pub(super) struct Work {
@@ -98,7 +102,7 @@ pub(super) struct Work {
 
 impl Broker {
     pub fn new(spec: LambdaSpec) -> Broker {
-        Broker { spec, state: Mutex::default(), arrived: Notify::new(), changed: Condvar::new() }
+        Broker { spec, state: Mutex::default(), arrived: Notify::new(), taken: Notify::new(), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -157,6 +161,21 @@ impl Broker {
         Failure::new("Sandbox.Timedout", &format!("RequestId: {id} Error: Task timed out after {seconds:.2} seconds"))
     }
 
+    /// Holds the runtime to its limit, also when who invoked has gone meanwhile; runs as long as the broker.
+    pub async fn hold_to_limit(&self) {
+        let current = || self.lock().current.as_ref().map(|current| (current.id.clone(), current.deadline + GRACE));
+        loop {
+            let taken = self.taken.notified();
+            match current() {
+                Some((id, end)) => {
+                    tokio::time::sleep_until(end).await;
+                    self.time_out(&id);
+                }
+                None => taken.await,
+            }
+        }
+    }
+
     /// The runtime asks for work. One that still had some has lost it.
     pub async fn next(&self) -> Work {
         {
@@ -185,6 +204,7 @@ impl Broker {
             }
             let id = waiting.event.id.clone();
             state.current = Some(Current { id, deadline, answer: Some(waiting.answer) });
+            self.taken.notify_one();
             let now = u64::try_from(clock::now_nanos() / 1_000_000).unwrap_or(0);
             return Some(Work { event: waiting.event, deadline_ms: now + self.spec.timeout_ms });
         }
@@ -328,6 +348,27 @@ mod tests {
         // Nobody asks for it.
         assert_eq!(invoke(&broker).await.unwrap().err(), Some(Refusal::NotTaken));
         assert!(broker.lock().waiting.is_empty() && broker.lock().bytes == 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn nobody_has_to_wait_for_its_time_to_end() {
+        let broker = broker(100);
+        let holding = tokio::spawn({
+            let broker = broker.clone();
+            async move { broker.hold_to_limit().await }
+        });
+        let gone = invoke(&broker);
+        broker.next().await;
+        gone.abort();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(broker.lock().restarts, 1);
+        let answered = invoke(&broker);
+        let work = broker.next().await;
+        assert!(broker.answer(&work.event.id, Answer::Whole(Bytes::new())));
+        assert!(answered.await.unwrap().is_ok());
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(broker.lock().restarts, 1, "what was answered in time is let be");
+        holding.abort();
     }
 
     #[tokio::test]

@@ -174,6 +174,8 @@ impl Serving {
         if self.broker.set(broker.clone()).is_err() {
             return Ok(());
         }
+        let held = broker.clone();
+        self.handle.spawn(async move { held.hold_to_limit().await });
         let own = broker.clone();
         self.handle.spawn(http_server::serve(api, RUNTIME_CONNECTIONS, move |request, _| {
             runtime_api::handle(own.clone(), request)
