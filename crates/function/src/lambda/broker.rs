@@ -375,7 +375,9 @@ mod tests {
     async fn only_so_many_wait() {
         let broker = broker(60_000);
         let all: Vec<_> = (0..=WAITING).map(|_| invoke(&broker)).collect();
-        tokio::task::yield_now().await;
+        while broker.lock().waiting.len() < WAITING {
+            tokio::task::yield_now().await;
+        }
         assert!(matches!(broker.invoke(event()).await.err(), Some(Refusal::TooMany)));
         broker.init_failed(&Failure::new("Runtime.ImportModuleError", "no module"));
         let mut failed = 0;
