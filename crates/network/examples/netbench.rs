@@ -183,11 +183,12 @@ fn traffic(router: &Router) -> serde_json::Value {
     let service = |endpoint| ServiceRule {
         namespace: "default".into(),
         name: "server".into(),
-        cluster_ip: Ipv4Addr::new(10, 43, 0, 80),
+        cluster_ip: Ipv4Addr::new(10, 43, 0, 80).into(),
         protocol: Protocol::Tcp,
         port: 80,
-        endpoints: vec![(endpoint, 80)],
+        endpoints: vec![(std::net::IpAddr::V4(endpoint), 80)],
         affinity_seconds: None,
+        sources: Vec::new(),
     };
     router.sync_services(&[service(server.address)]).unwrap();
     let ways = [
@@ -237,11 +238,12 @@ fn main() {
     let service = |n: u32, count: u32| ServiceRule {
         namespace: "default".into(),
         name: format!("s{n}"),
-        cluster_ip: Ipv4Addr::from_bits(0x0a2b_1000 + n),
+        cluster_ip: Ipv4Addr::from_bits(0x0a2b_1000 + n).into(),
         protocol: Protocol::Tcp,
         port: 80,
-        endpoints: (0..count).map(|m| (Ipv4Addr::from_bits(0x0a2a_1000 + m), 80)).collect(),
+        endpoints: (0..count).map(|m| (Ipv4Addr::from_bits(0x0a2a_1000 + m).into(), 80)).collect(),
         affinity_seconds: None,
+        sources: Vec::new(),
     };
     let mut services: Vec<ServiceRule> = (0..2000).map(|n| service(n, 5)).collect();
     let begun = Instant::now();

@@ -185,6 +185,13 @@ impl RouterConfig {
             dns_address: Ipv4Addr::new(10, 43, 0, 10),
         }
     }
+    /// Whether Services may have this address.
+    pub fn serves(&self, address: IpAddr) -> bool {
+        match address {
+            IpAddr::V4(address) => self.service_cidr.contains(address) || address == crate::NODE,
+            IpAddr::V6(address) => self.service_cidr6.contains(address),
+        }
+    }
     /// The router's address towards workloads: the source of its own connections, probes and hairpins.
     pub fn router_address(&self) -> Ipv4Addr {
         self.pod_cidr.nth(1)

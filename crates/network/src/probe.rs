@@ -12,11 +12,12 @@ pub fn probe() -> Result<()> {
     let service = |port, affinity_seconds| ServiceRule {
         namespace: String::new(),
         name: "probe".to_owned(),
-        cluster_ip: config.service_cidr.nth(1),
+        cluster_ip: config.service_cidr.nth(1).into(),
         protocol: Protocol::Tcp,
         port,
-        endpoints: vec![(config.pod_cidr.nth(2), 80), (config.pod_cidr.nth(3), 80)],
+        endpoints: vec![(config.pod_cidr.nth(2).into(), 80), (config.pod_cidr.nth(3).into(), 80)],
         affinity_seconds,
+        sources: Vec::new(),
     };
     ns::in_scratch(|| {
         let mut socket = Socket::netfilter()?;

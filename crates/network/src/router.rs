@@ -130,15 +130,13 @@ impl Router {
     /// Makes the kernel's ClusterIPs exactly these, in one transaction; nothing is sent when nothing changed. Answers
     /// how many service ports changed.
     pub fn sync_services(&self, rules: &[ServiceRule]) -> Result<usize> {
-        for rule in rules {
-            let (address, cidr) = (rule.cluster_ip, self.config.service_cidr);
-            if !cidr.contains(address) && address != NODE {
-                return Err(Error::Config {
-                    field: "cluster_ip",
-                    value: address.to_string(),
-                    why: format!("of service {}/{} is not in {cidr}", rule.namespace, rule.name),
-                });
-            }
+        if let Some(rule) = rules.iter().find(|rule| !self.config.serves(rule.cluster_ip)) {
+            let (v4, v6) = (self.config.service_cidr, self.config.service_cidr6);
+            return Err(Error::Config {
+                field: "cluster_ip",
+                value: rule.cluster_ip.to_string(),
+                why: format!("of service {}/{} is not in {v4} or {v6}", rule.namespace, rule.name),
+            });
         }
         let mut firewall = guard(&self.firewall);
         let Firewall { socket, services, .. } = &mut *firewall;

@@ -1,10 +1,15 @@
-//! ClusterIPs. One map leads from (address, protocol, port) to a chain per service, whose one rule picks an endpoint by
-//! a random number (or, with session affinity, a hash of the client's address) and redirects the connection. The cost of
-//! a packet does not depend on the number of services, the cost of a change only on the services that changed.
+//! Services. One map leads from (address, protocol, port) to a chain per service, whose rule picks an endpoint by a random
+//! number and redirects the connection. The cost of a packet does not depend on the number of services, the cost of a
+//! change only on the services that changed. Both families have the same, each in its own table.
+//!
+//! With session affinity a map of the service's own remembers each client's endpoint for some time after its last
+//! connection; the kernel fills it. An endpoint that has gone is not in the chain's set any more, and another is picked.
 
 use crate::error::{Error, Result};
 use crate::firewall::{SERVICES, TABLE};
-use crate::netlink::nft::{self, Element, ElementValue, Family, Field, R0, R1, Rule, Transaction, Verdict, concat};
+use crate::netlink::nft::{
+    self, AnonymousSet, Element, ElementValue, Family, Field, R0, R8, Transaction, Verdict, concat, octets,
+};
 use crate::netlink::{Socket, conntrack};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr};
@@ -33,29 +38,32 @@ impl Protocol {
     }
 }
 
-/// One port of a Service.
+/// One port of a Service, at one of its addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceRule {
     pub namespace: String,
     pub name: String,
-    pub cluster_ip: Ipv4Addr,
+    /// A ClusterIP, or [`crate::NODE`] for a port of the node.
+    pub cluster_ip: IpAddr,
     pub protocol: Protocol,
     pub port: u16,
-    /// Ready endpoints. With none, connections are refused.
-    pub endpoints: Vec<(Ipv4Addr, u16)>,
-    /// `sessionAffinity: ClientIP`: a client stays with its endpoint. The choice is a hash of the client's address, so
-    /// it holds without a time limit for as long as the endpoints stay the same; the number itself is not used.
+    /// Those that connections go to, of the address's family; others are left out. With none, connections are refused.
+    pub endpoints: Vec<(IpAddr, u16)>,
+    /// `sessionAffinity: ClientIP`: a client stays with its endpoint until it has not connected for this long.
     pub affinity_seconds: Option<u32>,
+    /// Who may connect to an IPv4 address, as sorted, disjoint, inclusive ranges; empty: anyone.
+    pub sources: Vec<(Ipv4Addr, Ipv4Addr)>,
 }
 
-type Key = (Ipv4Addr, Protocol, u16);
+type Key = (IpAddr, Protocol, u16);
 
 /// What of a rule the kernel holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
     comment: String,
-    endpoints: Vec<(Ipv4Addr, u16)>,
-    affinity: bool,
+    endpoints: Vec<(IpAddr, u16)>,
+    affinity: Option<u32>,
+    sources: Vec<(Ipv4Addr, Ipv4Addr)>,
 }
 
 /// The services that the kernel holds now.
@@ -82,13 +90,7 @@ impl Services {
         let old = match &known {
             Some(old) => old,
             None => {
-                transaction.flush_set(SERVICES);
-                for chain in
-                    nft::chains(socket, TABLE, Family::Ip)?.iter().filter(|name| name.starts_with(CHAIN_PREFIX))
-                {
-                    transaction.flush_chain(chain);
-                    transaction.delete_chain(chain);
-                }
+                forget_everything(&mut transaction, socket)?;
                 &HashMap::new()
             }
         };
@@ -115,15 +117,11 @@ impl Services {
             return Ok(());
         }
         let stale = conntrack::find(socket, |entry| {
-            let (IpAddr::V4(destination), IpAddr::V4(endpoint)) = (entry.original.destination, entry.reply.source)
-            else {
-                return false;
-            };
-            let key = (destination, Protocol::Udp, entry.original.destination_port);
+            let key = (entry.original.destination, Protocol::Udp, entry.original.destination_port);
             let target = self.current.as_ref().and_then(|all| all.get(&key));
             entry.original.protocol == Protocol::Udp.number()
                 && changed.contains(&key)
-                && !target.is_some_and(|t| t.endpoints.contains(&(endpoint, entry.reply.source_port)))
+                && !target.is_some_and(|t| t.endpoints.contains(&(entry.reply.source, entry.reply.source_port)))
         })?;
         conntrack::delete(socket, &stale)
     }
@@ -131,20 +129,46 @@ impl Services {
 
 const CHAIN_PREFIX: &str = "svc/";
 
+/// Clients that one service remembers. Further ones go to any endpoint.
+const CLIENTS: u32 = 65_536;
+const AFFINITY_PREFIX: &str = "affinity/";
+
 fn chain_name((address, protocol, port): &Key) -> String {
     format!("{CHAIN_PREFIX}{address}/{}/{port}", protocol.name())
+}
+
+fn affinity_name(key: &Key, seconds: u32) -> String {
+    format!("{AFFINITY_PREFIX}{}/{seconds}", chain_name(key))
+}
+
+/// Removes what an earlier process left.
+fn forget_everything(t: &mut Transaction, socket: &mut Socket) -> Result<()> {
+    for family in Family::INET {
+        t.family(family);
+        t.flush_set(SERVICES);
+        for chain in nft::chains(socket, TABLE, family)?.iter().filter(|name| name.starts_with(CHAIN_PREFIX)) {
+            t.flush_chain(chain);
+            t.delete_chain(chain);
+        }
+        for map in nft::sets(socket, TABLE, family)?.iter().filter(|name| name.starts_with(AFFINITY_PREFIX)) {
+            t.delete_set(map);
+        }
+    }
+    Ok(())
 }
 
 fn targets(rules: &[ServiceRule]) -> Result<HashMap<Key, Target>> {
     let mut all = HashMap::with_capacity(rules.len());
     for rule in rules {
         let mut endpoints = rule.endpoints.clone();
+        endpoints.retain(|(address, _)| address.is_ipv4() == rule.cluster_ip.is_ipv4());
         endpoints.sort_unstable();
         endpoints.dedup();
         let target = Target {
             comment: format!("{}/{}", rule.namespace, rule.name),
             endpoints,
-            affinity: rule.affinity_seconds.is_some(),
+            affinity: rule.affinity_seconds,
+            sources: rule.sources.clone(),
         };
         let key = (rule.cluster_ip, rule.protocol, rule.port);
         if let Some(other) = all.insert(key, target) {
@@ -171,56 +195,88 @@ fn difference(t: &mut Transaction, old: &HashMap<Key, Target>, wanted: &HashMap<
             changed.insert(*key, (None, Some(target)));
         }
     }
-    // A target without endpoints has no chain: its packets reach the refusal in `forward`.
-    let some = |target: Option<&Target>| target.is_some_and(|t| !t.endpoints.is_empty());
-    let (mut added, mut removed) = (Vec::new(), Vec::new());
-    for (key, (before, after)) in &changed {
-        match (some(*before), some(*after)) {
-            (false, true) => added.push(element(key)),
-            (true, false) => removed.push(element(key)),
-            _ => {}
-        }
-    }
-    t.delete_elements(SERVICES, &removed);
-    for (key, (before, after)) in &changed {
-        let chain = chain_name(key);
-        if some(*before) {
-            t.flush_chain(&chain);
-        }
-        match after {
-            Some(target) if some(*after) => {
-                if !some(*before) {
-                    t.add_chain(&chain);
-                }
-                add_endpoints(t, &chain, target);
+    for family in Family::INET {
+        t.family(family);
+        let own: Vec<_> = changed.iter().filter(|(key, _)| Family::of(key.0) == family).collect();
+        // A target without endpoints has no chain: its packets reach the refusal in `forward`.
+        let some = |target: &Option<&Target>| target.is_some_and(|t| !t.endpoints.is_empty());
+        let (mut added, mut removed) = (Vec::new(), Vec::new());
+        for (key, (before, after)) in &own {
+            match (some(before), some(after)) {
+                (false, true) => added.push(element(key)),
+                (true, false) => removed.push(element(key)),
+                _ => {}
             }
-            _ if some(*before) => t.delete_chain(&chain),
-            _ => {}
         }
+        t.delete_elements(SERVICES, &removed);
+        for (key, (before, after)) in own {
+            rewrite(t, key, before.filter(|t| !t.endpoints.is_empty()), after.filter(|t| !t.endpoints.is_empty()));
+        }
+        t.add_elements(SERVICES, &added);
     }
-    t.add_elements(SERVICES, &added);
     changed.into_keys().collect()
+}
+
+/// One service's chain, and its map of clients, which stays as long as the service has the same affinity.
+fn rewrite(t: &mut Transaction, key: &Key, before: Option<&Target>, after: Option<&Target>) {
+    let chain = chain_name(key);
+    match before {
+        Some(_) => t.flush_chain(&chain),
+        None if after.is_some() => t.add_chain(&chain),
+        None => return,
+    }
+    let map =
+        |target: Option<&Target>| target.and_then(|t| t.affinity).map(|seconds| (affinity_name(key, seconds), seconds));
+    let (old, new) = (map(before), map(after));
+    if let Some((name, _)) = old.as_ref().filter(|_| old != new) {
+        t.delete_set(name);
+    }
+    let address = Family::of(key.0).address();
+    if let Some((name, seconds)) = new.as_ref().filter(|_| old != new) {
+        t.add_expiring_map(name, &[address], &[address, Field::Port], *seconds, CLIENTS);
+    }
+    match after {
+        Some(target) => add_endpoints(t, &chain, target, address, new.as_ref().map(|(name, _)| name.as_str())),
+        None => t.delete_chain(&chain),
+    }
 }
 
 fn element(key: &Key) -> Element {
     let (address, protocol, port) = key;
-    let octets = concat(&[&address.octets(), &[protocol.number()], &port.to_be_bytes()]);
+    let octets = concat(&[&octets(*address), &[protocol.number()], &port.to_be_bytes()]);
     Element::new(octets, ElementValue::Verdict(Verdict::Goto(chain_name(key))))
 }
 
-fn add_endpoints(t: &mut Transaction, chain: &str, target: &Target) {
-    let elements: Vec<Element> = target
-        .endpoints
-        .iter()
-        .enumerate()
-        .map(|(index, (address, port))| {
-            let value = ElementValue::Data(concat(&[&address.octets(), &port.to_be_bytes()]));
-            Element::new((index as u32).to_ne_bytes().to_vec(), value)
-        })
-        .collect();
-    let map = t.add_anonymous_map(&[Field::Integer], &[Field::Address, Field::Port], &elements);
-    let count = elements.len() as u32;
-    let pick =
-        if target.affinity { Rule::new().load_source(R1).hash(R1, count, R0) } else { Rule::new().random(count, R0) };
-    t.add_rule(chain, pick.lookup(map, R0, R0).destination_nat(R0).comment(&target.comment));
+fn endpoint((address, port): &(IpAddr, u16)) -> Vec<u8> {
+    concat(&[&octets(*address), &port.to_be_bytes()])
+}
+
+fn add_endpoints(t: &mut Transaction, chain: &str, target: &Target, address: Field, clients: Option<&str>) {
+    let count = target.endpoints.len() as u32;
+    let numbered = |t: &mut Transaction| -> AnonymousSet {
+        let value = |(index, own): (usize, &(IpAddr, u16))| {
+            Element::new((index as u32).to_ne_bytes().to_vec(), ElementValue::Data(endpoint(own)))
+        };
+        let elements: Vec<Element> = target.endpoints.iter().enumerate().map(value).collect();
+        t.add_anonymous_map(&[Field::Integer], &[address, Field::Port], &elements)
+    };
+    if !target.sources.is_empty() && address == Field::Address {
+        // Whoever is not one of these is not redirected, and refused further on.
+        let sources = t.add_anonymous_ranges(&target.sources);
+        let rule = t.rule().load_source(R0).if_not_in(sources, R0).accept();
+        t.add_rule(chain, rule.comment("source ranges"));
+    }
+    if let Some(clients) = clients {
+        let keys: Vec<Element> = target.endpoints.iter().map(|own| Element::key(endpoint(own))).collect();
+        let live = t.add_anonymous_keys(&[address, Field::Port], &keys);
+        let known = t.rule().load_source(R8).load_mapped(clients, R8, R0).if_in(live, R0).remember(clients, R8, R0);
+        let known = known.destination_nat(R0).comment(&target.comment);
+        t.add_rule(chain, known);
+        let map = numbered(t);
+        let new = t.rule().load_source(R8).random(count, R0).lookup(map, R0, R0).forget(clients, R8, R0);
+        t.add_rule(chain, new.remember(clients, R8, R0).destination_nat(R0).comment(&target.comment));
+    }
+    let map = numbered(t);
+    let any = t.rule().random(count, R0).lookup(map, R0, R0).destination_nat(R0);
+    t.add_rule(chain, any.comment(&target.comment));
 }

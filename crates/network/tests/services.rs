@@ -89,18 +89,80 @@ fn udp_follows_its_endpoints() {
 }
 
 #[test]
-fn affinity_keeps_a_client_with_its_endpoint() {
+fn affinity_keeps_a_client_with_its_endpoint_for_its_time() {
+    let Some(lab) = lab() else { return };
+    let (a, b, c, client) = (lab.pod("a"), lab.pod("b"), lab.pod("c"), lab.pod("client"));
+    for (pod, name) in [(&a, "a"), (&b, "b"), (&c, "c")] {
+        greet(pod, 80, name);
+    }
+    let with = |pods: &[&network::Attachment], seconds| {
+        let endpoints: Vec<_> = pods.iter().map(|pod| (pod.address, 80)).collect();
+        let mut rule = service(IP, Protocol::Tcp, 80, &endpoints);
+        rule.affinity_seconds = Some(seconds);
+        lab.router().sync_services(&[rule]).unwrap();
+    };
+    let ask = || call_from(&client, IP, 80).unwrap();
+    with(&[&a, &b], 10_800);
+    let first = ask();
+    (0..20).for_each(|_| assert_eq!(ask(), first));
+    // Endpoints that come do not matter, and neither do others that go.
+    with(&[&a, &b, &c], 10_800);
+    (0..20).for_each(|_| assert_eq!(ask(), first));
+    let (own, other) = if first.starts_with('a') { (&a, &b) } else { (&b, &a) };
+    with(&[own, &c], 10_800);
+    (0..20).for_each(|_| assert_eq!(ask(), first));
+    // Its own goes: another is found, and kept.
+    with(&[other, &c], 10_800);
+    let second = ask();
+    assert_ne!(second, first);
+    (0..20).for_each(|_| assert_eq!(ask(), second));
+    // A client that stays away for longer than that is a new one.
+    with(&[&a, &b], 1);
+    let mut seen = std::collections::BTreeSet::new();
+    eventually("the time runs out", || {
+        seen.insert(ask());
+        std::thread::sleep(Duration::from_millis(1100));
+        seen.len() == 2
+    });
+    let (_, rules) = run(&lab.router().netns_path(), "nft", &["list", "maps"]);
+    assert_eq!(rules.matches("map affinity/").count() + rules.matches("map \"affinity/").count(), 1, "{rules}");
+}
+
+#[test]
+fn both_families() {
     let Some(lab) = lab() else { return };
     let (a, b, client) = (lab.pod("a"), lab.pod("b"), lab.pod("client"));
-    greet(&a, 80, "a");
-    greet(&b, 80, "b");
-    let mut rule = service(IP, Protocol::Tcp, 80, &[(a.address, 80), (b.address, 80)]);
-    rule.affinity_seconds = Some(10800);
-    lab.router().sync_services(&[rule]).unwrap();
-    let first = call_from(&client, IP, 80).unwrap();
-    for _ in 0..20 {
-        assert_eq!(call_from(&client, IP, 80).unwrap(), first);
+    let (Some(a6), Some(b6)) = (a.address6, b.address6) else { return println!("SKIPPED: IPv6 is off") };
+    let ip: std::net::Ipv6Addr = "fd00:10:43::50".parse().unwrap();
+    for (pod, name) in [(&a, "a"), (&b, "b")] {
+        let listener = in_netns(&netns(pod), || std::net::TcpListener::bind(("::", 8080)).unwrap()).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let _ = std::io::Write::write_all(&mut stream.unwrap(), name.as_bytes());
+            }
+        });
     }
+    let ask = || -> std::io::Result<String> {
+        in_netns(lab.router().netns_path().as_path(), || {
+            let mut stream = std::net::TcpStream::connect_timeout(&(ip, 80).into(), Duration::from_secs(5))?;
+            let mut text = String::new();
+            std::io::Read::read_to_string(&mut stream, &mut text)?;
+            Ok(text)
+        })
+        .unwrap()
+    };
+    drop(client);
+    assert!(ask().is_err());
+    let mut rule = service(ip, Protocol::Tcp, 80, &[(a6, 8080), (b6, 8080)]);
+    lab.router().sync_services(std::slice::from_ref(&rule)).unwrap();
+    let seen: std::collections::BTreeSet<String> = (0..40).map(|_| ask().unwrap()).collect();
+    assert_eq!(seen.len(), 2);
+    rule.affinity_seconds = Some(600);
+    lab.router().sync_services(std::slice::from_ref(&rule)).unwrap();
+    let first = ask().unwrap();
+    (0..20).for_each(|_| assert_eq!(ask().unwrap(), first));
+    lab.router().sync_services(&[]).unwrap();
+    assert!(ask().is_err());
 }
 
 #[test]
@@ -121,7 +183,7 @@ fn thousands_of_services_are_one_transaction() {
     assert_eq!(lab.router().sync_services(&rules).unwrap(), 1);
     println!("2001 services, 10001 endpoints in {all:?}; one change in {:?}", start.elapsed());
     // One service with ten thousand endpoints.
-    rules[7].endpoints = (0..10_000u32).map(|n| (Ipv4Addr::from_bits(0x0a2a_1000 + n), 80)).collect();
+    rules[7].endpoints = (0..10_000u32).map(|n| (Ipv4Addr::from_bits(0x0a2a_1000 + n).into(), 80)).collect();
     assert_eq!(lab.router().sync_services(&rules).unwrap(), 1);
     let start = Instant::now();
     assert_eq!(lab.router().sync_services(&[]).unwrap(), 2001);

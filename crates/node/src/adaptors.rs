@@ -221,16 +221,12 @@ impl Networks for RouterNetworks {
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError> {
         let work = move |router: &Router| {
             // One Service with a foreign address must not keep all others from working.
-            let cidr = router.config().service_cidr;
-            let own = |r: &ServiceRule| cidr.contains(r.cluster_ip) || r.cluster_ip == network::NODE;
-            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(own);
+            let config = router.config();
+            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|rule| config.serves(rule.cluster_ip));
+            let (v4, v6) = (config.service_cidr, config.service_cidr6);
             for rule in foreign {
-                tracing::warn!(
-                    "service {}/{}: address {} is not in {cidr}",
-                    rule.namespace,
-                    rule.name,
-                    rule.cluster_ip
-                );
+                let (namespace, name) = (&rule.namespace, &rule.name);
+                tracing::warn!("service {namespace}/{name}: address {} is not in {v4} or {v6}", rule.cluster_ip);
             }
             router.sync_services(&ours).map(drop)
         };

@@ -9,7 +9,7 @@ use api::object::{Meta, SharedObject};
 use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,21 +70,19 @@ pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObj
         let key = (object.namespace().to_owned(), object.name().to_owned());
         let none = Vec::new();
         let slices = by_service.get(&key).unwrap_or(&none);
-        let address = spec.cluster_ip.as_deref().and_then(|ip| ip.parse::<Ipv4Addr>().ok());
+        let addresses = cluster_ips(&spec);
         let external = spec.type_.as_deref() == Some("ExternalName");
         let headless = spec.cluster_ip.as_deref() == Some("None");
-        let kind = match address {
-            _ if external => {
-                let name = spec.external_name.clone().unwrap_or_default();
-                Some(ServiceKind::External(name.trim_end_matches('.').to_ascii_lowercase()).clone())
-                    .filter(|_| !name.is_empty())
+        let kind = if external {
+            let name = spec.external_name.as_deref().unwrap_or_default().trim_end_matches('.').to_ascii_lowercase();
+            (!name.is_empty()).then_some(ServiceKind::External(name))
+        } else if headless {
+            Some(ServiceKind::Headless(headless_endpoints(&spec, slices)))
+        } else {
+            for address in &addresses {
+                rules.extend(rules_of(node, &key, &spec, *address, slices));
             }
-            Some(address) => {
-                rules.extend(rules_of(node, &key, &spec, address, slices));
-                Some(ServiceKind::ClusterIp(vec![address.into()]))
-            }
-            None if headless => Some(ServiceKind::Headless(headless_endpoints(&spec, slices))),
-            None => None,
+            (!addresses.is_empty()).then_some(ServiceKind::ClusterIp(addresses))
         };
         if let Some(kind) = kind {
             let ports = dns_ports(&spec, slices, headless);
@@ -93,6 +91,18 @@ pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObj
     }
     rules.sort_by_key(|r| (r.cluster_ip, r.protocol, r.port));
     (rules, records)
+}
+
+/// One for each of the Service's families.
+fn cluster_ips(spec: &ServiceSpec) -> Vec<IpAddr> {
+    let all = spec.cluster_ips.iter().flatten().map(String::as_str).chain(spec.cluster_ip.as_deref());
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in all.filter_map(|text| text.parse().ok()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    addresses
 }
 
 /// Ready, or, where none is, those that still serve while they end
@@ -116,9 +126,10 @@ fn rules_of(
     node: &str,
     key: &(String, String),
     spec: &ServiceSpec,
-    address: Ipv4Addr,
+    address: IpAddr,
     slices: &[EndpointSlice],
 ) -> Vec<ServiceRule> {
+    let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
     let local = spec.internal_traffic_policy.as_deref() == Some("Local");
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let seconds =
@@ -130,14 +141,14 @@ fn rules_of(
         let Ok(number) = u16::try_from(port.port) else { continue };
         let name = port.name.as_deref().unwrap_or("");
         let mut candidates: Vec<(&Endpoint, u16)> = Vec::new();
-        for slice in slices {
+        for slice in slices.iter().filter(|slice| slice.address_type == family) {
             let found = slice.ports.iter().flatten().find(|p| p.name.as_deref().unwrap_or("") == name);
             let Some(target) = found.and_then(|p| p.port).and_then(|p| u16::try_from(p).ok()) else { continue };
             let here = |e: &&Endpoint| !local || e.node_name.as_deref() == Some(node);
             candidates.extend(slice.endpoints.iter().filter(here).map(|e| (e, target)));
         }
         let chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
-        let endpoints: BTreeSet<(Ipv4Addr, u16)> = candidates
+        let endpoints: BTreeSet<(IpAddr, u16)> = candidates
             .iter()
             .filter(|(e, _)| chosen.iter().any(|c| std::ptr::eq(*c, *e)))
             .flat_map(|(e, target)| e.addresses.iter().filter_map(|a| a.parse().ok()).map(|a| (a, *target)))
@@ -150,6 +161,7 @@ fn rules_of(
             port: number,
             endpoints: endpoints.into_iter().collect(),
             affinity_seconds: affinity,
+            sources: Vec::new(),
         });
     }
     out
@@ -188,6 +200,10 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    fn ip(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
     fn service(name: &str, spec: Value) -> SharedObject {
         Arc::new(
             json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "ns"}, "spec": spec}),
@@ -215,13 +231,27 @@ mod tests {
             json!([endpoint("10.42.0.9", true), endpoint("10.42.0.3", true), endpoint("10.42.0.4", false)]),
         )];
         let (rules, records) = compute("n", &services, &slices);
-        let two = |port| vec![(Ipv4Addr::new(10, 42, 0, 3), port), (Ipv4Addr::new(10, 42, 0, 9), port)];
+        let two = |port| vec![(ip("10.42.0.3"), port), (ip("10.42.0.9"), port)];
         assert_eq!(rules.len(), 2);
         assert_eq!((rules[0].protocol, rules[0].port, &rules[0].endpoints), (Protocol::Tcp, 80, &two(8080)));
         assert_eq!((rules[1].protocol, rules[1].port, &rules[1].endpoints), (Protocol::Udp, 53, &two(5353)));
         assert_eq!(rules[0].affinity_seconds, Some(10_800));
-        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(vec![Ipv4Addr::new(10, 43, 0, 5).into()]));
+        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(vec![ip("10.43.0.5")]));
         assert_eq!(records.services[0].ports[0].port, 80);
+    }
+
+    #[test]
+    fn each_family_has_its_own_endpoints() {
+        let spec = json!({"clusterIP": "fd00:10:43::5", "clusterIPs": ["fd00:10:43::5", "10.43.0.5"], "ports": [{"port": 80}]});
+        let ports = json!([{"name": "", "port": 8080}]);
+        let mut six = (*slice("web", ports.clone(), json!([endpoint("fd00:10:42::3", true)]))).clone();
+        six["addressType"] = "IPv6".into();
+        let slices = [slice("web", ports, json!([endpoint("10.42.0.3", true)])), Arc::new(six)];
+        let (rules, records) = compute("n", &[service("web", spec)], &slices);
+        let of = |text: &str| &rules.iter().find(|rule| rule.cluster_ip == ip(text)).unwrap().endpoints;
+        assert_eq!(of("10.43.0.5"), &[(ip("10.42.0.3"), 8080)]);
+        assert_eq!(of("fd00:10:43::5"), &[(ip("fd00:10:42::3"), 8080)]);
+        assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(vec![ip("fd00:10:43::5"), ip("10.43.0.5")]));
     }
 
     #[test]
@@ -233,8 +263,8 @@ mod tests {
             let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
             compute("n", &services, &slices).0[0].endpoints.clone()
         };
-        assert_eq!(go(json!([ending, endpoint("10.42.0.8", false)])), [(Ipv4Addr::new(10, 42, 0, 7), 80)]);
-        assert_eq!(go(json!([ending, endpoint("10.42.0.8", true)])), [(Ipv4Addr::new(10, 42, 0, 8), 80)]);
+        assert_eq!(go(json!([ending, endpoint("10.42.0.8", false)])), [(ip("10.42.0.7"), 80)]);
+        assert_eq!(go(json!([ending, endpoint("10.42.0.8", true)])), [(ip("10.42.0.8"), 80)]);
         assert!(go(json!([])).is_empty());
     }
 
@@ -249,7 +279,7 @@ mod tests {
         let slices = [slice("db", json!([{"name": "pg", "port": 6000}]), endpoints)];
         let (rules, records) = compute("n", &services, &slices);
         assert!(rules.is_empty());
-        let record = EndpointRecord { address: Ipv4Addr::new(10, 42, 0, 3).into(), hostname: Some("db-0".into()) };
+        let record = EndpointRecord { address: ip("10.42.0.3"), hostname: Some("db-0".into()) };
         assert_eq!(records.services[0].kind, ServiceKind::Headless(vec![record]));
         assert_eq!(records.services[0].ports[0].port, 6000);
         assert_eq!(records.services[1].kind, ServiceKind::External("example.com".into()));

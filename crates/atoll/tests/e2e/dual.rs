@@ -84,8 +84,17 @@ fn both(c: &Cluster) -> Outcome {
         exec(c, &ours, "friend", "nslookup six.$(cut -d' ' -f2 /etc/resolv.conf | head -1) fd00:10:43::a")
             .contains(&ips[1])
     });
-    let call = |namespace: &str, pod: &str| exec(c, namespace, pod, &format!("nc -w 3 {} 8000 </dev/null", ips[1]));
-    c.until("a neighbour answers by IPv6", || call(&ours, "friend").trim() == "web");
-    assert_eq!(call(&theirs, "stranger").trim(), "");
+    let call = |namespace: &str, pod: &str, address: &str| {
+        exec(c, namespace, pod, &format!("nc -w 3 {address} 8000 </dev/null")).trim().to_owned()
+    };
+    c.until("a neighbour answers by IPv6", || call(&ours, "friend", &ips[1]) == "web");
+    assert_eq!(call(&theirs, "stranger", &ips[1]), "");
+    // Both of a Service's addresses lead to it, and its name has both.
+    for address in &cluster_ips {
+        c.until("the Service answers", || call(&ours, "friend", address) == "web");
+        assert_eq!(call(&theirs, "stranger", address), "");
+    }
+    let names = exec(c, &ours, "friend", &format!("nslookup dual.{ours}.svc.cluster.local"));
+    assert!(cluster_ips.iter().all(|address| names.contains(address)), "{names}");
     Outcome::Passed
 }

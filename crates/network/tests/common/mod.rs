@@ -5,7 +5,7 @@ use network::{
     AttachRequest, Attachment, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule, in_netns,
 };
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -117,15 +117,16 @@ pub fn call_from(from: &Attachment, address: Ipv4Addr, port: u16) -> std::io::Re
     in_netns(&netns(from), || call(address, port)).unwrap()
 }
 
-pub fn service(ip: Ipv4Addr, protocol: Protocol, port: u16, endpoints: &[(Ipv4Addr, u16)]) -> ServiceRule {
+pub fn service<A: Into<IpAddr> + Copy>(ip: A, protocol: Protocol, port: u16, endpoints: &[(A, u16)]) -> ServiceRule {
     ServiceRule {
         namespace: "default".into(),
         name: format!("s{port}"),
-        cluster_ip: ip,
+        cluster_ip: ip.into(),
         protocol,
         port,
-        endpoints: endpoints.to_vec(),
+        endpoints: endpoints.iter().map(|(address, port)| ((*address).into(), *port)).collect(),
         affinity_seconds: None,
+        sources: Vec::new(),
     }
 }
 

@@ -302,7 +302,7 @@ impl Inspector {
     /// Where connections to a Service's address go.
     fn endpoints(&self, address: IpAddr, number: u8, port: Option<u16>) -> Result<Vec<(IpAddr, Option<u16>)>, String> {
         let (rules, _) = proxy::compute("", &self.services.list(), &self.slices.list());
-        let of: Vec<_> = rules.iter().filter(|rule| IpAddr::from(rule.cluster_ip) == address).collect();
+        let of: Vec<_> = rules.iter().filter(|rule| rule.cluster_ip == address).collect();
         let Some(first) = of.first() else { return Err(format!("{address}: no Service has that address")) };
         let name = format!("Service {}/{}", first.namespace, first.name);
         let protocol = |rule: &Protocol| rule.number() == number;
@@ -312,7 +312,7 @@ impl Inspector {
         };
         match rule.endpoints.as_slice() {
             [] => Err(format!("{name} has no endpoint that is ready: connections are refused")),
-            all => Ok(all.iter().map(|(address, port)| (IpAddr::from(*address), Some(*port))).collect()),
+            all => Ok(all.iter().map(|(address, port)| (*address, Some(*port))).collect()),
         }
     }
 

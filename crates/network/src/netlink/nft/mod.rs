@@ -42,6 +42,8 @@ const SET_ANONYMOUS: u32 = 1;
 const SET_CONSTANT: u32 = 2;
 const SET_INTERVAL: u32 = 4;
 const SET_MAP: u32 = 8;
+const SET_TIMEOUT: u32 = 0x10;
+const SET_DYNAMIC: u32 = 0x20;
 const SET_CONCAT: u32 = 0x80;
 /// The element ends an interval of a set of single fields.
 const ELEMENT_INTERVAL_END: u32 = 1;
@@ -58,6 +60,7 @@ pub const R2: Reg = Reg(2);
 pub const R3: Reg = Reg(3);
 pub const R4: Reg = Reg(4);
 pub const R6: Reg = Reg(6);
+pub const R8: Reg = Reg(8);
 
 impl Reg {
     /// The kernel numbers 32-bit registers from 8.
@@ -114,7 +117,7 @@ pub enum Verdict {
 }
 
 /// What a set's key or a map's value is made of; the numbers are nft's own, for its listings.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Field {
     Integer = 4,
     Address = 7,
@@ -289,6 +292,20 @@ impl Transaction {
     pub fn add_set(&mut self, name: &str, key: &[Field], value: &Value<'_>) {
         self.set(name, key, value, 0, 0);
     }
+    /// A map that rules fill; an element goes when it has not been written for `seconds`. No more than `limit` fit.
+    pub fn add_expiring_map(&mut self, name: &str, key: &[Field], value: &[Field], seconds: u32, limit: u32) {
+        self.change("make the map", NEWSET, NLM_F_CREATE, |w| {
+            w.string(2, name);
+            w.be32(3, SET_MAP | SET_TIMEOUT | SET_DYNAMIC);
+            w.be32(4, Field::type_of(key));
+            w.be32(5, Field::length_of(key));
+            w.be32(6, Field::type_of(value));
+            w.be32(7, Field::length_of(value));
+            w.nest(9, |w| w.be32(1, limit));
+            w.be32(10, 0);
+            w.be64(11, u64::from(seconds) * 1000);
+        });
+    }
     fn set(&mut self, name: &str, key: &[Field], value: &Value<'_>, flags: u32, id: u32) {
         self.change("make the set", NEWSET, NLM_F_CREATE, |w| {
             w.string(2, name);
@@ -400,6 +417,10 @@ impl Transaction {
         };
         let elements: Vec<Element> = ports.iter().map(element).collect();
         self.anonymous_set(&[Field::Protocol, Field::Port], SET_INTERVAL | SET_CONCAT, &elements)
+    }
+    /// A constant set of keys of several fields.
+    pub fn add_anonymous_keys(&mut self, key: &[Field], elements: &[Element]) -> AnonymousSet {
+        self.anonymous_set(key, 0, elements)
     }
     fn anonymous_set(&mut self, key: &[Field], flags: u32, elements: &[Element]) -> AnonymousSet {
         self.anonymous += 1;

@@ -1,6 +1,6 @@
-//! Expressions that only the uplink's ruleset needs: source and destination translation, segment sizes.
+//! Expressions for the uplink and for Services: source and destination translation, segment sizes, maps that rules fill.
 
-use super::{NFPROTO_IPV4, R0, Reg, Rule};
+use super::{AnonymousSet, NFPROTO_IPV4, R0, Reg, Rule};
 use std::net::Ipv4Addr;
 
 const TCP: u8 = 6;
@@ -55,6 +55,15 @@ impl Rule {
                 w.be32(7, R0.number());
             })
     }
+    /// Goes on if the key is not in the set.
+    pub fn if_not_in(self, set: AnonymousSet, key: Reg) -> Rule {
+        self.expression("lookup", |w| {
+            w.string(1, "__set%d");
+            w.be32(2, key.number());
+            w.be32(4, set.0);
+            w.be32(5, 1);
+        })
+    }
     /// The source becomes the address of the link that the packet leaves by.
     pub fn masquerade(self) -> Rule {
         self.expression("masq", |_| {})
@@ -72,6 +81,23 @@ impl Rule {
             w.be32(1, kind);
             w.be32(2, u32::from(NFPROTO_IPV4));
             w.be32(3, address.number());
+        })
+    }
+    /// Writes the element with the key in consecutive registers from `key`, and a value from `data`. Its time begins anew;
+    /// one that is there keeps its value. Goes on only if the map had room.
+    pub fn remember(self, map: &str, key: Reg, data: Reg) -> Rule {
+        self.dynamic(map, 1, key, data)
+    }
+    /// Removes the element with this key. The kernel wants to be shown a value for a map here too.
+    pub fn forget(self, map: &str, key: Reg, data: Reg) -> Rule {
+        self.dynamic(map, 2, key, data)
+    }
+    fn dynamic(self, map: &str, operation: u32, key: Reg, data: Reg) -> Rule {
+        self.expression("dynset", |w| {
+            w.string(1, map);
+            w.be32(3, operation);
+            w.be32(4, key.number());
+            w.be32(5, data.number());
         })
     }
 }
