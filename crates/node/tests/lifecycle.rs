@@ -331,7 +331,7 @@ async fn runtime_classes() {
     let record = std::fs::read(node.dir.path().join("data/pods").join(uid).join("sandbox.json")).unwrap();
     let record: Value = serde_json::from_slice(&record).unwrap();
     assert_eq!(record.pointer("/machine/disks/0/path"), Some(&json!("/disks/remote-disk:1")));
-    assert!(record.str_at("/machine/cloud_init/network_config").contains("via: 169.254.1.1"));
+    assert!(record.str_at("/machine/cloud_init/network_config").contains("via: \"169.254.1.1\""));
     assert_eq!(record.str_at("/network/tap"), "tap0");
 }
 
