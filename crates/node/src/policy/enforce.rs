@@ -112,6 +112,12 @@ impl Enforcer {
         self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// The same, after what is being put in force at this moment.
+    pub async fn settled(&self) -> Arc<Compiled> {
+        drop(self.work.lock().await);
+        self.current()
+    }
+
     /// Follows the API until cancelled.
     pub async fn run(self: Arc<Self>) {
         let mut changes: Vec<Subscription> = self.informers().map(Informer::subscribe).collect();
@@ -206,8 +212,8 @@ impl Enforcer {
         let mut compiled = self.compile(&mut work, &leases);
         compiled.policies.outside = self.networks.outside();
         self.networks.sync_policies(compiled.clone()).await?;
-        self.networks.sync_egress_addresses(self.egress_addresses(&leases)).await?;
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(compiled);
+        self.networks.sync_egress_addresses(self.egress_addresses(&leases)).await?;
         work.done = upto;
         Ok(())
     }

@@ -137,7 +137,8 @@ impl Inspector {
         };
         match question {
             Ok(Question::Explain { from, to, protocol, port }) => {
-                let answers = self.explain(&from, &to, &protocol, port);
+                let current = self.enforcer.settled().await;
+                let answers = self.explain(&current, &from, &to, &protocol, port);
                 let answers = match answers {
                     Ok(all) => all.into_iter().map(Answer::Explained).collect(),
                     Err(error) => vec![Answer::Error(error)],
@@ -251,8 +252,14 @@ impl Inspector {
         }
     }
 
-    fn explain(&self, from: &str, to: &str, protocol: &str, port: Option<u16>) -> Result<Vec<Explained>, String> {
-        let current = self.enforcer.current();
+    fn explain(
+        &self,
+        current: &Compiled,
+        from: &str,
+        to: &str,
+        protocol: &str,
+        port: Option<u16>,
+    ) -> Result<Vec<Explained>, String> {
         let number = match protocol {
             "tcp" => 6,
             "udp" => 17,
@@ -260,7 +267,7 @@ impl Inspector {
             "icmp" => 1,
             other => return Err(format!("protocol: {other:?}: must be tcp, udp, sctp or icmp")),
         };
-        let (source, wanted) = (self.resolve(&current, from)?, self.resolve(&current, to)?);
+        let (source, wanted) = (self.resolve(current, from)?, self.resolve(current, to)?);
         let wanted = self.as_family_of(source, wanted);
         let source = self.as_family_of(wanted, source);
         let mut destinations = vec![(wanted, port)];
@@ -274,13 +281,13 @@ impl Inspector {
         let one = |(destination, port): (IpAddr, Option<u16>)| {
             let protocol_number = if number == 1 && destination.is_ipv6() { 58 } else { number };
             let flow = Flow { source, destination, protocol: protocol_number, port: port.unwrap_or(0) };
-            let (egress, ingress) = self.judge(&current, &flow);
+            let (egress, ingress) = self.judge(current, &flow);
             let (allowed, text) = (egress.is_ok() && ingress.is_ok(), |side: Result<String, String>| match side {
                 Ok(why) | Err(why) => why,
             });
             Explained {
-                from: self.name(&current, source),
-                to: self.name(&current, destination),
+                from: self.name(current, source),
+                to: self.name(current, destination),
                 protocol: protocol.to_owned(),
                 port,
                 allowed,
