@@ -24,6 +24,7 @@ test: packages
 bench: SET = bench
 bench: packages build
 	@bench/run.sh
+	@bench/network.sh
 	@bench/registry.sh
 
 fuzz:

@@ -1,9 +1,10 @@
 #!/bin/bash
-# The network's figures beside a plain veth pair, in a network namespace of its own; kept in bench/out/network.json.
+# The network's figures beside a plain veth pair, a bridge with iptables rules as Docker and kube-proxy set them, and
+# loopback, in a network namespace of its own; kept in bench/out/network.json. network.sh [ROUNDS [WAY...]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo build --release -p network --example netbench
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p bench/out
-unshare --net --mount --propagation private "${CARGO_TARGET_DIR:-target}/release/examples/netbench" "$scratch" | tee bench/out/network.json
+unshare --net --mount --propagation private "${CARGO_TARGET_DIR:-target}/release/examples/netbench" "$scratch" "$@" | tee bench/out/network.json
