@@ -192,6 +192,23 @@ impl RouterConfig {
             IpAddr::V6(address) => self.service_cidr6.contains(address),
         }
     }
+    /// Whether someone outside can have this address: it is no workload's, no Service's, not for one machine, link or group
+    /// alone.
+    pub fn is_foreign(&self, address: IpAddr) -> bool {
+        if address.is_loopback() || address.is_multicast() || address.is_unspecified() {
+            return false;
+        }
+        match address {
+            IpAddr::V4(own) => {
+                let nobodys = own.octets()[0] == 0 || own.octets()[0] >= 240 || own.is_link_local();
+                !nobodys && !self.pod_cidr.contains(own) && !self.service_cidr.contains(own)
+            }
+            IpAddr::V6(own) => {
+                let mapped = own.to_ipv4_mapped().is_some() || own.is_unicast_link_local();
+                !mapped && !self.pod_cidr6.contains(own) && !self.service_cidr6.contains(own)
+            }
+        }
+    }
     /// The router's address towards workloads: the source of its own connections, probes and hairpins.
     pub fn router_address(&self) -> Ipv4Addr {
         self.pod_cidr.nth(1)

@@ -4,6 +4,7 @@
 //! ```text
 //! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or by the uplink with
 //!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it
+//! prerouting -150  returns       answers to connections that the relay made for clients outside are led to its sockets
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
 //! output     -100  services_out  the same for the router's own connections
 //! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
@@ -11,7 +12,7 @@
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
 //!                                map `ingress` by destination: the same -> accept; or out by the uplink, if there is
 //!                                one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
-//! output        0  output        the refusal of endpointless services and of the outside for the router's own connections
+//! output        0  output        what the relay sends for clients outside starts at `ingress`; the refusal of endpointless services and of the outside for the router's own connections
 //! postrouting 100  hairpin       a pod that reached itself through a Service sees the router as its peer
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
 //! ```
@@ -37,7 +38,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 7;
+const VERSION: u32 = 8;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -63,6 +64,10 @@ pub const LOG_GROUP: u16 = 77;
 /// Refused packets told to the log, a second; and how much of each.
 const LOG_RATE: u32 = 50;
 const LOG_BYTES: u32 = 128;
+
+/// On packets that the relay (`exposed`) sends with the address of a client outside, on their connections, and on the
+/// answers. No namespace has this number.
+pub const RELAYED: u32 = 0xffff_fff1;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -238,6 +243,7 @@ fn ruleset(t: &mut Transaction, side: &Side) {
     chains(t);
     sources(t, side);
     input(t, side);
+    relayed(t, side);
     services(t, side);
     forward(t, side);
     t.add_rule("hairpin", itself(side).source_nat(side.router));
@@ -250,6 +256,7 @@ fn chains(t: &mut Transaction) {
     let base = |name, kind, hook, priority, policy| BaseChain { name, kind, hook, priority, policy };
     for chain in [
         base("sources", "filter", Hook::Prerouting, -300, Policy::Drop),
+        base("returns", "filter", Hook::Prerouting, -150, Policy::Accept),
         base("services_in", "nat", Hook::Prerouting, -100, Policy::Accept),
         base("services_out", "nat", Hook::Output, -100, Policy::Accept),
         base("input", "filter", Hook::Input, 0, Policy::Drop),
@@ -331,6 +338,17 @@ fn itself(side: &Side) -> Rule {
     side.rule().load_source(R0).load_destination(R0.after(side.family.address())).if_in_set(HAIRPINS, R0)
 }
 
+/// The relay's connections in the name of clients outside are judged as if they had come in by a link.
+fn relayed(t: &mut Transaction, side: &Side) {
+    let marked = side.rule().load_connection_mark(R0).equal(R0, &RELAYED.to_ne_bytes());
+    t.add_rule("returns", marked.set_mark(R0));
+    let own = || side.rule().if_mark(RELAYED);
+    t.add_rule("output", own().if_output("lo").accept().comment("refusals, on their way back to the relay"));
+    t.add_rule("output", own().if_state(ESTABLISHED_OR_RELATED).accept());
+    t.add_rule("output", own().set_connection_mark(R0));
+    t.add_rule("output", own().goto(TO_INGRESS));
+}
+
 fn services(t: &mut Transaction, side: &Side) {
     let protocol = R0.after(side.family.address());
     let port = protocol.after(Field::Protocol);
@@ -397,6 +415,7 @@ pub fn defaults(t: &mut Transaction, family: Family, private: bool) {
         if chain == INGRESS_DEFAULT {
             let published = t.rule().if_input(UPLINK).if_translated(true);
             t.add_rule(chain, published.accept().comment("a port of the node that a Service opened"));
+            t.add_rule(chain, t.rule().if_mark(RELAYED).accept().comment("the same, by the relay"));
         }
         let same = if private {
             let number = t.rule().load_source(R0).load_mapped(NAMESPACES, R0, R0).set_mark(R0);

@@ -25,6 +25,10 @@ const ROUTER: &str = "router";
 /// before the firewall has seen it.
 pub const VOID: &str = "void";
 const VOID_PEER: &str = "void-peer";
+/// Routing table by which answers get to the relay's sockets.
+const RELAY_TABLE: u8 = 77;
+/// Routes no longer than this lead to nobody here: the default, and an uplink's. Networks of workloads are longer.
+const WIDE: u32 = 7;
 
 /// Owns the router namespace while it lives. Dropping it leaves everything in the kernel as it is, so that workloads
 /// outlive the process; [`Router::teardown`] removes it.
@@ -244,6 +248,9 @@ fn sysctls() -> Result<()> {
     // Refusals are errors that clients see at once; one every 10 ms for each destination.
     ns::sysctl("ipv4/icmp_ratelimit", "10")?;
     ns::sysctl("ipv6/icmp/ratelimit", "10")?;
+    // Refusals of what the relay sent find the way back that its mark gives them.
+    ns::sysctl("ipv4/fwmark_reflect", "1")?;
+    ns::sysctl("ipv6/fwmark_reflect", "1")?;
     ns::sysctl("ipv4/ip_forward", "1")
 }
 
@@ -262,6 +269,7 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     {
         batch.add_link_route(base, prefix, lo, router);
     }
+    batch.deliver_marked(false, firewall::RELAYED, RELAY_TABLE, WIDE);
     route.send(batch)
 }
 
@@ -290,6 +298,7 @@ fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     {
         batch.add_link_route6(base, prefix, void, router);
     }
+    batch.deliver_marked(true, firewall::RELAYED, RELAY_TABLE, WIDE);
     route.send(batch)
 }
 

@@ -14,6 +14,7 @@ const RTM_NEWADDR: u16 = 20;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
+const RTM_NEWRULE: u16 = 32;
 
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
@@ -36,10 +37,15 @@ const IFA_F_MCAUTOJOIN: u32 = 0x400;
 const TABLE_MAIN: u8 = 254;
 const PROTOCOL_STATIC: u8 = 4;
 const SCOPE_LINK: u8 = 253;
+const SCOPE_HOST: u8 = 254;
 const ROUTE_UNICAST: u8 = 1;
+const ROUTE_LOCAL: u8 = 2;
 const ROUTE_UNREACHABLE: u8 = 7;
 const NEXTHOP_ONLINK: u32 = 4;
 const NEIGHBOUR_PERMANENT: u16 = 0x80;
+/// Rules are looked at from the lowest priority up; the main table's is 32766.
+const RULE_PRIORITY: u32 = 100;
+const RULE_TO_TABLE: u8 = 1;
 
 /// All of a router's links are of this group, so that one request removes them all.
 pub const GROUP: u32 = 0x6174;
@@ -235,6 +241,27 @@ impl Batch {
             w.raw(&flags.to_ne_bytes());
             fill(w);
         });
+    }
+    /// Packets with this mark that no route of the main table longer than `prefix` leads elsewhere are for sockets here,
+    /// whatever their address: `table` holds that one route.
+    pub fn deliver_marked(&mut self, v6: bool, mark: u32, table: u8, prefix: u32) {
+        let family = if v6 { AF_INET6 } else { AF_INET };
+        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+        self.request("add the route to here", RTM_NEWROUTE, flags, &[], |w| {
+            w.raw(&[family, 0, 0, 0, table, PROTOCOL_STATIC, SCOPE_HOST, ROUTE_LOCAL, 0, 0, 0, 0]);
+            w.u32(4, LOOPBACK);
+        });
+        for (order, table, suppressed) in [(0, TABLE_MAIN, Some(prefix)), (1, table, None)] {
+            let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
+            self.request("add the routing rule", RTM_NEWRULE, flags, &[Errno::EXIST], |w| {
+                w.raw(&[family, 0, 0, 0, table, 0, 0, RULE_TO_TABLE, 0, 0, 0, 0]);
+                w.u32(6, RULE_PRIORITY + order);
+                w.u32(10, mark);
+                if let Some(prefix) = suppressed {
+                    w.u32(14, prefix);
+                }
+            });
+        }
     }
     /// A fixed neighbour: ARP neither asks for it nor changes it.
     pub fn add_neighbour(&mut self, index: u32, address: Ipv4Addr, mac: Mac) {

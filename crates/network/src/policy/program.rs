@@ -496,7 +496,7 @@ fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Polici
             [true, false] => policies.is_outside(flow.destination) && !decision.egress.allows(),
             // The default refuses strangers, but not at a port that a Service opened on the node.
             [false, true] => {
-                policies.is_outside(flow.source) && matches!(decision.ingress, Reason::NoRule(_) | Reason::Denied(_))
+                config.is_foreign(flow.source) && matches!(decision.ingress, Reason::NoRule(_) | Reason::Denied(_))
             }
             [false, false] => false,
         }

@@ -1,6 +1,8 @@
 //! The system calls that have no safe wrapper. All `unsafe` of this crate is here.
 #![allow(unsafe_code)]
 
+pub mod datagram;
+
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::io;
 
@@ -30,6 +32,27 @@ pub fn netlink_options(fd: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A socket option that is one number.
+pub fn set_option(fd: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    // SAFETY: the pointer and length describe `value`, which outlives the call; the kernel only reads it.
+    let result = unsafe {
+        let length = size_of::<libc::c_int>() as libc::socklen_t;
+        libc::setsockopt(fd.as_raw_fd(), level, name, (&raw const value).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets a socket have an address that is not this machine's, and marks what it sends.
+pub fn speak_for_others(fd: BorrowedFd<'_>, v6: bool, mark: u32) -> io::Result<()> {
+    match v6 {
+        true => set_option(fd, libc::IPPROTO_IPV6, libc::IPV6_TRANSPARENT, 1)?,
+        false => set_option(fd, libc::IPPROTO_IP, libc::IP_TRANSPARENT, 1)?,
+    }
+    // The port is chosen when the socket is connected, so that only pairs of addresses run out.
+    set_option(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())
 }
 
 /// Binds an open `/dev/net/tun` to the tap device `name` of the thread's network namespace, making it if absent.

@@ -8,6 +8,7 @@ const SYN: u8 = 2;
 const SYN_RST: u8 = 6;
 const STATUS_DNAT: u32 = 1 << 5;
 const CT_STATUS: u32 = 2;
+const CT_MARK: u32 = 3;
 /// `RTN_LOCAL`: an address of this machine.
 const ADDRESS_LOCAL: u32 = 2;
 
@@ -22,6 +23,22 @@ impl Rule {
             w.be32(2, CT_STATUS);
         });
         status.mask(R0, &STATUS_DNAT.to_ne_bytes()).compare(R0, u32::from(yes), &[0; 4])
+    }
+    pub fn if_mark(self, mark: u32) -> Rule {
+        self.load_mark(R0).equal(R0, &mark.to_ne_bytes())
+    }
+    pub fn load_connection_mark(self, to: Reg) -> Rule {
+        self.expression("ct", |w| {
+            w.be32(1, to.number());
+            w.be32(2, CT_MARK);
+        })
+    }
+    /// Marks the connection with what is in the register.
+    pub fn set_connection_mark(self, from: Reg) -> Rule {
+        self.expression("ct", |w| {
+            w.be32(2, CT_MARK);
+            w.be32(4, from.number());
+        })
     }
     /// Whether the destination is an address of this namespace.
     pub fn if_destination_local(self) -> Rule {
