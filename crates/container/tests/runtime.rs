@@ -13,6 +13,8 @@ mod isolation;
 mod latency;
 #[path = "runtime/layouts.rs"]
 mod layouts;
+#[path = "runtime/leaks.rs"]
+mod leaks;
 #[path = "runtime/lifecycle.rs"]
 mod lifecycle;
 #[path = "runtime/streams.rs"]
@@ -36,10 +38,17 @@ fn main() {
     }
     let mut failed = Vec::new();
     let mut ran = 0;
-    for (name, test) in
-        [isolation::TESTS, attacks::TESTS, lifecycle::TESTS, streams::TESTS, layouts::TESTS, latency::TESTS]
-            .into_iter()
-            .flatten()
+    for (name, test) in [
+        isolation::TESTS,
+        attacks::TESTS,
+        lifecycle::TESTS,
+        streams::TESTS,
+        layouts::TESTS,
+        leaks::TESTS,
+        latency::TESTS,
+    ]
+    .into_iter()
+    .flatten()
     {
         if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
             continue;

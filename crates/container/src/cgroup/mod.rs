@@ -353,6 +353,15 @@ impl Cgroup {
         fs::write(&file, if frozen { "FROZEN" } else { "THAWED" }).during(|| format!("writing {}", file.display()))
     }
 
+    /// Removes the group if nothing is in it; false if something is.
+    pub fn remove_empty(&self) -> bool {
+        let gone = |mount: &Path| match fs::remove_dir(mount.join(&self.path)) {
+            Err(e) => e.kind() == io::ErrorKind::NotFound,
+            Ok(()) => true,
+        };
+        self.hierarchies.mounts().all(gone)
+    }
+
     /// Removes the directories, deepest first, waiting for the kernel to let go of those just emptied.
     pub fn remove(&self, patience: Duration) -> Result<()> {
         let deadline = Instant::now() + patience;

@@ -77,12 +77,12 @@ fn make(context: &Context, args: &Args, id: &str, starts: bool) -> Result<i32> {
         if outcome.is_err() {
             making.undo();
         }
-        outcome
+        Ok((outcome?, making))
     })();
     match outcome {
-        Ok(code) => {
+        Ok((code, making)) => {
             if stays && !args.has("keep") {
-                super::lifecycle::remove(context, &home)?;
+                super::lifecycle::clear(context, &home, &making.record, making.spec.hooks.as_ref())?;
             }
             Ok(code)
         }

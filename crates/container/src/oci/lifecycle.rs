@@ -5,6 +5,7 @@ use super::record::{Home, Record, Status};
 use super::{Context, print};
 use crate::error::{During, Error, Result};
 use crate::hooks;
+use crate::spec::Hooks;
 use crate::sys;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
@@ -157,14 +158,19 @@ pub fn remove(context: &Context, home: &Home) -> Result<()> {
     let record = home.load()?;
     let spec = home.spec();
     end(home, &record)?;
-    if let Some(cgroup) = record.cgroup()? {
+    clear(context, home, &record, spec?.hooks.as_ref())
+}
+
+/// The same for one whose first process has ended.
+pub fn clear(context: &Context, home: &Home, record: &Record, hooks: Option<&Hooks>) -> Result<()> {
+    if let Some(cgroup) = record.cgroup()?.filter(|c| !c.remove_empty()) {
         if !cgroup.kill(PATIENCE) {
             return Err(Error::Refused(format!("container {}: processes that cannot be killed are left", record.id)));
         }
         cgroup.remove(PATIENCE)?;
     }
     home.remove()?;
-    if let Some(hooks) = spec?.hooks
+    if let Some(hooks) = hooks
         && let Err(e) = hooks::run("poststop", &hooks.poststop, &record.state(Status::Stopped))
     {
         context.notices.warning(&e.to_string());

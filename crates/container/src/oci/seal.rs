@@ -3,30 +3,36 @@
 
 use crate::error::{Error, Result};
 use crate::shim::sealed_executable;
-use crate::sys;
+use crate::sys::{self, SingleThreaded};
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags, StatVfsMountFlags, accessat, fstatvfs, open};
 use std::ffi::CString;
-use std::os::fd::AsRawFd;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
 const OWN: &str = "/proc/self/exe";
 /// Set for the second execution, so that it is not the third.
 const SEALED: &str = "_ATOLL_OCI_SEALED";
+/// For tests: take the second way.
+const AGAIN: &str = "_ATOLL_OCI_EXECUTE_AGAIN";
 
-/// Makes sure that this process runs from a read-only mount: executes itself again through one of its own if need be.
+/// Makes sure that this process runs from a read-only mount of its own: moves over to one, or executes itself again
+/// through it where the kernel has no way to move.
 pub fn executable() -> Result<()> {
-    let own = open(OWN, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| Error::step(OWN, e))?;
-    if fstatvfs(&own).is_ok_and(|s| s.f_flag.contains(StatVfsMountFlags::RDONLY)) {
+    if is_sealed()? {
         return Ok(());
     }
-    drop(own);
     let sealed = match sealed_executable(Path::new(OWN)) {
         Ok(sealed) => sealed,
         // A plain user cannot mount; but what that user may not write to, the user's containers may not either.
         Err(_) if accessat(CWD, OWN, Access::WRITE_OK, AtFlags::EACCESS).is_err() => return Ok(()),
         Err(e) => return Err(Error::Refused(format!("{e}; give the binary to another user, without write access"))),
     };
+    let again = std::env::var_os(AGAIN).is_some();
+    if !again && move_to(&sealed).is_ok() && is_sealed()? {
+        return Ok(());
+    }
     if std::env::var_os(SEALED).is_some() {
         return Err(Error::Refused("this binary could not be made read-only".into()));
     }
@@ -38,4 +44,16 @@ pub fn executable() -> Result<()> {
         env.push(text([name.into_vec(), value.into_vec()].join(&b'='))?);
     }
     Err(Error::step("executing the sealed runtime", sys::execve(&program, &args, &env)))
+}
+
+fn is_sealed() -> Result<bool> {
+    let own = open(OWN, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| Error::step(OWN, e))?;
+    Ok(fstatvfs(&own).is_ok_and(|s| s.f_flag.contains(StatVfsMountFlags::RDONLY)))
+}
+
+fn move_to(sealed: &OwnedFd) -> io::Result<()> {
+    let alone = SingleThreaded::prove()?;
+    let path = format!("/proc/self/fd/{}", sealed.as_raw_fd());
+    let view = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    sys::run_from(alone, view.as_fd())
 }

@@ -2,6 +2,7 @@
 
 mod attributes;
 mod bpf;
+mod exe;
 mod landlock;
 mod mount;
 mod process;
@@ -12,6 +13,7 @@ pub use attributes::{
     unshare_cgroup, unshare_time,
 };
 pub use bpf::{BpfInstruction, attach_device_program};
+pub use exe::run_from;
 pub use landlock::{forbid_foreign_abstract_sockets, landlock_abi};
 pub use mount::{MountAttr, mount_setattr};
 pub use process::{

@@ -1,13 +1,15 @@
 //! What runtimes have fallen to, tried on this one. Each test does what the attack does and sees it fail.
 
 use crate::support::*;
+use rustix::fs::{Mode, OFlags, StatVfsMountFlags};
 use serde_json::{Value, json};
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Stdio;
 
 pub const TESTS: &[(&str, fn())] = &[
     ("attacks::runtime_binary", runtime_binary),
+    ("attacks::sealed_executable", sealed_executable),
     ("attacks::leaked_working_directory", leaked_working_directory),
     ("attacks::leaked_descriptors", leaked_descriptors),
     ("attacks::mount_through_symlinks", mount_through_symlinks),
@@ -33,12 +35,14 @@ fn mounts(config: &mut Value) -> &mut Vec<Value> {
 fn runtime_binary() {
     let own = executable();
     let before = fs::read(&own).expect("read");
-    let b = Bundle::with("", |c| c["process"]["args"] = json!(["/proc/self/exe"])).all_capabilities();
-    b.run();
-    let b = Bundle::with("", |c| c["process"]["args"] = json!(["/bin/evil"])).all_capabilities();
-    fs::write(b.root().join("bin/evil"), "#!/proc/self/exe\n").expect("written");
-    fs::set_permissions(b.root().join("bin/evil"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("mode");
-    b.run();
+    let itself = Bundle::with("", |c| c["process"]["args"] = json!(["/proc/self/exe"])).all_capabilities();
+    let evil = Bundle::with("", |c| c["process"]["args"] = json!(["/bin/evil"])).all_capabilities();
+    fs::write(evil.root().join("bin/evil"), "#!/proc/self/exe\n").expect("written");
+    fs::set_permissions(evil.root().join("bin/evil"), PermissionsExt::from_mode(0o755)).expect("mode");
+    for b in [itself, evil] {
+        b.run();
+        let _ = b.command(&["run", &b.id]).env(EXECUTE_AGAIN, "1").output().expect("executed");
+    }
     let hunt = "while true; do for p in /proc/[0-9]*; do case $p in /proc/1|/proc/$$) ;; \
         *) (echo broken > $p/exe) 2>/dev/null && echo $p >> /tmp/written;; esac; done; done";
     let hunter = Bundle::new(hunt).all_capabilities();
@@ -51,6 +55,37 @@ fn runtime_binary() {
     let b = Bundle::new("exec sleep 1000");
     b.detached();
     assert!(!hunter.root().join("tmp/written").exists() || fs::read(&own).expect("read") == before);
+}
+
+const EXECUTE_AGAIN: &str = "_ATOLL_OCI_EXECUTE_AGAIN";
+
+/// Both ways to a read-only mount lead there: the program moves over to it, or is executed again through it.
+fn sealed_executable() {
+    for again in [false, true] {
+        let b = Bundle::new("exec sleep 1000");
+        b.save();
+        let mut command = b.command(&["run", &b.id]);
+        if again {
+            command.env(EXECUTE_AGAIN, "1");
+        }
+        let mut runtime = command.stdout(Stdio::null()).spawn().expect("executed");
+        eventually("it runs", || (text(&b.call(&["state", &b.id]).stdout).contains("running")).then_some(()));
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let exe = rustix::fs::open(format!("/proc/{}/exe", runtime.id()), flags, Mode::empty()).expect("opened");
+        let mount = rustix::fs::fstatvfs(&exe).expect("statvfs").f_flag;
+        assert!(mount.contains(StatVfsMountFlags::RDONLY), "executed again: {again}");
+        let maps = fs::read_to_string(format!("/proc/{}/maps", runtime.id())).expect("maps");
+        let own = executable();
+        assert!(!maps.contains(own.to_str().expect("text")), "still mapped from the host's mount: {maps}");
+        let environ = fs::read(format!("/proc/{}/environ", runtime.id())).expect("environ");
+        let executed_twice = text(&environ).contains("_ATOLL_OCI_SEALED=1");
+        if !again && executed_twice {
+            println!("SKIPPED: this kernel does not let a program change its executable (CONFIG_CHECKPOINT_RESTORE)");
+        }
+        assert!(executed_twice || !again);
+        b.good(&["kill", &b.id, "KILL"]);
+        assert_eq!(runtime.wait().expect("ended").code(), Some(137));
+    }
 }
 
 /// CVE-2024-21626: a working directory through a descriptor of the host's.
