@@ -126,6 +126,7 @@ impl Router {
                 transaction.commit(&mut firewall.socket)?;
                 firewall.policies.forgotten(lease.address);
             }
+            self.forget_bandwidth(lease.address)?;
             self.reap(&name)?;
         }
         ns::unpin(&self.pin_of(uid))?;
@@ -192,6 +193,7 @@ impl Router {
     }
 
     fn add_veth(&self, name: &str, address: Ipv4Addr, pod: &OwnedFd) -> Result<()> {
+        self.renew_bandwidth(address);
         let mut batch = Batch::new();
         batch.add_veth(&Veth {
             name,
@@ -225,6 +227,7 @@ impl Router {
     fn link_tap(&self, name: &str, address: Ipv4Addr) -> Result<()> {
         let found = route::find_link(&mut guard(&self.route), name)?;
         if found.is_none() {
+            self.renew_bandwidth(address);
             self.run(|| {
                 let tap = bound_tap(name)?;
                 sys::tap_persist(tap.as_fd()).map_err(Error::system("keep the tap device"))
@@ -361,7 +364,7 @@ pub(crate) struct NameGuard<'a> {
 }
 
 impl NameLocks {
-    fn lock(&self, name: &str) -> NameGuard<'_> {
+    pub(crate) fn lock(&self, name: &str) -> NameGuard<'_> {
         let mut held = guard(&self.held);
         while !held.insert(name.to_owned()) {
             held = self.freed.wait(held).unwrap_or_else(PoisonError::into_inner);

@@ -6,7 +6,7 @@
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
-//! - [`Router::set_egress`] makes the way out.
+//! - [`Router::set_egress`] makes the way out; [`Router::set_bandwidth`] limits what a workload sends and receives.
 //! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
 //! - [`GuestServer`] tells machines that ask the addresses that they have.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
@@ -19,6 +19,7 @@
 
 mod address;
 mod attach;
+mod bandwidth;
 mod config;
 mod error;
 mod exposed;
@@ -44,6 +45,7 @@ pub mod fuzz {
 pub mod netlink;
 
 pub use attach::{AttachRequest, Attachment, LinkKind};
+pub use bandwidth::Bandwidth;
 pub use config::{Cidr, Cidr6, GATEWAY, GATEWAY6, MTU, RouterConfig};
 pub use dns::{DnsServer, Records};
 pub use error::{Error, Result};

@@ -2,6 +2,7 @@
 
 use crate::address::{Addresses, Lease};
 use crate::attach::{NO_ADDRESS, NameLocks, link_name, link_of};
+use crate::bandwidth::{self, Limited};
 use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
 use crate::firewall;
@@ -44,6 +45,7 @@ pub struct Router {
     pub(crate) firewall: Mutex<Firewall>,
     pub(crate) addresses: Mutex<Addresses>,
     pub(crate) names: NameLocks,
+    pub(crate) bandwidths: Mutex<Limited>,
     pub(crate) uplink: Mutex<Option<Uplink>>,
     _lock: File,
 }
@@ -91,6 +93,7 @@ impl Router {
             tracing::warn!("this kernel has IPv6 off (ipv6.disable=1): workloads have IPv4 addresses only");
         }
         remove_strays(&mut route, &pins, &addresses)?;
+        let limited = bandwidth::found(&route::links(&mut route)?);
         let links: Vec<_> = addresses.iter().map(|(_, lease)| link_of(&config, lease.kind, lease.address)).collect();
         let fresh = firewall::ensure(&mut socket, &config, &links)?;
         let (services, policies) = if fresh { (Services::none(), Programmed::none()) } else { Default::default() };
@@ -103,6 +106,7 @@ impl Router {
             firewall: Mutex::new(Firewall { socket, services, policies }),
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
+            bandwidths: Mutex::new(limited),
             uplink: Mutex::new(None),
             _lock: lock,
         })
@@ -304,7 +308,8 @@ fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
 
 /// Links and pinned namespaces that no allocation speaks for: what a lost journal or a half-done detach left.
 fn remove_strays(route: &mut Socket, pins: &Path, addresses: &Addresses) -> Result<()> {
-    let known: Vec<String> = addresses.iter().map(|(_, lease)| link_name(lease.kind, lease.address)).collect();
+    let names = |lease: &Lease| [link_name(lease.kind, lease.address), bandwidth::detour_name(lease.address)];
+    let known: HashSet<String> = addresses.iter().flat_map(|(_, lease)| names(lease)).collect();
     let mut batch = Batch::new();
     for link in route::links(route)? {
         let ours = link.group == route::GROUP || link.group == route::DEAD;

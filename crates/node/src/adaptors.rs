@@ -2,8 +2,8 @@
 
 use crate::boundary::{Rootfs, SandboxNetwork};
 use crate::ports::{
-    Attach, Compiled, Credentials, DiskImage, ImageConfig, ImageError, Images, Leased, NetworkError, Networks, Records,
-    ResolvedImage, ServiceRule,
+    Attach, Bandwidth, Compiled, Credentials, DiskImage, ImageConfig, ImageError, Images, Leased, NetworkError,
+    Networks, Records, ResolvedImage, ServiceRule,
 };
 use async_trait::async_trait;
 use image::{Digest, Kind, PullOptions, Reference, Store};
@@ -199,7 +199,13 @@ impl Networks for RouterNetworks {
             address_key: request.address_key.clone(),
             kind: if request.tap { LinkKind::Tap } else { LinkKind::Namespace },
         };
-        let attachment = self.run("attach", move |router| router.attach(&wanted)).await?;
+        let bandwidth = request.bandwidth;
+        let attach = move |router: &Router| {
+            let attachment = router.attach(&wanted)?;
+            router.set_bandwidth(&wanted.uid, bandwidth)?;
+            Ok(attachment)
+        };
+        let attachment = self.run("attach", attach).await?;
         Ok(SandboxNetwork {
             address: Some(attachment.address),
             address6: attachment.address6,
@@ -211,6 +217,11 @@ impl Networks for RouterNetworks {
             mtu: attachment.mtu,
             ..SandboxNetwork::default()
         })
+    }
+
+    async fn set_bandwidth(&self, uid: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
+        let uid = uid.to_owned();
+        self.run("bandwidth", move |router| router.set_bandwidth(&uid, bandwidth)).await
     }
 
     async fn detach(&self, uid: &str) -> Result<(), NetworkError> {

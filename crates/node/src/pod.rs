@@ -15,6 +15,7 @@
 //!                                                                                                                 Gone
 //! ```
 
+mod bandwidth;
 pub(crate) mod handler;
 mod image;
 pub(crate) mod plan;
@@ -30,7 +31,7 @@ mod watch;
 
 use crate::boundary::{Boundary, BoundaryError, SandboxSpec};
 use crate::events::{About, Level};
-use crate::ports::{ImageError, ResolvedImage};
+use crate::ports::{Bandwidth, ImageError, ResolvedImage};
 use crate::record::Record;
 use crate::shared::Shared;
 use crate::views::{ContainerView, Live as LiveView, PodView, ViewState};
@@ -149,6 +150,8 @@ pub(crate) struct Worker {
     sources_dirty: bool,
     tokens: crate::volumes::Tokens,
     tokens_until: Option<Instant>,
+    /// As the link has it; `None` is not known.
+    bandwidth: Option<Bandwidth>,
 }
 
 /// The task of one pod. `record` is what was found on disk.
@@ -208,6 +211,7 @@ impl Worker {
             sources_dirty: false,
             tokens: crate::volumes::Tokens::new(),
             tokens_until,
+            bandwidth: None,
             shared,
         };
         worker.adopt(record);
@@ -363,6 +367,7 @@ impl Worker {
             self.sources_dirty = false;
             self.update_volumes(&sandbox).await;
         }
+        self.update_bandwidth(&sandbox).await;
         let progress: Vec<_> = self.slots.iter().map(|s| (s.role, s.progress())).collect();
         let began = self.slots.iter().any(|s| s.role == Role::Main && s.begun && !s.earlier);
         let plan = plan::plan(&progress, self.restart_policy(), began);

@@ -5,7 +5,7 @@ use crate::boundary::{Rootfs, SandboxNetwork};
 pub use crate::policy::Compiled;
 use async_trait::async_trait;
 pub use network::dns::Records;
-pub use network::{Leased, Protocol, ServiceRule};
+pub use network::{Bandwidth, Leased, Protocol, ServiceRule};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -93,6 +93,7 @@ pub struct Attach {
     pub address_key: Option<String>,
     /// A tap in the router instead of a namespace.
     pub tap: bool,
+    pub bandwidth: Bandwidth,
 }
 
 #[derive(Debug, Clone, thiserror::Error)]
@@ -106,6 +107,10 @@ pub struct NetworkError {
 pub trait Networks: Send + Sync + 'static {
     /// Idempotent by `uid`.
     async fn attach(&self, request: &Attach) -> Result<SandboxNetwork, NetworkError>;
+    /// Limits what an attached pod sends and receives from now on.
+    async fn set_bandwidth(&self, _uid: &str, _bandwidth: Bandwidth) -> Result<(), NetworkError> {
+        Ok(())
+    }
     /// Idempotent; unknown uids are fine.
     async fn detach(&self, uid: &str) -> Result<(), NetworkError>;
     /// Replaces all Service rules.

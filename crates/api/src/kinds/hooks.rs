@@ -4,6 +4,7 @@
 //! Types have been checked before any of this runs; what is absent or odd all the same reads as empty.
 
 mod admin;
+mod bandwidth;
 mod config;
 mod custom;
 mod field;

@@ -14,6 +14,7 @@ mod images;
 mod kubectl;
 mod lambda;
 mod life;
+mod limits;
 mod network;
 mod oci;
 mod pods;
@@ -47,6 +48,7 @@ const ALL: &[&[Test]] = &[
     network::TESTS,
     policies::TESTS,
     dual::TESTS,
+    limits::TESTS,
     vm::TESTS,
     oci::TESTS,
     crash::TESTS,

@@ -15,7 +15,7 @@ use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
 use api::status::{Reason, StatusResult};
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 
 const COMPONENT: &str = "virtualmachine-controller";
@@ -153,7 +153,27 @@ impl Instances {
         }
     }
 
+    /// Limits of a machine's bandwidth may change while it runs.
+    async fn hand_down_bandwidth(&self, instance: &SharedObject, pod: &SharedObject) -> StatusResult<()> {
+        let mut changed = Map::new();
+        for key in [api::bandwidth::INGRESS, api::bandwidth::EGRESS] {
+            let wanted = instance.annotation(key);
+            if wanted != pod.annotation(key) {
+                changed.insert(key.to_owned(), wanted.into());
+            }
+        }
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let patch = json!({"metadata": {"uid": pod.uid(), "annotations": changed}});
+        match self.context.client.patch(&PODS, pod.namespace(), pod.name(), "", Patch::Merge(patch)).await {
+            Err(error) if !error.is_not_found() && !error.is_conflict() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     async fn follow(&self, instance: &SharedObject, pod: &SharedObject) -> StatusResult<()> {
+        self.hand_down_bandwidth(instance, pod).await?;
         let phase = match pod.str_at("/status/phase") {
             "Succeeded" => "Succeeded",
             "Failed" => "Failed",

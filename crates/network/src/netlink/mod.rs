@@ -4,6 +4,7 @@
 pub mod conntrack;
 pub mod nft;
 pub mod parse;
+pub mod qdisc;
 pub mod route;
 mod writer;
 

@@ -19,6 +19,7 @@ const RTM_NEWRULE: u16 = 32;
 const IFLA_ADDRESS: u16 = 1;
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
+const IFLA_QDISC: u16 = 6;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_STATS64: u16 = 23;
 const IFLA_GROUP: u16 = 27;
@@ -64,6 +65,8 @@ pub struct Link {
     pub name: String,
     pub up: bool,
     pub group: u32,
+    /// What leaves by it is limited.
+    pub shaped: bool,
 }
 
 /// Both ends of a veth pair.
@@ -108,6 +111,17 @@ impl Batch {
                     });
                 });
             });
+        });
+    }
+    /// A device that hands what leaves by it back to where it came in.
+    pub fn add_ifb(&mut self, name: &str, mac: Mac, mtu: u32) {
+        self.request("make the ifb device", RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, &[], |w| {
+            interface(w, 0, IFF_UP | IFF_NOARP);
+            w.string(IFLA_IFNAME, name);
+            w.attr(IFLA_ADDRESS, &mac);
+            w.u32(IFLA_MTU, mtu);
+            w.u32(IFLA_GROUP, GROUP);
+            w.nest(IFLA_LINKINFO, |w| w.string(IFLA_INFO_KIND, "ifb"));
         });
     }
     pub fn set_up(&mut self, index: u32) {
@@ -378,6 +392,7 @@ pub fn link(payload: &[u8]) -> Option<Link> {
         name: text(Attributes::get(attributes, IFLA_IFNAME)?).to_owned(),
         up: u32_at(payload, 8)? & IFF_UP != 0,
         group: Attributes::get(attributes, IFLA_GROUP).and_then(|bytes| u32_at(bytes, 0)).unwrap_or(0),
+        shaped: Attributes::get(attributes, IFLA_QDISC).is_some_and(|name| text(name) == "tbf"),
     })
 }
 

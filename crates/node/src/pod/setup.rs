@@ -1,5 +1,6 @@
 //! Making a pod's sandbox: a list of steps, each of which can be undone; a failure at one undoes those before it.
 
+use super::bandwidth::wanted;
 use super::{Sandbox, Stage, Why, Worker, limited};
 use crate::boundary::{Boundary, BoundaryError, SandboxNetwork, SandboxSpec};
 use crate::events::Level;
@@ -303,7 +304,7 @@ impl Worker {
         )
     }
 
-    async fn attach(&self, spec: &core::PodSpec, tap: bool) -> Result<SandboxNetwork, SetupError> {
+    async fn attach(&mut self, spec: &core::PodSpec, tap: bool) -> Result<SandboxNetwork, SetupError> {
         let config = &self.shared.config;
         let namespace = self.object.namespace();
         let mut network = if spec.host_network == Some(true) {
@@ -315,8 +316,12 @@ impl Worker {
             }
         } else {
             let key = self.object.annotation(machine::ADDRESS_KEY).map(str::to_owned);
-            let request = Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap };
-            self.shared.networks.attach(&request).await?
+            let bandwidth = wanted(&self.object).map_err(SetupError::Unsupported)?;
+            let request =
+                Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap, bandwidth };
+            let attached = self.shared.networks.attach(&request).await?;
+            self.bandwidth = Some(bandwidth);
+            attached
         };
         let resolver = self.resolver(spec);
         network.dns = resolver.servers.iter().find_map(|s| s.parse().ok());

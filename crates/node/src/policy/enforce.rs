@@ -2,7 +2,7 @@
 
 use super::{AdminPolicy, Compiled, Member, Node, Policy, World, compile};
 use crate::boundary::SandboxNetwork;
-use crate::ports::{Attach, Leased, NetworkError, Networks, Records, ServiceRule};
+use crate::ports::{Attach, Bandwidth, Leased, NetworkError, Networks, Records, ServiceRule};
 use api::client::{Client, ListOptions, Patch};
 use api::informer::{Informer, Subscription};
 use api::kind::Resource;
@@ -279,6 +279,9 @@ impl Networks for Enforced {
         let network = self.inner.attach(request).await?;
         self.enforcer.settle().await?;
         Ok(network)
+    }
+    async fn set_bandwidth(&self, uid: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
+        self.inner.set_bandwidth(uid, bandwidth).await
     }
     async fn detach(&self, uid: &str) -> Result<(), NetworkError> {
         self.inner.detach(uid).await
