@@ -10,6 +10,7 @@
 use crate::address::Lease;
 use crate::config::{GATEWAY, GATEWAY6, MTU, RouterConfig};
 use crate::error::{Error, Result};
+use crate::express::Owner;
 use crate::firewall;
 use crate::journal::Kind;
 use crate::netlink::nft::Transaction;
@@ -118,6 +119,9 @@ impl Router {
         let lease: Option<Lease> = guard(&self.addresses).get(uid).cloned();
         if let Some(lease) = &lease {
             let name = link_name(lease.kind, lease.address);
+            if let Some(express) = &self.express {
+                express.expel(lease.address).map_err(Error::system("end the link's short ways"))?;
+            }
             let mut transaction = Transaction::new(firewall::TABLE);
             firewall::expel(&mut transaction, &link_of(&self.config, lease.kind, lease.address));
             {
@@ -177,7 +181,7 @@ impl Router {
                 (Some(link), Some(_)) => {
                     // Links of before there was IPv6 here had it off.
                     ns::sysctl("ipv6/conf/eth0/disable_ipv6", "0")?;
-                    self.configure_router_side(link.index, address)?;
+                    self.configure_router_side(Kind::Namespace, link.index, address)?;
                 }
                 _ => {
                     self.remove_link(name)?;
@@ -208,10 +212,10 @@ impl Router {
             route.send(batch)?;
             route::link_index(&mut route, name)?
         };
-        self.configure_router_side(index, address)
+        self.configure_router_side(Kind::Namespace, index, address)
     }
 
-    fn configure_router_side(&self, index: u32, address: Ipv4Addr) -> Result<()> {
+    fn configure_router_side(&self, kind: Kind, index: u32, address: Ipv4Addr) -> Result<()> {
         let mut batch = Batch::new();
         batch.set_up(index);
         batch.add_neighbour(index, address, mac_of(address));
@@ -220,6 +224,11 @@ impl Router {
             let address6 = self.config.v6_of(address);
             batch.add_neighbour6(index, address6, mac_of(address));
             batch.add_link_route6(address6, 128, index, self.config.router_address6());
+        }
+        if let Some(express) = &self.express {
+            express.attach(&mut batch, index);
+            let owner = owner_of(&self.config, kind, address, index);
+            express.admit(owner).map_err(Error::system("let the link take the short way"))?;
         }
         guard(&self.route).send(batch)
     }
@@ -246,7 +255,7 @@ impl Router {
             route.send(batch)?;
             index
         };
-        self.configure_router_side(index, address)
+        self.configure_router_side(Kind::Tap, index, address)
     }
 
     /// The thread is in the workload's namespace: unprivileged servers may take any port, and anyone may ping. Links to
@@ -317,6 +326,11 @@ pub(crate) fn link_of(config: &RouterConfig, kind: Kind, address: Ipv4Addr) -> f
     };
     let address6 = config.v6_of(address);
     firewall::Link { name: link_name(kind, address), mac: mac_of(address), address, address6, link_local }
+}
+
+pub(crate) fn owner_of(config: &RouterConfig, kind: Kind, address: Ipv4Addr, index: u32) -> Owner {
+    let (mac, address6) = (mac_of(address), config.v6_of(address));
+    Owner { index, mac, address, address6, tap: kind == Kind::Tap, shaped: false, captures: 0 }
 }
 
 /// The address that a machine gives itself on its link (RFC 4291, appendix A).

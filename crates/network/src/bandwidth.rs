@@ -65,6 +65,10 @@ impl Router {
         {
             let mut route = guard(&self.route);
             let index = route::link_index(&mut route, &link)?;
+            if let Some(express) = &self.express {
+                let shaped = wanted.ingress.is_some();
+                express.shape(lease.address, shaped).map_err(Error::system("have packets pass by the link"))?;
+            }
             limit_ingress(&mut route, index, wanted.ingress)?;
             limit_egress(&mut route, index, lease.address, wanted.egress)?;
         }

@@ -23,6 +23,7 @@ mod bandwidth;
 mod config;
 mod error;
 mod exposed;
+mod express;
 mod firewall;
 mod guests;
 mod journal;

@@ -1,10 +1,11 @@
 //! The router: one network namespace per Atoll instance through which all workloads' packets pass.
 
 use crate::address::{Addresses, Lease};
-use crate::attach::{NO_ADDRESS, NameLocks, link_name, link_of};
+use crate::attach::{NO_ADDRESS, NameLocks, link_name, link_of, owner_of};
 use crate::bandwidth::{self, Limited};
 use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
+use crate::express::Express;
 use crate::firewall;
 use crate::netlink::route::{self, Veth};
 use crate::netlink::{Batch, Socket};
@@ -19,7 +20,7 @@ use std::fs::{self, DirBuilder, File};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const ROUTER: &str = "router";
 /// A link that leads nowhere, for IPv6 routes to what is redirected or refused: over loopback they would end a packet
@@ -43,6 +44,8 @@ pub struct Router {
     /// Another rtnetlink socket, for removals: each waits tens of milliseconds for the kernel.
     pub(crate) reaper: Mutex<Socket>,
     pub(crate) firewall: Mutex<Firewall>,
+    /// `None`: this kernel cannot do it.
+    pub(crate) express: Option<Arc<Express>>,
     pub(crate) addresses: Mutex<Addresses>,
     pub(crate) names: NameLocks,
     pub(crate) bandwidths: Mutex<Limited>,
@@ -94,6 +97,7 @@ impl Router {
         }
         remove_strays(&mut route, &pins, &addresses)?;
         let limited = bandwidth::found(&route::links(&mut route)?);
+        let express = express(&mut route, &config, &addresses)?;
         let links: Vec<_> = addresses.iter().map(|(_, lease)| link_of(&config, lease.kind, lease.address)).collect();
         let fresh = firewall::ensure(&mut socket, &config, &links)?;
         let (services, policies) = if fresh { (Services::none(), Programmed::none()) } else { Default::default() };
@@ -104,6 +108,7 @@ impl Router {
             route: Mutex::new(route),
             reaper: Mutex::new(reaper),
             firewall: Mutex::new(Firewall { socket, services, policies }),
+            express,
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
             bandwidths: Mutex::new(limited),
@@ -118,6 +123,10 @@ impl Router {
     /// Whether workloads have IPv6 addresses: the kernel has IPv6.
     pub fn has_ipv6(&self) -> bool {
         self.ipv6
+    }
+    /// Whether packets of known flows go from link to link past the firewall: this kernel takes programs for links.
+    pub fn has_short_way(&self) -> bool {
+        self.express.is_some()
     }
     /// Where the router's namespace is pinned.
     pub fn netns_path(&self) -> PathBuf {
@@ -148,7 +157,19 @@ impl Router {
         }
         let mut firewall = guard(&self.firewall);
         let Firewall { socket, services, .. } = &mut *firewall;
-        services.sync(socket, rules)
+        let changed = services.sync(socket, rules);
+        if !matches!(changed, Ok(0)) {
+            self.forget_flows()?;
+        }
+        changed
+    }
+
+    /// What connections were allowed is asked again; after every change that may refuse some, or lead it elsewhere.
+    fn forget_flows(&self) -> Result<()> {
+        match &self.express {
+            Some(express) => express.forget().map_err(Error::system("end the short ways")),
+            None => Ok(()),
+        }
     }
 
     /// Makes the kernel enforce exactly these policies, in one transaction, then ends connections that are no longer
@@ -159,7 +180,11 @@ impl Router {
         let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
         policies.workloads.retain(|address, _| live.contains(address));
         let Firewall { socket, policies: programmed, .. } = &mut *firewall;
-        programmed.sync(socket, &self.config, policies)
+        let changed = programmed.sync(socket, &self.config, policies);
+        if !matches!(changed, Ok(Changed { objects: 0, ended: 0 })) {
+            self.forget_flows()?;
+        }
+        changed
     }
 
     /// Workloads that have an address here, with it.
@@ -198,6 +223,9 @@ impl Router {
         fs::remove_dir(&pins).map_err(Error::file("remove", &pins))
     }
 }
+
+/// How long the kernel remembers an idle connection by default.
+const ESTABLISHED_SECONDS: &str = "432000";
 
 /// A poisoned lock's data is still whole: changes are made by the kernel or the journal first.
 pub(crate) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -249,6 +277,10 @@ fn sysctls() -> Result<()> {
     ns::sysctl("ipv4/neigh/default/proxy_delay", "0")?;
     // A connection that was ended stays ended: packets in its middle do not open it again.
     ns::sysctl("netfilter/nf_conntrack_tcp_loose", "0")?;
+    // Of packets that take the short way the tracker sees one every two seconds: neither sequence numbers nor
+    // acknowledgements that it has missed end a connection.
+    ns::sysctl("netfilter/nf_conntrack_tcp_be_liberal", "1")?;
+    ns::sysctl("netfilter/nf_conntrack_tcp_timeout_unacknowledged", ESTABLISHED_SECONDS)?;
     // Refusals are errors that clients see at once; one every 10 ms for each destination.
     ns::sysctl("ipv4/icmp_ratelimit", "10")?;
     ns::sysctl("ipv6/icmp/ratelimit", "10")?;
@@ -304,6 +336,34 @@ fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     }
     batch.deliver_marked(true, firewall::RELAYED, RELAY_TABLE, WIDE);
     route.send(batch)
+}
+
+/// The short way for the links that are there. Where it cannot be made they are rid of an earlier process's, which would
+/// not hear of changes.
+fn express(route: &mut Socket, config: &RouterConfig, addresses: &Addresses) -> Result<Option<Arc<Express>>> {
+    let express = match Express::load() {
+        Ok(express) => Some(Arc::new(express)),
+        Err(error) => {
+            tracing::info!(%error, "this kernel takes no programs for links: packets between workloads take the long way");
+            None
+        }
+    };
+    let mut batch = Batch::new();
+    for link in route::links(route)? {
+        let owner = addresses.iter().find(|(_, lease)| link_name(lease.kind, lease.address) == link.name);
+        match (&express, owner) {
+            (Some(express), Some((_, lease))) => {
+                express.attach(&mut batch, link.index);
+                let mut owner = owner_of(config, lease.kind, lease.address, link.index);
+                owner.shaped = link.shaped;
+                express.admit(owner).map_err(Error::system("let the link take the short way"))?;
+            }
+            (None, Some(_)) => batch.remove_programs(link.index),
+            (_, None) => {}
+        }
+    }
+    route.send(batch)?;
+    Ok(express)
 }
 
 /// Links and pinned namespaces that no allocation speaks for: what a lost journal or a half-done detach left.

@@ -3,6 +3,7 @@
 
 use crate::attach::{TAP_PREFIX, VETH_PREFIX};
 use crate::error::{Error, Result};
+use crate::express::Express;
 use crate::firewall::{REFUSED, TABLE};
 use crate::netlink::nft::{self, Family};
 use crate::netlink::{Socket, conntrack, route};
@@ -11,6 +12,7 @@ use crate::{ns, sys};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 pub use crate::netlink::conntrack::{Entry, Tuple};
@@ -18,6 +20,9 @@ pub use crate::netlink::route::Counters;
 
 /// Most of a frame that is captured; frames of links are no longer.
 const FRAME: usize = 64 << 10;
+
+/// For so long after somebody looked at connections, packets are counted for the next look.
+const LOOK: Duration = Duration::from_secs(10);
 
 /// One frame of a link, as it began.
 #[derive(Clone, Debug)]
@@ -30,12 +35,27 @@ pub struct Frame {
 pub struct Capture {
     socket: OwnedFd,
     buffer: Vec<u8>,
+    /// What goes to the workload passes by its link while this is held.
+    detour: Option<(Arc<Express>, Ipv4Addr)>,
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        if let Some((express, address)) = &self.detour
+            && let Err(error) = express.end_capture(*address)
+        {
+            tracing::warn!(%address, %error, "packets to a workload go on taking the long way");
+        }
+    }
 }
 
 impl Router {
     /// Tracked connections with what they have carried. Counting begins with the first call; connections that were open
     /// before it have no counters.
     pub fn connections(&self) -> Result<Vec<Entry>> {
+        if let Some(express) = &self.express {
+            express.watch(LOOK).map_err(Error::system("have packets counted"))?;
+        }
         self.run(|| {
             ns::sysctl("netfilter/nf_conntrack_acct", "1")?;
             conntrack::find(&mut Socket::netfilter()?, |_| true)
@@ -45,7 +65,16 @@ impl Router {
     /// Counters of all workloads' links, by the workload's IPv4 address. `received` is what the workload sent.
     pub fn link_counters(&self) -> Result<Vec<(Ipv4Addr, Counters)>> {
         let links = self.run(|| route::counters(&mut Socket::route()?))??;
-        Ok(links.into_iter().filter_map(|(name, counters)| Some((address_of_link(&name)?, counters))).collect())
+        let mut all: Vec<_> =
+            links.into_iter().filter_map(|(name, counters)| Some((address_of_link(&name)?, counters))).collect();
+        if let Some(express) = &self.express {
+            for (address, counters) in &mut all {
+                let (packets, bytes) = express.counters(*address).map_err(Error::system("read the link's counters"))?;
+                counters.sent_packets += packets;
+                counters.sent_bytes += bytes;
+            }
+        }
+        Ok(all)
     }
 
     /// Packets refused since the ruleset was made.
@@ -67,7 +96,14 @@ impl Router {
             let link = links.into_iter().find(|link| address_of_link(&link.name) == Some(address));
             let link = link.ok_or_else(|| Error::NoLink(address.to_string()))?;
             let socket = sys::packet_socket(link.index).map_err(Error::system("open a packet socket"))?;
-            Ok(Capture { socket, buffer: vec![0; FRAME] })
+            let detour = match &self.express {
+                Some(express) => {
+                    express.capture(address).map_err(Error::system("have packets pass by the link"))?;
+                    Some((express.clone(), address))
+                }
+                None => None,
+            };
+            Ok(Capture { socket, buffer: vec![0; FRAME], detour })
         })?
     }
 }

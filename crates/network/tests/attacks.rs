@@ -153,6 +153,35 @@ fn spoofed_addresses() {
 }
 
 #[test]
+fn a_flow_is_its_own_links_alone() {
+    let Some(field) = field() else { return };
+    let other = field.lab.pod("other");
+    let to = field.victim.address;
+    let from = in_netns(&netns(&other), || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 4000)).unwrap()).unwrap();
+    // The flow is known: what is sent takes the short way, for as long as the attack goes on.
+    let known = || {
+        heard(&field.ear);
+        from.send_to(b"known", (to, 99)).unwrap();
+        eventually("what belongs to the flow arrives", || {
+            let came = heard(&field.ear).contains(&b"known".to_vec());
+            from.send_to(b"known", (to, 99)).unwrap();
+            came
+        });
+    };
+    known();
+    let other_mac: Vec<u8> = other.mac.split(':').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect();
+    let found = field.reaches(&field.ear, || {
+        for mac in [field.mac, other_mac.try_into().unwrap()] {
+            field.send(mac, &udp(other.address, to, 99, b"in its name"));
+        }
+        // To somebody else's MAC, as if there were a shared wire.
+        field.frame(BROADCAST, field.mac, 0x0800, &udp(field.own, to, 99, b"to all"));
+    });
+    assert!(!found.contains(&b"in its name".to_vec()) && !found.contains(&b"to all".to_vec()), "{found:?}");
+    known();
+}
+
+#[test]
 fn arp_is_answered_by_the_router_and_believed_by_nobody() {
     let Some(field) = field() else { return };
     let other = field.lab.pod("other");

@@ -1,17 +1,23 @@
-//! Queueing disciplines and filters (`linux/pkt_sched.h`, `linux/pkt_cls.h`): what limits a link's bandwidth.
+//! Queueing disciplines and filters (`linux/pkt_sched.h`, `linux/pkt_cls.h`): what limits a link's bandwidth, and programs
+//! that look at its packets.
 
 use super::{Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, Writer};
+use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
 
 const RTM_NEWQDISC: u16 = 36;
 const RTM_DELQDISC: u16 = 37;
 const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
 
 const TCA_KIND: u16 = 1;
 const TCA_OPTIONS: u16 = 2;
 const ROOT: u32 = 0xffff_ffff;
-const INGRESS: u32 = 0xffff_fff1;
-const INGRESS_HANDLE: u32 = 0xffff_0000;
+/// Where filters see what comes in by a link and what leaves by it.
+const HOOKS: u32 = 0xffff_fff1;
+const HOOKS_HANDLE: u32 = 0xffff_0000;
+const ARRIVING: u32 = 0xffff_fff2;
+const LEAVING: u32 = 0xffff_fff3;
 const SHAPER: u32 = 0x1_0000;
 /// The shaper's only class.
 const SHAPED: u32 = 0x1_0001;
@@ -35,6 +41,15 @@ const ACTION_STOLEN: u32 = 4;
 const REDIRECT_OUT: u32 = 1;
 /// Priority 1, every protocol (`ETH_P_ALL` in network order).
 const FIRST_OF_ALL: u32 = 1 << 16 | (0x0003u16.to_be() as u32);
+
+/// Priority 10.
+const AFTER_DETOURS: u32 = 10 << 16 | (0x0003u16.to_be() as u32);
+
+const BPF_FD: u16 = 6;
+const BPF_NAME: u16 = 7;
+const BPF_FLAGS: u16 = 8;
+/// What the program returns is the verdict.
+const BPF_DIRECT: u32 = 1;
 
 /// A token bucket: what it lets out, and how much waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,15 +102,20 @@ impl Batch {
         let none = &[Errno::NOENT, Errno::INVAL];
         self.request("end the link's limit", RTM_DELQDISC, NLM_F_ACK, none, |w| traffic(w, index, SHAPER, ROOT, 0));
     }
-    /// All that comes in by a link leaves by another first, which then hands it back as come in by the link.
-    pub fn detour(&mut self, index: u32, by: u32) {
+    fn add_hooks(&mut self, index: u32) {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        self.request("look at what comes in", RTM_NEWQDISC, flags, &[Errno::EXIST], |w| {
-            traffic(w, index, INGRESS_HANDLE, INGRESS, 0);
-            w.string(TCA_KIND, "ingress");
+        self.request("look at the link's packets", RTM_NEWQDISC, flags, &[Errno::EXIST], |w| {
+            traffic(w, index, HOOKS_HANDLE, HOOKS, 0);
+            w.string(TCA_KIND, "clsact");
         });
+    }
+    /// All that comes in by a link leaves by another first, which then hands it back as come in by the link, past all
+    /// other filters.
+    pub fn detour(&mut self, index: u32, by: u32) {
+        self.add_hooks(index);
+        let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
         self.request("redirect what comes in", RTM_NEWTFILTER, flags, &[Errno::EXIST], |w| {
-            traffic(w, index, U32_FIRST, INGRESS_HANDLE, FIRST_OF_ALL);
+            traffic(w, index, U32_FIRST, ARRIVING, FIRST_OF_ALL);
             w.string(TCA_KIND, "u32");
             w.nest(TCA_OPTIONS, |w| {
                 // One key, which everything matches.
@@ -109,9 +129,33 @@ impl Batch {
     /// Ends [`Batch::detour`].
     pub fn end_detour(&mut self, index: u32) {
         let none = &[Errno::NOENT, Errno::INVAL];
-        self.request("end the redirection", RTM_DELQDISC, NLM_F_ACK, none, |w| {
-            traffic(w, index, INGRESS_HANDLE, INGRESS, 0);
+        self.request("end the redirection", RTM_DELTFILTER, NLM_F_ACK, none, |w| {
+            traffic(w, index, 0, ARRIVING, FIRST_OF_ALL);
         });
+    }
+    /// Programs that see what comes in by a link and what leaves by it; they replace those that are there.
+    pub fn add_programs(&mut self, index: u32, arriving: BorrowedFd<'_>, leaving: BorrowedFd<'_>) {
+        self.add_hooks(index);
+        for (parent, program) in [(ARRIVING, arriving), (LEAVING, leaving)] {
+            let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+            self.request("put a program on the link", RTM_NEWTFILTER, flags, &[], |w| {
+                traffic(w, index, 1, parent, AFTER_DETOURS);
+                w.string(TCA_KIND, "bpf");
+                w.nest(TCA_OPTIONS, |w| {
+                    w.u32(BPF_FD, program.as_raw_fd() as u32);
+                    w.string(BPF_NAME, "atoll");
+                    w.u32(BPF_FLAGS, BPF_DIRECT);
+                });
+            });
+        }
+    }
+    pub fn remove_programs(&mut self, index: u32) {
+        let none = &[Errno::NOENT, Errno::INVAL];
+        for parent in [ARRIVING, LEAVING] {
+            self.request("take the program off the link", RTM_DELTFILTER, NLM_F_ACK, none, |w| {
+                traffic(w, index, 0, parent, AFTER_DETOURS);
+            });
+        }
     }
 }
 

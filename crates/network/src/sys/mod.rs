@@ -1,6 +1,7 @@
 //! The system calls that have no safe wrapper. All `unsafe` of this crate is here.
 #![allow(unsafe_code)]
 
+pub mod bpf;
 pub mod datagram;
 
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -72,6 +73,14 @@ pub fn tap_bind(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// The clock that the kernel's programs read.
+pub fn monotonic_time() -> std::time::Duration {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one `timespec`, which `now` is and which outlives the call.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    std::time::Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or_default())
 }
 
 /// Keeps a bound tap device when its last descriptor is closed.
