@@ -124,6 +124,9 @@ pub struct Up {
     /// How workloads that a policy lets out get out: not at all, with an address of the host, or with their own
     #[arg(long, default_value = "none", value_name = "none|nat|routed")]
     pub egress: Egress,
+    /// Connections that one workload may have open, and may open in a second; from 64 to 1048576
+    #[arg(long, default_value_t = 16_384, value_name = "N", value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
+    pub workload_connections: u32,
     #[command(flatten)]
     pub networks: crate::networks::Networks,
     #[command(flatten)]

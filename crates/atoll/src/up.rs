@@ -46,7 +46,9 @@ pub fn run(options: &Up) -> Outcome {
             .transpose()?,
         registry: listen("--registry-addr", options.registry_addr)?,
     };
-    let router = Arc::new(Router::open(networks::choose(&instance, &options.networks)?).map_err(explain)?);
+    let mut network = networks::choose(&instance, &options.networks)?;
+    network.limits.connections = options.workload_connections;
+    let router = Arc::new(Router::open(network).map_err(explain)?);
     let host_netns = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router
         .set_egress(host_netns.as_fd(), options.egress.into())

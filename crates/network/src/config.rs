@@ -1,6 +1,7 @@
 //! What a router is made from, checked once.
 
 use crate::error::{Error, Result};
+use crate::limits::Limits;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -170,6 +171,7 @@ pub struct RouterConfig {
     pub service_cidr6: Cidr6,
     /// The DNS server's address, inside `service_cidr`; its IPv6 address is as far into `service_cidr6`.
     pub dns_address: Ipv4Addr,
+    pub limits: Limits,
 }
 
 impl RouterConfig {
@@ -183,6 +185,7 @@ impl RouterConfig {
             service_cidr: Cidr { base: Ipv4Addr::new(10, 43, 0, 0).to_bits(), prefix: 16 },
             service_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x43, 0, 0, 0, 0, 0).to_bits(), prefix: 112 },
             dns_address: Ipv4Addr::new(10, 43, 0, 10),
+            limits: Limits::default(),
         }
     }
     /// Whether Services may have this address.
@@ -249,6 +252,7 @@ impl RouterConfig {
         if !services.contains(self.dns_address) {
             return error("dns_address", self.dns_address.to_string(), "must be inside service_cidr");
         }
+        self.limits.check()?;
         self.check6()
     }
 

@@ -2,16 +2,17 @@
 //! that every workload has, and one in family `arp`; all in the router's own namespace.
 //!
 //! ```text
-//! prerouting -300  sources       a frame comes from a link with that link's own MAC and IP address, or by the uplink with
-//!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it
+//! prerouting -450  sources       a frame comes from a link with that link's own MAC and IP address, or by the uplink with
+//!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it.
+//!                                Fragments, questions to DNS, questions for an address: no more than `limits.rs` says
 //! prerouting -150  returns       answers to connections that the relay made for clients outside are led to its sockets
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
 //! output     -100  services_out  the same for the router's own connections
 //! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
-//!                                map `ingress` by destination: the same -> accept; or out by the uplink, if there is
-//!                                one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
+//!                                map `ingress` by destination: the same -> `counted`: accept, if the source may have
+//!                                one more connection; or out by the uplink, if there is one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
 //! output        0  output        what the relay sends for clients outside starts at `ingress`; the refusal of endpointless services and of the outside for the router's own connections
 //! postrouting 100  hairpin       a pod that reached itself through a Service sees the router as its peer
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
@@ -25,6 +26,7 @@
 use crate::attach::{ALL_DHCP_SERVERS, TAP_PREFIX};
 use crate::config::{GATEWAY, GATEWAY6, RouterConfig};
 use crate::error::Result;
+use crate::limits::{self, Limits};
 use crate::netlink::Socket;
 use crate::netlink::nft::{
     self, BaseChain, Element, Family, Field, Hook, Policy, R0, R4, R6, Rule, Transaction, Unreachable, Value, concat,
@@ -38,7 +40,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 8;
+/// Before parts of packets are put together, so that nobody sends parts of another's packets.
+const BEFORE_FRAGMENTS: i32 = -450;
+/// ICMPv6, which may be of neighbours.
+const DISCOVERY: &str = "discovery";
+const VERSION: u32 = 9;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -71,6 +77,7 @@ pub const RELAYED: u32 = 0xffff_fff1;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const ICMP6: u8 = 58;
 /// Extension headers that a packet may not have: hop-by-hop options, routing and destination options. What they ask of a
 /// router (source routes, alerts, home addresses) nobody here may ask.
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
@@ -94,15 +101,16 @@ pub struct Link {
 }
 
 /// What differs between the tables of the two IP families.
-struct Side {
-    family: Family,
+pub(crate) struct Side {
+    pub family: Family,
     /// All workloads' addresses; all ClusterIPs.
     pods: (IpAddr, u8),
     services: (IpAddr, u8),
     loopback: (IpAddr, u8),
     /// What the uplink does not lead to; `None`: it leads nowhere.
     inside: Option<Vec<(Ipv4Addr, Ipv4Addr)>>,
-    dns: IpAddr,
+    pub dns: IpAddr,
+    pub limits: Limits,
     router: IpAddr,
     gateway: IpAddr,
     /// The link that leads nowhere: where what has no other route leaves.
@@ -120,6 +128,7 @@ impl Side {
                 loopback: (Ipv4Addr::new(127, 0, 0, 0).into(), 8),
                 inside: Some(inside(config)),
                 dns: config.dns_address.into(),
+                limits: config.limits,
                 router: config.router_address().into(),
                 gateway: GATEWAY.into(),
                 nowhere: "lo",
@@ -132,6 +141,7 @@ impl Side {
                 loopback: (Ipv6Addr::LOCALHOST.into(), 128),
                 inside: None,
                 dns: config.dns_address6().into(),
+                limits: config.limits,
                 router: config.router_address6().into(),
                 gateway: GATEWAY6.into(),
                 nowhere: VOID,
@@ -139,16 +149,18 @@ impl Side {
             },
         }
     }
-    fn rule(&self) -> Rule {
+    pub fn rule(&self) -> Rule {
         Rule::of(self.family)
     }
     /// Says what the table was made for. The `arp` table does not depend on anything.
     fn comment(&self) -> String {
         let (pods, services) = (self.pods, self.services);
+        let Limits { connections, questions } = self.limits;
         match self.family {
             Family::Arp => format!("ruleset {VERSION}"),
             Family::Ip | Family::Ip6 => {
-                format!("ruleset {VERSION}: {}/{} {}/{} {}", pods.0, pods.1, services.0, services.1, self.dns)
+                let networks = format!("{}/{} {}/{} {}", pods.0, pods.1, services.0, services.1, self.dns);
+                format!("ruleset {VERSION}: {networks}, {connections} connections, {questions} questions")
             }
         }
     }
@@ -242,6 +254,9 @@ fn ruleset(t: &mut Transaction, side: &Side) {
     t.add_set(MEMBERS, &[Field::Mark, address], &Value::None);
     chains(t);
     sources(t, side);
+    t.add_rule(limits::COUNTED, side.rule().if_input(UPLINK).accept());
+    t.add_rule(limits::COUNTED, side.rule().if_mark(RELAYED).accept());
+    limits::ruleset(t, side);
     input(t, side);
     relayed(t, side);
     services(t, side);
@@ -255,7 +270,7 @@ fn ruleset(t: &mut Transaction, side: &Side) {
 fn chains(t: &mut Transaction) {
     let base = |name, kind, hook, priority, policy| BaseChain { name, kind, hook, priority, policy };
     for chain in [
-        base("sources", "filter", Hook::Prerouting, -300, Policy::Drop),
+        base("sources", "filter", Hook::Prerouting, BEFORE_FRAGMENTS, Policy::Drop),
         base("returns", "filter", Hook::Prerouting, -150, Policy::Accept),
         base("services_in", "nat", Hook::Prerouting, -100, Policy::Accept),
         base("services_out", "nat", Hook::Output, -100, Policy::Accept),
@@ -266,32 +281,33 @@ fn chains(t: &mut Transaction) {
     ] {
         t.add_base_chain(&chain);
     }
-    for chain in [TO_INGRESS, EGRESS_DEFAULT, INGRESS_DEFAULT, REFUSED] {
+    let limits = [limits::COUNTED, limits::GROUPS, limits::FRAGMENTS, limits::QUESTIONS, limits::ASKING];
+    for chain in [TO_INGRESS, EGRESS_DEFAULT, INGRESS_DEFAULT, REFUSED, DISCOVERY].into_iter().chain(limits) {
         t.add_chain(chain);
     }
 }
 
+/// What comes from a link with the link's own addresses.
+pub fn own(side: &Side) -> Rule {
+    let rule = side.rule().load_input_name(R0).load_link_source(R4).load_source(R6);
+    rule.if_in_set(LINKS, R0)
+}
+
+/// What comes from a machine's link with the link's own MAC.
+fn machine(side: &Side) -> Rule {
+    side.rule().load_input_name(R0).load_link_source(R4).if_in_set(MACHINES, R0)
+}
+
 fn sources(t: &mut Transaction, side: &Side) {
-    let own = || {
-        let rule = side.rule().load_input_name(R0).load_link_source(R4).load_source(R6);
-        rule.if_in_set(LINKS, R0)
-    };
-    let machine = || side.rule().load_input_name(R0).load_link_source(R4).if_in_set(MACHINES, R0);
     t.add_rule("sources", side.rule().if_input("lo").accept());
     if side.family == Family::Ip6 {
         for header in EXTENSIONS {
             t.add_rule("sources", side.rule().if_extension(header).drop());
         }
-        for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
-            t.add_rule("sources", own().if_icmp_type(kind).if_on_link().accept());
-        }
-        t.add_rule("sources", machine().if_icmp_type(ROUTER_SOLICITATION).if_on_link().accept());
-        t.add_rule(
-            "sources",
-            machine().if_destination(ALL_DHCP_SERVERS).if_protocol(UDP).if_destination_port(547).accept(),
-        );
-        let discovery = side.rule().if_icmp_types(ROUTER_SOLICITATION, REDIRECT);
-        t.add_rule("sources", discovery.drop().comment("routers and redirects are nobody's to announce"));
+    }
+    t.add_rule("sources", side.rule().if_not_to_us().goto(limits::GROUPS));
+    if side.family == Family::Ip6 {
+        t.add_rule("sources", side.rule().if_protocol(ICMP6).jump(DISCOVERY));
         t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
     }
     if let Some(inside) = &side.inside {
@@ -299,20 +315,33 @@ fn sources(t: &mut Transaction, side: &Side) {
         t.add_rule("sources", side.rule().if_input(UPLINK).load_source(R0).if_in(inside, R0).drop());
         t.add_rule("sources", side.rule().if_input(UPLINK).accept());
     }
-    t.add_rule("sources", own().accept());
-    if side.family == Family::Ip {
-        let asks = machine().if_source(Ipv4Addr::UNSPECIFIED).if_destination(Ipv4Addr::BROADCAST);
-        t.add_rule("sources", asks.if_protocol(UDP).if_destination_port(67).accept());
+    t.add_rule("sources", side.rule().if_fragment().goto(limits::FRAGMENTS));
+    t.add_rule("sources", side.rule().if_destination(side.dns).goto(limits::QUESTIONS));
+    t.add_rule("sources", own(side).accept());
+    let asks = machine(side).if_protocol(UDP);
+    if side.family == Family::Ip6 {
+        for chain in [limits::GROUPS, DISCOVERY] {
+            for kind in [NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
+                t.add_rule(chain, own(side).if_icmp_type(kind).if_on_link().accept());
+            }
+            let solicitation = machine(side).if_icmp_type(ROUTER_SOLICITATION).if_on_link();
+            t.add_rule(chain, solicitation.goto(limits::ASKING));
+            let discovery = side.rule().if_icmp_types(ROUTER_SOLICITATION, REDIRECT);
+            t.add_rule(chain, discovery.drop().comment("routers and redirects are nobody's to announce"));
+        }
+        t.add_rule(limits::GROUPS, asks.if_destination(ALL_DHCP_SERVERS).if_destination_port(547).goto(limits::ASKING));
+    } else {
+        let asks = asks.if_source(Ipv4Addr::UNSPECIFIED).if_destination(Ipv4Addr::BROADCAST);
+        t.add_rule(limits::GROUPS, asks.if_destination_port(67).goto(limits::ASKING));
     }
 }
 
 fn input(t: &mut Transaction, side: &Side) {
     t.add_rule("input", side.rule().if_input("lo").accept());
     t.add_rule("input", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
-    for protocol in [UDP, TCP] {
-        let dns = side.rule().if_destination(side.dns).if_protocol(protocol).if_destination_port(53);
-        t.add_rule("input", dns.accept());
-    }
+    let dns = |protocol| side.rule().if_destination(side.dns).if_protocol(protocol).if_destination_port(53);
+    t.add_rule("input", dns(UDP).accept());
+    t.add_rule("input", dns(TCP).goto(limits::COUNTED));
     if side.family == Family::Ip6 {
         for kind in [ROUTER_SOLICITATION, NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
             t.add_rule("input", side.rule().if_icmp_type(kind).accept());
@@ -329,7 +358,7 @@ fn input(t: &mut Transaction, side: &Side) {
     if side.family == Family::Ip6 {
         t.add_rule("input", side.rule().if_destination_in(MULTICAST.0, MULTICAST.1).drop());
     }
-    t.add_rule("input", side.rule().if_icmp_type(side.echo_request).accept());
+    t.add_rule("input", side.rule().if_icmp_type(side.echo_request).goto(limits::COUNTED));
     t.add_rule("input", side.rule().goto(REFUSED));
 }
 
@@ -377,7 +406,7 @@ fn forward(t: &mut Transaction, side: &Side) {
     for link in [side.nowhere, UPLINK] {
         t.add_rule("output", side.rule().if_output(link).reject_unreachable(Unreachable::Prohibited));
     }
-    t.add_rule("forward", itself(side).accept().comment("a workload always reaches itself"));
+    t.add_rule("forward", itself(side).goto(limits::COUNTED).comment("a workload always reaches itself"));
     t.add_rule("forward", side.rule().if_input(UPLINK).if_output(UPLINK).goto(REFUSED));
     t.add_rule("forward", side.rule().if_input(UPLINK).goto(TO_INGRESS));
     t.add_rule("forward", side.rule().load_source(R0).verdict_map(EGRESS, R0));
@@ -386,7 +415,7 @@ fn forward(t: &mut Transaction, side: &Side) {
     if let Some(inside) = &side.inside {
         let inside = t.add_anonymous_ranges(inside);
         t.add_rule(TO_INGRESS, side.rule().load_destination(R0).if_in(inside, R0).goto(REFUSED));
-        t.add_rule(TO_INGRESS, side.rule().if_output(UPLINK).accept());
+        t.add_rule(TO_INGRESS, side.rule().if_output(UPLINK).goto(limits::COUNTED));
     }
     t.add_rule(TO_INGRESS, side.rule().goto(REFUSED));
     defaults(t, side.family, true);
@@ -427,7 +456,7 @@ pub fn defaults(t: &mut Transaction, family: Family, private: bool) {
         } else {
             t.rule()
         };
-        t.add_rule(chain, if chain == EGRESS_DEFAULT { same.goto(TO_INGRESS) } else { same.accept() });
+        t.add_rule(chain, if chain == EGRESS_DEFAULT { same.goto(TO_INGRESS) } else { same.goto(limits::COUNTED) });
         t.add_rule(chain, Rule::new().goto(REFUSED));
     }
 }

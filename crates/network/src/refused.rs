@@ -3,7 +3,8 @@
 
 use crate::error::{Error, Result};
 use crate::firewall::LOG_GROUP;
-use crate::netlink::parse::{Attributes, Messages};
+use crate::limits::Cause;
+use crate::netlink::parse::{Attributes, Messages, text};
 use crate::netlink::{Batch, Socket};
 use crate::policy::Flow;
 use crate::router::Router;
@@ -29,6 +30,7 @@ pub struct Refused {
     pub number: u64,
     pub at: SystemTime,
     pub flow: Flow,
+    pub cause: Cause,
 }
 
 /// Collects until it is dropped.
@@ -94,7 +96,7 @@ fn collect(socket: &mut Socket, stop: &OwnedFd, kept: &Mutex<VecDeque<Refused>>)
         }
         // Some lost for want of room are no reason to stop.
         let _ = socket.receive(|bytes| {
-            for flow in Messages::new(bytes).filter_map(|message| {
+            for (flow, cause) in Messages::new(bytes).filter_map(|message| {
                 (message.kind == SUBSYSTEM | PACKET).then(|| packet(message.payload.get(4..)?)).flatten()
             }) {
                 number += 1;
@@ -102,15 +104,17 @@ fn collect(socket: &mut Socket, stop: &OwnedFd, kept: &Mutex<VecDeque<Refused>>)
                 if kept.len() >= KEPT {
                     kept.pop_front();
                 }
-                kept.push_back(Refused { number, at: SystemTime::now(), flow });
+                kept.push_back(Refused { number, at: SystemTime::now(), flow, cause });
             }
         });
     }
 }
 
-fn packet(attributes: &[u8]) -> Option<Flow> {
+fn packet(attributes: &[u8]) -> Option<(Flow, Cause)> {
     const PAYLOAD: u16 = 9;
-    flow(Attributes::get(attributes, PAYLOAD)?)
+    const PREFIX: u16 = 10;
+    let word = Attributes::get(attributes, PREFIX).map(text).unwrap_or_default();
+    Some((flow(Attributes::get(attributes, PAYLOAD)?)?, Cause::of_word(word)))
 }
 
 /// Addresses, protocol and destination port of a packet's beginning. Behind IPv6 extension headers, which the router lets

@@ -7,6 +7,7 @@ use crate::config::{GATEWAY, RouterConfig};
 use crate::error::{Error, Result};
 use crate::express::Express;
 use crate::firewall;
+use crate::limits;
 use crate::netlink::route::{self, Veth};
 use crate::netlink::{Batch, Socket};
 use crate::ns;
@@ -72,6 +73,7 @@ impl Router {
     /// `config` asks for. What no allocation speaks for is removed.
     pub fn open(config: RouterConfig) -> Result<Router> {
         config.check()?;
+        limits::warn_of_small_table(config.limits);
         make_dir(&config.data_dir)?;
         make_dir(&config.run_dir)?;
         let lock = lock(&config.data_dir.join("lock"))?;
@@ -86,6 +88,7 @@ impl Router {
         let netns = ns::open(&pin)?;
         let (mut route, reaper, mut socket, ipv6) = ns::in_ns(netns.as_fd(), || {
             sysctls()?;
+            limits::sysctls()?;
             let ipv6 = Path::new("/proc/sys/net/ipv6/conf").exists();
             Ok::<_, Error>((Socket::route()?, Socket::route()?, Socket::netfilter()?, ipv6))
         })??;

@@ -4,7 +4,8 @@
 use crate::attach::{TAP_PREFIX, VETH_PREFIX};
 use crate::error::{Error, Result};
 use crate::express::Express;
-use crate::firewall::{REFUSED, TABLE};
+use crate::firewall::TABLE;
+use crate::limits::Cause;
 use crate::netlink::nft::{self, Family};
 use crate::netlink::{Socket, conntrack, route};
 use crate::router::Router;
@@ -83,7 +84,9 @@ impl Router {
             let mut socket = Socket::netfilter()?;
             let mut packets = 0;
             for family in Family::INET {
-                packets += nft::counted(&mut socket, TABLE, family, REFUSED)?;
+                for chain in Cause::chains() {
+                    packets += nft::counted(&mut socket, TABLE, family, chain)?;
+                }
             }
             Ok(packets)
         })?

@@ -213,8 +213,8 @@ fn an_idle_connection_goes_on() {
         return println!("SKIPPED: this kernel does not show its connections in /proc");
     }
     let own = all.lines().find(|line| line.contains(&format!("sport={port} "))).unwrap();
-    // Whatever the tracker saw last, it remembers the connection for days.
+    // Whatever the tracker saw last, it remembers the connection for a day.
     let seconds: u32 = own.split_whitespace().nth(4).unwrap().parse().unwrap();
-    assert!(own.contains("ESTABLISHED") && seconds > 86_400, "{own}");
+    assert!(own.contains("ESTABLISHED") && seconds > 80_000, "{own}");
     talk.turns();
 }

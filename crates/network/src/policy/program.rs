@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::firewall::{
     self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
 };
+use crate::limits::COUNTED;
 use crate::netlink::nft::{self, Element, ElementValue, Family, R0, R1, Rule, Transaction, Verdict, concat, octets};
 use crate::netlink::{Socket, conntrack};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -436,7 +437,7 @@ impl Place<'_> {
         };
         let rule = match (wanted.action, self.direction) {
             (Action::Allow, Direction::Egress) => matched.goto(TO_INGRESS),
-            (Action::Allow, Direction::Ingress) => matched.accept(),
+            (Action::Allow, Direction::Ingress) => matched.goto(COUNTED),
             (Action::Deny, _) => matched.goto(REFUSED),
             (Action::Pass, _) => matched.goto(self.otherwise),
         };

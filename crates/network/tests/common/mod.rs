@@ -2,7 +2,8 @@
 #![allow(dead_code, clippy::unwrap_used)]
 
 use network::{
-    AttachRequest, Attachment, Isolation, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule, in_netns,
+    AttachRequest, Attachment, Isolation, Limits, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule,
+    in_netns,
 };
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -37,6 +38,10 @@ impl Lab {
     pub fn reopen(&mut self) {
         self.router = None;
         self.router = Some(Router::open(config(self.dir.path())).unwrap());
+    }
+    pub fn reopen_with(&mut self, limits: Limits) {
+        self.router = None;
+        self.router = Some(Router::open(RouterConfig { limits, ..config(self.dir.path()) }).unwrap());
     }
     pub fn pod(&self, uid: &str) -> Attachment {
         self.attach(&request(uid))

@@ -7,9 +7,9 @@ use crate::adaptors::RouterNetworks;
 use crate::ports::Protocol;
 use crate::proxy;
 use api::informer::Informer;
-use network::RouterConfig;
 use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
+use network::{Cause, RouterConfig};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -186,11 +186,21 @@ impl Inspector {
     fn told(&self, current: &Compiled, refused: &Refused) -> Told {
         let flow = &refused.flow;
         let (egress, ingress) = self.judge(current, flow);
-        let why = match (&egress, &ingress) {
-            (Err(why), _) => format!("egress: {why}"),
-            (_, Err(why)) => format!("ingress: {why}"),
+        let limits = self.config.limits;
+        let why = match (refused.cause, &egress, &ingress) {
+            (Cause::Connections, ..) => {
+                let most = limits.connections;
+                format!(
+                    "limit: {most} connections of one workload, open or new in a second (atoll up --workload-connections)"
+                )
+            }
+            (Cause::Questions, ..) => format!("limit: {} questions a second to the DNS server", limits.questions),
+            (Cause::Fragments, ..) => "limit: parts of packets from one workload".to_owned(),
+            (Cause::Groups, ..) => "multicast and broadcast go nowhere: there is no layer 2".to_owned(),
+            (Cause::Policy, Err(why), _) => format!("egress: {why}"),
+            (Cause::Policy, _, Err(why)) => format!("ingress: {why}"),
             // Policies have changed since, or a packet in the middle of a connection that was ended.
-            (Ok(_), Ok(_)) => "no longer refused".to_owned(),
+            (Cause::Policy, Ok(_), Ok(_)) => "no longer refused".to_owned(),
         };
         Told {
             at: refused.at.duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),

@@ -1,6 +1,7 @@
 //! nf_tables: tables, chains, sets, rules and their expressions, as `linux/netfilter/nf_tables.h` numbers them. Registers
 //! are named by 32-bit slots: `R0` to `R15`; a concatenated key occupies consecutive ones.
 
+pub mod meter;
 mod nat;
 mod rule;
 
@@ -114,6 +115,7 @@ pub enum Verdict {
     Accept,
     Drop,
     Goto(String),
+    Jump(String),
 }
 
 /// What a set's key or a map's value is made of; the numbers are nft's own, for its listings.
@@ -478,6 +480,10 @@ fn write_verdict(w: &mut Writer, verdict: &Verdict) {
     w.nest(DATA_VERDICT, |w| match verdict {
         Verdict::Drop => w.be32(1, 0),
         Verdict::Accept => w.be32(1, 1),
+        Verdict::Jump(chain) => {
+            w.be32(1, -3i32 as u32);
+            w.string(2, chain);
+        }
         Verdict::Goto(chain) => {
             w.be32(1, -4i32 as u32);
             w.string(2, chain);

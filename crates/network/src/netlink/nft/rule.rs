@@ -15,7 +15,7 @@ pub enum Unreachable {
 /// bytes of one in family `ip`, 16 in `ip6`.
 #[derive(Default)]
 pub struct Rule {
-    family: Family,
+    pub(super) family: Family,
     pub(super) writer: Writer,
     pub(super) comment: String,
 }
@@ -90,6 +90,9 @@ impl Rule {
     }
     pub fn load_destination_port(self, to: Reg) -> Rule {
         self.payload(2, 2, 2, to)
+    }
+    pub fn if_source_port(self, port: u16) -> Rule {
+        self.payload(2, 0, 2, R0).equal(R0, &port.to_be_bytes())
     }
     pub fn equal(self, register: Reg, value: &[u8]) -> Rule {
         self.compare(register, 0, value)
