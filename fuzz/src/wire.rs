@@ -66,4 +66,5 @@ pub fn qmp(data: &[u8]) {
 
 pub fn vm_snapshot(data: &[u8]) {
     vmm::kvm::snapshot::fuzz(data);
+    vmm::saved::fuzz(data);
 }

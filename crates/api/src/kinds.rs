@@ -80,7 +80,7 @@ fn entries() -> Vec<Entry> {
     all.extend(apps());
     all.extend(gateway::entries());
     all.extend(network::entries());
-    all.extend(virtual_machines());
+    all.extend(machines::entries());
     all.extend(functions());
     all
 }
@@ -101,6 +101,7 @@ macro_rules! entry {
 }
 
 mod gateway;
+mod machines;
 mod network;
 
 fn core() -> Vec<Entry> {
@@ -203,29 +204,6 @@ fn apps() -> Vec<Entry> {
             Scaled,
             "io.k8s.api.apps.v1.ReplicaSet",
             replica_set
-        ),
-    ]
-}
-
-fn virtual_machines() -> Vec<Entry> {
-    vec![
-        entry!(
-            ("kubevirt.io", "v1", "virtualmachines", "VirtualMachine"),
-            &["vm", "vms"],
-            &["all"],
-            Namespaced,
-            Full,
-            "io.kubevirt.v1.VirtualMachine",
-            virtual_machine
-        ),
-        entry!(
-            ("kubevirt.io", "v1", "virtualmachineinstances", "VirtualMachineInstance"),
-            &["vmi", "vmis"],
-            &["all"],
-            Namespaced,
-            Full,
-            "io.kubevirt.v1.VirtualMachineInstance",
-            virtual_machine_instance
         ),
     ]
 }

@@ -89,6 +89,28 @@ pub fn age(text: &str, now: i64) -> String {
     }
 }
 
+/// Seconds of a duration such as `90s`, `5m`, `1h30m` or `0`.
+pub fn duration(text: &str) -> Option<i64> {
+    if text == "0" {
+        return Some(0);
+    }
+    let (mut total, mut number) = (0i64, String::new());
+    for c in text.chars() {
+        if c.is_ascii_digit() {
+            number.push(c);
+            continue;
+        }
+        let unit = match c {
+            'h' => 3600,
+            'm' => 60,
+            's' => 1,
+            _ => return None,
+        };
+        total = total.checked_add(std::mem::take(&mut number).parse::<i64>().ok()?.checked_mul(unit)?)?;
+    }
+    (number.is_empty() && !text.is_empty()).then_some(total)
+}
+
 /// A duration as `kubectl` prints it: `45s`, `3m20s`, `2h5m`, `3d4h`, `2y100d`.
 pub fn human_duration(seconds: i64) -> String {
     let with_rest = |whole: i64, unit: &str, rest: i64, small: &str| {
@@ -139,6 +161,15 @@ fn days_in(year: i64, month: i64) -> i64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn durations_are_read() {
+        let cases = [("0", Some(0)), ("90s", Some(90)), ("1h30m", Some(5400)), ("", None), ("5", None), ("m", None)];
+        for (text, seconds) in cases {
+            assert_eq!(duration(text), seconds, "{text}");
+        }
+        assert_eq!(duration("99999999999999999999h"), None);
+    }
 
     #[test]
     fn known_times() {

@@ -127,6 +127,9 @@ pub struct Up {
     /// Connections that one workload may have open, and may open in a second; from 64 to 1048576
     #[arg(long, default_value_t = 16_384, value_name = "N", value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
     pub workload_connections: u32,
+    /// What snapshots of machines may take on disk, images aside
+    #[arg(long, default_value = "32Gi", value_name = "SIZE")]
+    pub snapshot_space: String,
     #[command(flatten)]
     pub networks: crate::networks::Networks,
     #[command(flatten)]

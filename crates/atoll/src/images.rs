@@ -150,10 +150,6 @@ fn prune(options: &Prune) -> Outcome {
 
 impl Budget {
     pub fn collection(&self) -> Result<GcOptions, Failure> {
-        let bytes = |flag: &str, text: &str| {
-            let parsed = api::quantity::Quantity::parse(text).ok().and_then(|q| u64::try_from(q.value()).ok());
-            parsed.ok_or_else(|| Failure(format!("{flag} {text:?}: write it as 20Gi or 500M")))
-        };
         Ok(GcOptions {
             build_age: duration("--build-cache-age", &self.build_cache_age)?,
             build_bytes: bytes("--build-cache-size", &self.build_cache_size)?,
@@ -162,6 +158,12 @@ impl Budget {
             ..GcOptions::default()
         })
     }
+}
+
+/// Bytes of an option such as `20Gi`.
+pub(crate) fn bytes(flag: &str, text: &str) -> Result<u64, Failure> {
+    let parsed = api::quantity::Quantity::parse(text).ok().and_then(|q| u64::try_from(q.value()).ok());
+    parsed.ok_or_else(|| Failure(format!("{flag} {text:?}: write it as 20Gi or 500M")))
 }
 
 /// `90s`, `30m`, `12h`, `14d`.
@@ -225,7 +227,7 @@ fn bar(part: f64, terminal: bool) -> String {
     format!("[{}{}]", "=".repeat(full), " ".repeat(30 - full))
 }
 
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = bytes as f64;
     let mut unit = 0;

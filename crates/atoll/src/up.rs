@@ -180,6 +180,7 @@ async fn serve(
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
     config.isolation = options.network_default.into();
+    config.snapshot_space = crate::images::bytes("--snapshot-space", &options.snapshot_space)?;
     use std::os::fd::AsRawFd;
     config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
     let boundaries = boundaries(instance, config.host_netns.clone())?;

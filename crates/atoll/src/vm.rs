@@ -2,6 +2,7 @@
 //! through the API by the kubeconfig.
 
 mod console;
+mod snapshots;
 
 use crate::cli::{Failure, Outcome, explain};
 use crate::function::api::Api;
@@ -26,6 +27,23 @@ pub enum Vm {
     Pause(One),
     /// Let a paused machine go on
     Unpause(One),
+    /// Save a machine as it is now: its disks and, if it runs, its memory and devices
+    #[command(
+        after_help = "Examples:\n  atoll vm snapshot orders --name before-upgrade -n shop\n  atoll vm snapshot orders --disks-only -n shop\n  kubectl delete vmsnapshot before-upgrade -n shop   # removes it"
+    )]
+    Snapshot(snapshots::Snapshot),
+    /// List snapshots of machines
+    Snapshots(Wide),
+    /// Make a machine again what it was in a snapshot: it goes on from there if its memory was saved
+    #[command(
+        after_help = "Examples:\n  atoll vm restore orders --snapshot before-upgrade --stop -n shop\n  atoll vm restore orders --snapshot before-upgrade --disks-only -n shop   # boots from the disks"
+    )]
+    Restore(snapshots::Restore),
+    /// Make a new machine with the disks of another; it boots, with a name and addresses of its own
+    #[command(
+        after_help = "Examples:\n  atoll vm clone orders orders-test --start -n shop\n  atoll vm clone orders orders-then --snapshot before-upgrade -n shop"
+    )]
+    Clone(snapshots::Clone),
     /// Speak to a machine's serial console; Ctrl-] leaves
     #[command(after_help = "Example:\n  atoll vm console orders -n shop")]
     Console {
@@ -61,6 +79,10 @@ pub fn run(command: Vm) -> Outcome {
             Vm::Restart(one) => one.ask("virtualmachines", "restart", "Running").await,
             Vm::Pause(one) => one.ask("virtualmachineinstances", "pause", "Paused").await,
             Vm::Unpause(one) => one.ask("virtualmachineinstances", "unpause", "Running").await,
+            Vm::Snapshot(command) => command.run().await,
+            Vm::Snapshots(wide) => snapshots::list(wide).await,
+            Vm::Restore(command) => command.run().await,
+            Vm::Clone(command) => command.run().await,
             Vm::Console { at, name } => console::run(&at, &name).await,
         }
     })

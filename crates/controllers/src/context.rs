@@ -79,6 +79,10 @@ resources! {
     HTTP_ROUTES = "gateway.networking.k8s.io" "v1" "httproutes";
     MACHINES = "kubevirt.io" "v1" "virtualmachines";
     INSTANCES = "kubevirt.io" "v1" "virtualmachineinstances";
+    SNAPSHOTS = "snapshot.kubevirt.io" "v1beta1" "virtualmachinesnapshots";
+    SNAPSHOT_CONTENTS = "snapshot.kubevirt.io" "v1beta1" "virtualmachinesnapshotcontents";
+    RESTORES = "snapshot.kubevirt.io" "v1beta1" "virtualmachinerestores";
+    CLONES = "clone.kubevirt.io" "v1beta1" "virtualmachineclones";
     KN_SERVICES = "serving.knative.dev" "v1" "services";
     KN_CONFIGURATIONS = "serving.knative.dev" "v1" "configurations";
     KN_REVISIONS = "serving.knative.dev" "v1" "revisions";

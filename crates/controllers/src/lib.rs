@@ -76,4 +76,8 @@ const RECONCILERS: &[(usize, Make)] = &[
     (1, knative::routes),
     (2, machines::machines),
     (2, machines::instances),
+    (1, machines::snapshots),
+    (1, machines::contents),
+    (1, machines::restores),
+    (1, machines::clones),
 ];

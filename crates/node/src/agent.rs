@@ -14,6 +14,7 @@ use crate::proxy;
 use crate::record::{self, IdRanges, Record};
 use crate::registration::{Machine, Registration};
 use crate::shared::Shared;
+use crate::snapshots;
 use crate::streams::Streams;
 use crate::views::Views;
 use crate::volumes::tree;
@@ -205,6 +206,7 @@ impl Running {
             config,
         });
         helpers.spawn(collect(shared.clone()));
+        helpers.spawn(snapshots::run(shared.clone()));
         Running {
             shared,
             pods,

@@ -159,6 +159,17 @@ pub struct MachineSpec {
     pub kernel_args: String,
     pub disks: Vec<Disk>,
     pub cloud_init: Option<CloudInit>,
+    #[serde(default)]
+    pub go_on: Option<GoOn>,
+}
+
+/// Where a machine goes on instead of booting.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GoOn {
+    pub state: PathBuf,
+    pub memory: PathBuf,
+    /// What ran it; the same has to.
+    pub engine: String,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -171,6 +182,9 @@ pub struct Disk {
     pub bus: String,
     pub serial: String,
     pub boot_order: Option<u32>,
+    /// What was written over `path` when the machine begins.
+    #[serde(default)]
+    pub begins: Option<PathBuf>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]

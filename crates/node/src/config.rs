@@ -37,6 +37,8 @@ pub struct Config {
     /// Bound on processes of one pod; `None` leaves it to the kernel.
     pub pod_pids_limit: Option<u64>,
     pub log_max_bytes: u64,
+    /// Bytes that machines' snapshots may take on disk, images aside.
+    pub snapshot_space: u64,
     /// Logs of ended attempts kept for one container, the newest of them.
     pub log_keep_attempts: u32,
 }
@@ -63,6 +65,7 @@ impl Config {
             isolation: network::Isolation::default(),
             max_pods: 250,
             pod_pids_limit: Some(8192),
+            snapshot_space: 32 << 30,
             log_max_bytes: 10 << 20,
             log_keep_attempts: 2,
         }

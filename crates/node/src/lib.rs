@@ -9,6 +9,7 @@
 //! - `volumes`, `env`, `security`, `etc_files`, `machine`: what a container or machine is given, mostly pure.
 //! - `proxy`: Services and names for the network; [`policy`]: NetworkPolicies for it.
 //! - `streams`, `logs`: how the API reaches into pods.
+//! - `snapshots`: files of machines' snapshots, and machines that begin as one.
 //! - `registration`: the Node and its Lease.
 //! - [`ports`]: what is needed of images and network; `adaptors` over the crates that have them.
 #![forbid(unsafe_code)]
@@ -35,6 +36,7 @@ mod registration;
 mod resources;
 mod security;
 mod shared;
+mod snapshots;
 mod sources;
 mod streams;
 mod views;

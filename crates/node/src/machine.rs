@@ -2,10 +2,11 @@
 //! `atoll.dev/machine`; here it becomes a [`MachineSpec`] with paths, sizes and texts.
 //! <https://kubevirt.io/api-reference/main/definitions.html#_v1_virtualmachineinstancespec>
 
-use crate::boundary::{CloudInit, Disk, MachineSpec, Rootfs, SandboxNetwork};
+use crate::boundary::{CloudInit, Disk, GoOn, MachineSpec, Rootfs, SandboxNetwork};
 use crate::layers;
 use crate::ports::{ImageError, Images};
 use crate::quantity;
+use crate::snapshots::Origin;
 use crate::sources::{SourceKind, SourceRef, Sources};
 use base64::Engine;
 use serde::Deserialize;
@@ -268,6 +269,8 @@ pub(crate) struct MachineInput<'a> {
     pub pod_dir: &'a Path,
     pub network: &'a SandboxNetwork,
     pub sources: &'a Sources,
+    /// The snapshot it begins as.
+    pub origin: Option<&'a Origin>,
 }
 
 /// Everything the boundary needs. Disks of images are given by their backing file in the store (read-only there; the
@@ -288,7 +291,18 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
         let device = instance.domain.devices.disks.iter().find(|d| d.name == volume.name).ok_or_else(|| {
             invalid(format!("{field}.name"), format!("\"{}\" has no disk in spec.domain.devices.disks", volume.name))
         })?;
-        let (path, format) = backing(images, input, volume, &field).await?;
+        let found = input.origin.and_then(|origin| origin.disk(&volume.name));
+        let (path, format, begins) = match found {
+            Some(found) => found,
+            None if input.origin.is_some_and(|origin| origin.go_on) => {
+                let why = "is not in the snapshot that the machine is to go on from";
+                return Err(invalid(format!("{field}.name"), format!("\"{}\" {why}", volume.name)));
+            }
+            None => {
+                let (path, format) = backing(images, input, volume, &field).await?;
+                (path, format, None)
+            }
+        };
         let cdrom = device.cdrom.as_ref();
         let target = device.disk.as_ref().or(device.lun.as_ref()).or(cdrom).cloned().unwrap_or_default();
         disks.push(Disk {
@@ -299,6 +313,7 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
             bus: if target.bus.is_empty() { "virtio".into() } else { target.bus },
             serial: device.serial.clone(),
             boot_order: device.boot_order,
+            begins,
         });
     }
     let (kernel, initrd, kernel_args) = kernel(images, instance).await?;
@@ -309,7 +324,51 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
         ));
     }
     let (vcpus, memory_bytes) = (instance.vcpus()?, instance.memory()?);
-    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init })
+    let go_on = input.origin.filter(|origin| origin.go_on).and_then(|origin| {
+        let from = origin.saved.restore(&origin.dir)?;
+        Some(GoOn { state: from.state, memory: from.memory, engine: from.engine })
+    });
+    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init, go_on })
+}
+
+impl Origin {
+    /// Backing file, its format, and what was written over it.
+    fn disk(&self, name: &str) -> Option<(PathBuf, String, Option<PathBuf>)> {
+        let disk = self.saved.disks.iter().find(|disk| disk.name == name)?;
+        let begins = disk.overlay.as_ref().map(|file| self.dir.join(&file.name));
+        Some((self.dir.join(&disk.base.name), format_name(disk.format).to_owned(), begins))
+    }
+}
+
+fn format_name(format: vmm::DiskFormat) -> &'static str {
+    match format {
+        vmm::DiskFormat::Raw => "raw",
+        vmm::DiskFormat::Qcow2 => "qcow2",
+    }
+}
+
+/// What a machine that does not run would begin with: its images, or what its snapshot holds of them. Empty disks are not
+/// there yet.
+pub(crate) async fn stopped_disks(
+    images: &dyn Images,
+    instance: &InstanceSpec,
+    origin: Option<&Origin>,
+) -> Result<Vec<vmm::saved::Source>, MachineError> {
+    let mut disks = Vec::new();
+    for volume in &instance.volumes {
+        let found = match (origin.and_then(|origin| origin.disk(&volume.name)), &volume.container_disk) {
+            (Some(found), _) => found,
+            (None, Some(disk)) => {
+                let image = images.disk(&disk.image).await?;
+                (image.path, image.format, None)
+            }
+            (None, None) => continue,
+        };
+        let (base, format, overlay) = found;
+        let format = if format == "qcow2" { vmm::DiskFormat::Qcow2 } else { vmm::DiskFormat::Raw };
+        disks.push(vmm::saved::Source { name: volume.name.clone(), format, base, overlay });
+    }
+    Ok(disks)
 }
 
 async fn backing(

@@ -28,6 +28,9 @@ pub enum Request {
     Console,
     /// See [`Client::snapshot`].
     Snapshot,
+    /// See [`Client::hold`].
+    Hold,
+    Release,
 }
 
 /// Times are unix nanoseconds.
@@ -142,6 +145,12 @@ impl Client {
         answer
     }
 
+    /// Keeps the machine, its devices too, from doing anything, so that its disks' files can be copied: until
+    /// [`Held::release`], or the end of the connection, whatever ends it. Refused while another connection holds it.
+    pub fn hold(mut self) -> Result<Held> {
+        self.request(Request::Hold).map(|_| Held(self))
+    }
+
     /// Returns when the monitor is gone.
     pub fn wait(mut self) -> Result<()> {
         self.request(Request::Watch)?;
@@ -156,5 +165,19 @@ impl Client {
         self.request(Request::Console)?;
         self.writer.set_read_timeout(None).map_err(|e| Error::Monitor(e.to_string()))?;
         Ok(self.writer)
+    }
+}
+
+/// A machine that does nothing for as long as this lives.
+pub struct Held(Client);
+
+impl Held {
+    pub fn snapshot(&mut self, files: &SnapshotFiles) -> Result<State> {
+        self.0.snapshot(files)
+    }
+
+    /// It goes on, unless it was paused before.
+    pub fn release(mut self) -> Result<State> {
+        self.0.request(Request::Release)
     }
 }

@@ -66,7 +66,16 @@ pub fn attach(file: File, kind: &Kind, read_only: bool) -> io::Result<Box<dyn Di
 /// The file that takes a machine's writes to a disk whose image must not change, made if it is not there.
 pub fn overlay(machine: &Machine, index: usize) -> Result<PathBuf> {
     let path = machine.state_dir.join(format!("disk{index}.qcow2"));
-    if let Some(disk) = machine.disks.get(index).filter(|_| !path.exists()) {
+    let Some(disk) = machine.disks.get(index).filter(|_| !path.exists()) else { return Ok(path) };
+    if let Some(from) = &disk.begins {
+        // refuses what points outside itself
+        crate::qcow2::virtual_size(from, true)?;
+        let new = path.with_extension("new");
+        let _ = std::fs::remove_file(&new);
+        crate::saved::clone_file(from, &new)?;
+        std::os::unix::fs::chown(&new, Some(machine.uid), Some(machine.uid)).map_err(Error::io("chown", &new))?;
+        std::fs::rename(&new, &path).map_err(Error::io("rename", &new))?;
+    } else {
         let size = crate::qcow2::virtual_size(&disk.path, disk.format == DiskFormat::Qcow2)?;
         crate::qcow2::create_overlay(&path, size, machine.uid)?;
     }

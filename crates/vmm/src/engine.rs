@@ -73,14 +73,26 @@ pub trait Engine: Send + Sync {
 /// The best engine for this machine on this computer: ours where KVM is native and it has all that the machine asks for.
 /// KVM is measured only where that decides.
 pub fn choose(machine: &Machine, probe: impl FnOnce() -> Support) -> Result<Box<dyn Engine>> {
-    if machine.engine == Choice::Kvm {
+    let then = machine.restore.as_ref().map_or("", |restore| restore.engine.as_str());
+    if then == "qemu-tcg" {
+        return qemu(false);
+    }
+    if machine.engine == Choice::Kvm || then == "kvm" {
         KvmEngine::fits(machine).map_err(|why| Error::NoEngine(format!("not the KVM engine: {why}")))?;
         return Ok(Box::new(KvmEngine));
     }
     let native = matches!(probe(), Support::Hardware { .. });
-    if native && machine.engine == Choice::Best && KvmEngine::fits(machine).is_ok() {
+    if then == "qemu-kvm" && !native {
+        let why = "the snapshot was taken by qemu-kvm, and this computer's KVM is not native (atoll doctor)";
+        return Err(Error::NoEngine(why.into()));
+    }
+    if native && then.is_empty() && machine.engine == Choice::Best && KvmEngine::fits(machine).is_ok() {
         return Ok(Box::new(KvmEngine));
     }
+    qemu(native)
+}
+
+fn qemu(native: bool) -> Result<Box<dyn Engine>> {
     crate::qemu::Qemu::find(native)
         .map(|engine| Box::new(engine) as Box<dyn Engine>)
         .ok_or_else(|| Error::NoEngine("qemu-system-x86_64 is not installed; apt-get install qemu-system-x86".into()))

@@ -17,6 +17,7 @@ pub mod qcow2;
 mod qemu;
 #[doc(hidden)]
 pub mod qmp;
+pub mod saved;
 pub mod seed;
 mod sys;
 

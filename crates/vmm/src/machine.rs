@@ -77,6 +77,9 @@ pub struct Restore {
     /// Read all of it and compare checksums first.
     #[serde(default)]
     pub verify: bool,
+    /// The engine that took it ([`crate::client::State::engine`]); no other can read it.
+    #[serde(default)]
+    pub engine: String,
 }
 
 /// Which engine runs a machine.
@@ -110,6 +113,9 @@ pub struct Disk {
     pub boot_order: Option<u32>,
     /// The file at `path` must not change: writes go to an overlay in `state_dir`.
     pub overlay: bool,
+    /// A copy of this is what the overlay begins as.
+    #[serde(default)]
+    pub begins: Option<PathBuf>,
 }
 
 /// The tap that is this machine's only way out.
@@ -206,6 +212,7 @@ pub(crate) fn sample() -> Machine {
             serial: String::new(),
             boot_order: None,
             overlay: true,
+            begins: None,
         }],
         seed: None,
         link: Some(Link {

@@ -18,6 +18,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Entry of `atoll vmm RUN_DIR`. Returns when the monitor runs detached (0) or could not start (1, reason on stderr).
@@ -108,6 +109,7 @@ fn run(run_dir: &Path, tell: &mut UnixStream) -> Result<()> {
     let monitor = Arc::new(Monitor {
         control: Mutex::new(control),
         console,
+        held: AtomicBool::new(false),
         state: Mutex::new(State {
             engine: engine.name().into(),
             engine_pid: engine_pid as u32,
@@ -146,6 +148,8 @@ fn open_state_dir(machine: &Machine) -> Result<OwnedFd> {
 struct Monitor {
     control: Mutex<Box<dyn Control>>,
     console: Console,
+    /// By a client that copies the disks; the lock of `control` goes first.
+    held: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -175,15 +179,42 @@ impl Monitor {
         renameat(state_dir, "exit.json.new", state_dir, "exit.json").map_err(fail)
     }
 
+    fn not_held(&self) -> Result<std::sync::MutexGuard<'_, Box<dyn Control>>> {
+        let control = lock(&self.control);
+        match self.held.load(Ordering::SeqCst) {
+            true => Err(Error::Monitor("its snapshot is being taken; try again when that is done".into())),
+            false => Ok(control),
+        }
+    }
+
+    fn hold(&self) -> Result<()> {
+        let mut control = self.not_held()?;
+        control.pause()?;
+        self.held.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn release(&self) -> Result<()> {
+        let mut control = lock(&self.control);
+        if !self.held.swap(false, Ordering::SeqCst) || lock(&self.state).paused {
+            return Ok(());
+        }
+        control.resume()
+    }
+
     /// Only what the engine is asked for waits for what it is doing.
     fn answer(&self, request: &Request, files: Vec<OwnedFd>) -> std::result::Result<(), String> {
         let control = || lock(&self.control);
         let done = match request {
             Request::State | Request::Watch | Request::Console => Ok(()),
             Request::PowerButton => control().power_button(),
-            Request::Reset => control().reset(),
+            Request::Reset => self.not_held().and_then(|mut control| control.reset()),
             Request::Pause => control().pause().inspect(|()| lock(&self.state).paused = true),
-            Request::Resume => control().resume().inspect(|()| lock(&self.state).paused = false),
+            Request::Resume => {
+                self.not_held().and_then(|mut control| control.resume().inspect(|()| lock(&self.state).paused = false))
+            }
+            Request::Hold => self.hold(),
+            Request::Release => self.release(),
             Request::Balloon(pages) => control().balloon(*pages),
             Request::Snapshot => snapshot_files(files).and_then(|files| control().snapshot(&files)),
             Request::Kill => {
@@ -233,12 +264,29 @@ fn serve(listener: UnixListener, monitor: &Arc<Monitor>) -> Result<()> {
 /// One client: a line with a request, a line with the answer. `Watch` is never answered: its connection ends with the
 /// monitor. After `Console` the connection is the serial line.
 fn client(monitor: &Monitor, stream: UnixStream) {
+    let mut holds = false;
+    converse(monitor, stream, &mut holds);
+    if holds {
+        let _ = monitor.release();
+    }
+}
+
+fn converse(monitor: &Monitor, stream: UnixStream, holds: &mut bool) {
     let Ok(mut writer) = stream.try_clone() else { return };
     let mut reader = Lines::new(stream);
     loop {
         let Ok(Some((line, files))) = reader.next(LONGEST_REQUEST) else { return };
         let Ok(request) = serde_json::from_slice::<Request>(&line) else { return };
-        let reply = monitor.answer(&request, files).map(|()| lock(&monitor.state).clone());
+        let done = match request {
+            Request::Release if !*holds => Err("this connection does not hold the machine".to_owned()),
+            _ => monitor.answer(&request, files),
+        };
+        match (&request, &done) {
+            (Request::Hold, Ok(())) => *holds = true,
+            (Request::Release, Ok(())) => *holds = false,
+            _ => {}
+        }
+        let reply = done.map(|()| lock(&monitor.state).clone());
         let Ok(mut text) = serde_json::to_vec(&reply) else { return };
         text.push(b'\n');
         if writer.write_all(&text).is_err() {

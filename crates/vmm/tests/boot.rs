@@ -1,5 +1,8 @@
 //! A real machine from description to power-off: SeaBIOS boots a disk whose boot sector writes to the serial port.
 
+mod running;
+
+use running::start;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use vmm::client::{self, Request};
@@ -70,6 +73,7 @@ fn machine(dir: &Path) -> Machine {
             serial: String::new(),
             boot_order: Some(1),
             overlay: true,
+            begins: None,
         }],
         seed: None,
         link: None,
@@ -91,7 +95,8 @@ fn boots_logs_pauses_and_dies_in_its_jail() {
     }
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path());
-    let state = vmm::launch(&exe, &machine, |_| Ok(())).unwrap();
+    let running = start(&exe, &machine);
+    let state = &running.state;
     let log = machine.console.log_path.clone();
     wait_for("the guest's line", || std::fs::read_to_string(&log).unwrap_or_default().contains("hi from the guest"));
 
@@ -133,6 +138,76 @@ fn a_machine_that_cannot_start_says_why_and_leaves_nothing() {
     assert!(Client::connect(&machine.run_dir).is_err());
 }
 
+/// What the counting guest answered, once it counted so far. What is typed before it listens is lost; each answer is a digit.
+fn counts(machine: &Machine, at_least: u8) -> Vec<u8> {
+    use std::io::Write;
+    let mut typed = Client::connect(&machine.run_dir).unwrap().console().unwrap();
+    let mut answers = Vec::new();
+    wait_for("an answer", || {
+        let text = std::fs::read_to_string(&machine.console.log_path).unwrap_or_default();
+        answers = text.lines().filter_map(|l| l.rsplit_once(" F ")?.1.bytes().next()?.checked_sub(b'0')).collect();
+        let there = answers.last().is_some_and(|last| *last >= at_least);
+        let _ = if there { Ok(()) } else { typed.write_all(b"+") };
+        there
+    });
+    answers
+}
+
+#[test]
+fn a_machine_is_saved_whole_and_let_go_when_its_holder_is_gone() {
+    let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
+    if !Path::new("/usr/bin/qemu-system-x86_64").exists() || !rustix::process::getuid().is_root() {
+        println!("SKIPPED: needs root and qemu-system-x86");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path());
+    machine.engine = vmm::Choice::Qemu;
+    std::fs::write(&machine.disks[0].path, counting_sector()).unwrap();
+    let _running = start(&exe, &machine);
+    counts(&machine, 3);
+
+    // a holder that dies lets go
+    let held = Client::connect(&machine.run_dir).unwrap().hold().unwrap();
+    let mut other = Client::connect(&machine.run_dir).unwrap();
+    for request in [Request::Resume, Request::Reset, Request::Hold] {
+        let why = other.request(request).unwrap_err().to_string();
+        assert!(why.contains("its snapshot is being taken"), "{request:?}: {why}");
+    }
+    assert!(other.request(Request::Release).unwrap_err().to_string().contains("does not hold"));
+    drop(held);
+    counts(&machine, 5);
+
+    let (_, disks) = vmm::saved::running(&machine.run_dir).unwrap();
+    let order = |memory| vmm::saved::Order {
+        owner: "ns",
+        run_dir: Some(&machine.run_dir),
+        memory,
+        disks: disks.clone(),
+        room: u64::MAX,
+    };
+    let (all, only_disks) = (dir.path().join("saved/all"), dir.path().join("saved/disks"));
+    let saved = vmm::saved::take(&order(true), &all).unwrap();
+    assert!(saved.held > 0 && saved.running.as_ref().unwrap().engine.starts_with("qemu-"));
+    assert!(vmm::saved::take(&order(false), &only_disks).unwrap().running.is_none());
+    counts(&machine, 7);
+    Client::connect(&machine.run_dir).unwrap().request(Request::Kill).unwrap();
+
+    let saved = vmm::saved::open(&all, "ns").unwrap();
+    saved.verify(&all, true).unwrap();
+    let mut restored = machine.clone();
+    (restored.run_dir, restored.state_dir) = (dir.path().join("o/run"), dir.path().join("o/state"));
+    restored.console.log_path = dir.path().join("o/logs/0.log");
+    restored.disks[0].path = all.join(&saved.disks[0].base.name);
+    restored.disks[0].begins = saved.disks[0].overlay.as_ref().map(|file| all.join(&file.name));
+    assert!(restored.disks[0].begins.is_some());
+    restored.restore = saved.restore(&all);
+    let _restored = start(&exe, &restored);
+    let first = counts(&restored, 1)[0];
+    assert!(first >= 6, "it counts on from 5 or more: {first}");
+    Client::connect(&restored.run_dir).unwrap().request(Request::Kill).unwrap();
+}
+
 #[test]
 fn a_machine_goes_on_from_its_snapshot() {
     let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
@@ -144,21 +219,7 @@ fn a_machine_goes_on_from_its_snapshot() {
     let mut machine = machine(dir.path());
     machine.engine = vmm::Choice::Qemu;
     std::fs::write(&machine.disks[0].path, counting_sector()).unwrap();
-    vmm::launch(&exe, &machine, |_| Ok(())).unwrap();
-    // what is typed before the guest listens is lost; each answer is a digit
-    let counts = |machine: &Machine, at_least: u8| {
-        use std::io::Write;
-        let mut typed = Client::connect(&machine.run_dir).unwrap().console().unwrap();
-        let mut answers = Vec::new();
-        wait_for("an answer", || {
-            let text = std::fs::read_to_string(&machine.console.log_path).unwrap_or_default();
-            answers = text.lines().filter_map(|l| l.rsplit_once(" F ")?.1.bytes().next()?.checked_sub(b'0')).collect();
-            let there = answers.last().is_some_and(|last| *last >= at_least);
-            let _ = if there { Ok(()) } else { typed.write_all(b"+") };
-            there
-        });
-        answers
-    };
+    let _running = start(&exe, &machine);
     counts(&machine, 4);
     let make = |name: &str| std::fs::File::create_new(dir.path().join(name)).unwrap();
     let files = SnapshotFiles { state: make("snapshot"), memory: make("memory"), base: None };
@@ -174,8 +235,8 @@ fn a_machine_goes_on_from_its_snapshot() {
     (restored.run_dir, restored.state_dir) = (other.join("run"), other.join("state"));
     restored.console.log_path = other.join("logs/0.log");
     let (state, memory) = (dir.path().join("snapshot"), dir.path().join("memory"));
-    restored.restore = Some(Restore { state, memory, difference: None, verify: false });
-    vmm::launch(&exe, &restored, |_| Ok(())).unwrap();
+    restored.restore = Some(Restore { state, memory, difference: None, verify: false, engine: String::new() });
+    let _restored = start(&exe, &restored);
     let first = counts(&restored, 1)[0];
     assert!(first >= 5, "it counts on from 4 or more: {first}");
     Client::connect(&restored.run_dir).unwrap().request(Request::Kill).unwrap();

@@ -1,6 +1,9 @@
 //! Our own engine, in its jail, with the test guest in it: it drives every device, and plays the hostile guest. Runs on
 //! whatever KVM there is; an emulated one is enough.
 
+mod running;
+
+use running::start;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -68,7 +71,17 @@ fn disk(dir: &Path, name: &str, content: &[u8], read_only: bool) -> Disk {
     bytes.resize(64 << 10, 0);
     std::fs::write(&path, bytes).unwrap();
     let (serial, bus) = (name.to_owned(), "virtio".to_owned());
-    Disk { name: name.into(), path, format: DiskFormat::Raw, read_only, bus, serial, boot_order: None, overlay: false }
+    Disk {
+        name: name.into(),
+        path,
+        format: DiskFormat::Raw,
+        read_only,
+        bus,
+        serial,
+        boot_order: None,
+        overlay: false,
+        begins: None,
+    }
 }
 
 fn machine(dir: &Path, kernel: &Path, args: &str) -> Machine {
@@ -114,7 +127,7 @@ fn end(machine: &Machine) -> Exit {
 fn run(kernel: &Path, args: &str) -> (String, Exit) {
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, args);
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     let exit = end(&machine);
     (console(&machine), exit)
 }
@@ -129,7 +142,7 @@ fn every_device_works_from_inside() {
     let kernel = guest_or_skip!();
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, "");
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     let (exit, text) = (end(&machine), console(&machine));
     assert_good(&text, &exit);
     assert!(text.matches(" ok ").count() > 20 && text.contains("through the virtio console"), "{text}");
@@ -147,7 +160,7 @@ fn an_image_stays_as_it_is_and_its_overlay_keeps_what_was_written() {
     // the second start finds what the first one wrote
     for guests in [2, 1] {
         let _ = std::fs::remove_file(&machine.console.log_path);
-        vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+        let _running = start(&role(), &machine);
         let (exit, text) = (end(&machine), console(&machine));
         assert_good(&text, &exit);
         assert_eq!(text.matches("guest").count(), guests, "{text}");
@@ -210,7 +223,7 @@ fn streams_reach_the_guest_over_vsock() {
     let kernel = guest_or_skip!();
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, "vsock");
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     wait_for("the guest listens", || console(&machine).contains("vsock ready").then_some(()));
     let mut stream = UnixStream::connect(machine.run_dir.join("vsock.sock")).unwrap();
     stream.write_all(b"CONNECT 7\n").unwrap();
@@ -255,7 +268,7 @@ fn the_network_takes_only_the_machines_own_frames() {
         mtu: 1500,
         addresses: vec!["10.9.0.2".parse().unwrap()],
     });
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     let exit = end(&machine);
     assert_good(&console(&machine), &exit);
 }
@@ -265,7 +278,8 @@ fn the_engine_holds_nothing_but_its_machine() {
     let kernel = guest_or_skip!();
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, "hold");
-    let state = vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let running = start(&role(), &machine);
+    let state = &running.state;
     wait_for("the guest runs", || console(&machine).contains("guest").then_some(()));
     assert_eq!(state.engine, "kvm");
     let proc = PathBuf::from(format!("/proc/{}", state.engine_pid));
@@ -363,12 +377,19 @@ fn snapshot(machine: &Machine, dir: &Path, base: Option<&Path>) -> Restore {
     };
     Client::connect(&machine.run_dir).unwrap().snapshot(&files).unwrap();
     match base {
-        None => Restore { state: dir.join("state"), memory: dir.join("memory"), difference: None, verify: true },
+        None => Restore {
+            state: dir.join("state"),
+            memory: dir.join("memory"),
+            difference: None,
+            verify: true,
+            engine: String::new(),
+        },
         Some(base) => Restore {
             state: dir.join("state"),
             memory: base.into(),
             difference: Some(dir.join("memory")),
             verify: true,
+            engine: String::new(),
         },
     }
 }
@@ -407,7 +428,7 @@ fn a_machine_goes_on_from_its_snapshot_as_often_as_wanted() {
     let kernel = guest_or_skip!();
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, "count");
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     says(&machine, "ready");
     type_in(&machine, "+");
     says(&machine, "count 1");
@@ -424,11 +445,9 @@ fn a_machine_goes_on_from_its_snapshot_as_often_as_wanted() {
 
     let clones: Vec<Machine> =
         (0..3).map(|n| again(&machine, &dir.path().join(format!("clone{n}")), first.clone())).collect();
-    for clone in &clones {
-        vmm::launch(&role(), clone, |_| Ok(())).unwrap();
-    }
+    let _clones: Vec<_> = clones.iter().map(|clone| start(&role(), clone)).collect();
     let later = again(&machine, &dir.path().join("later"), second);
-    vmm::launch(&role(), &later, |_| Ok(())).unwrap();
+    let _later = start(&role(), &later);
     type_in(&later, "+");
     says(&later, "count 3");
     // each has memory of its own
@@ -459,7 +478,7 @@ fn a_snapshot_that_does_not_fit_or_is_damaged_is_refused_with_the_reason() {
     let kernel = guest_or_skip!();
     let dir = tempfile::tempdir().unwrap();
     let machine = machine(dir.path(), kernel, "count");
-    vmm::launch(&role(), &machine, |_| Ok(())).unwrap();
+    let _running = start(&role(), &machine);
     says(&machine, "ready");
     let good = snapshot(&machine, &dir.path().join("good"), None);
     Client::connect(&machine.run_dir).unwrap().request(Request::Kill).unwrap();

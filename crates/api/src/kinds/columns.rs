@@ -1,6 +1,7 @@
 //! Printed columns of the built-in kinds, as Kubernetes' server (or the kind's own project) prints them.
 
 mod core;
+mod machines;
 mod network;
 mod pod;
 mod workloads;
@@ -13,6 +14,10 @@ use serde_json::Value;
 pub use core::{
     config_map, custom_resource_definition, endpoint_slice, event, lease, namespace, node, runtime_class, secret,
     service, service_account,
+};
+pub use machines::{
+    virtual_machine, virtual_machine_clone, virtual_machine_instance, virtual_machine_restore,
+    virtual_machine_snapshot, virtual_machine_snapshot_content,
 };
 pub use network::{admin_network_policy, baseline_admin_network_policy, network_policy};
 pub use pod::pod;
@@ -64,26 +69,6 @@ fn paths(columns: &[(&str, &str, i32, &str)]) -> Vec<Column> {
 const CREATED: &str = ".metadata.creationTimestamp";
 const READY: &str = ".status.conditions[?(@.type=='Ready')].status";
 const READY_REASON: &str = ".status.conditions[?(@.type=='Ready')].reason";
-
-pub fn virtual_machine() -> Vec<Column> {
-    paths(&[
-        ("Age", "date", 0, CREATED),
-        ("Status", "string", 0, ".status.printableStatus"),
-        ("Ready", "string", 0, READY),
-    ])
-}
-
-pub fn virtual_machine_instance() -> Vec<Column> {
-    paths(&[
-        ("Age", "date", 0, CREATED),
-        ("Phase", "string", 0, ".status.phase"),
-        ("IP", "string", 0, ".status.interfaces[0].ipAddress"),
-        ("NodeName", "string", 0, ".status.nodeName"),
-        ("Ready", "string", 0, READY),
-        ("Live-Migratable", "string", 1, ".status.conditions[?(@.type=='LiveMigratable')].status"),
-        ("Paused", "string", 1, ".status.conditions[?(@.type=='Paused')].status"),
-    ])
-}
 
 pub fn knative_service() -> Vec<Column> {
     paths(&[

@@ -19,6 +19,7 @@ mod pod_spec;
 mod policy;
 mod probe;
 mod service;
+mod snapshot;
 mod volume;
 mod workload;
 
@@ -162,6 +163,22 @@ pub fn virtual_machine() -> Hooks {
 
 pub fn virtual_machine_instance() -> Hooks {
     Hooks { validate: Some(machine::validate_instance), ..Default::default() }
+}
+
+pub fn virtual_machine_snapshot() -> Hooks {
+    Hooks { validate: Some(snapshot::validate_snapshot), ..Default::default() }
+}
+
+pub fn virtual_machine_snapshot_content() -> Hooks {
+    Hooks { validate: Some(snapshot::validate_content), ..Default::default() }
+}
+
+pub fn virtual_machine_restore() -> Hooks {
+    Hooks { validate: Some(snapshot::validate_restore), ..Default::default() }
+}
+
+pub fn virtual_machine_clone() -> Hooks {
+    Hooks { validate: Some(snapshot::validate_clone), ..Default::default() }
 }
 
 pub fn knative_service() -> Hooks {

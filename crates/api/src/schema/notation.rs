@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 pub const SOURCES: &[&str] = &[
     include_str!("kubevirt.types"),
+    include_str!("snapshot.types"),
     include_str!("knative.types"),
     include_str!("gateway.types"),
     include_str!("policy.types"),

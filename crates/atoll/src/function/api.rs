@@ -206,6 +206,11 @@ impl Api {
         self.ask("DELETE", path, "application/json", Vec::new()).await
     }
 
+    pub async fn create(&self, path: &str, object: &Value) -> Answer {
+        let path = format!("{path}?fieldManager=atoll&fieldValidation=Strict");
+        self.ask("POST", &path, "application/json", object.to_string().into_bytes()).await
+    }
+
     /// Server-side apply: creates or changes, fields that others set stay.
     pub async fn apply(&self, path: &str, object: &Value) -> Answer {
         let path = format!("{path}?fieldManager=atoll-function&force=true&fieldValidation=Strict");

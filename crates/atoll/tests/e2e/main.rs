@@ -20,6 +20,7 @@ mod oci;
 mod pods;
 mod policies;
 mod registry;
+mod snapshots;
 mod vm;
 
 use cluster::Cluster;
@@ -50,6 +51,7 @@ const ALL: &[&[Test]] = &[
     dual::TESTS,
     limits::TESTS,
     vm::TESTS,
+    snapshots::TESTS,
     oci::TESTS,
     crash::TESTS,
     egress::TESTS,

@@ -9,11 +9,11 @@
 //! | `Halted` | leave | delete it, as a running one |
 
 use super::instance::owner;
-use super::{NAME_LABEL, has_ended};
-use crate::context::{Condition, Context, INSTANCES, MACHINES, PODS, remove_condition, set_condition};
+use super::{GO_ON_FROM, NAME_LABEL, has_ended, restore};
+use crate::context::{Condition, Context, INSTANCES, MACHINES, PODS, RESTORES, remove_condition, set_condition};
 use crate::objects::{condition, condition_status, controller_name, flag, fnv32a, int, is_controlled_by, list};
 use crate::runner::{Again, Reconcile, Source};
-use api::client::{DeleteOptions, Propagation};
+use api::client::{DeleteOptions, Patch, Propagation};
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, child, object_of};
 use api::status::{Reason, StatusResult};
@@ -34,6 +34,7 @@ pub(crate) struct Machines {
     machines: Informer,
     instances: Informer,
     pods: Informer,
+    restores: Informer,
 }
 
 pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
@@ -46,8 +47,13 @@ pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
         let name = pod.label(NAME_LABEL).and_then(|_| controller_name(pod, &INSTANCES, "VirtualMachineInstance"));
         name.map(|name| Key::new(pod.namespace(), name)).into_iter().collect()
     });
-    let sources = vec![Source::own(machines.clone()), of_instance, of_pod];
-    (Arc::new(Machines { context: Arc::clone(context), machines, instances, pods }), sources)
+    // One that is over keeps no machine from starting.
+    let restores = informers.of(&RESTORES);
+    let of_restore = Source::new(restores.clone(), |restore| {
+        vec![Key::new(restore.namespace(), restore.str_at("/spec/target/name"))]
+    });
+    let sources = vec![Source::own(machines.clone()), of_instance, of_pod, of_restore];
+    (Arc::new(Machines { context: Arc::clone(context), machines, instances, pods, restores }), sources)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,8 +124,14 @@ impl Reconcile for Machines {
             // The garbage collector takes the instance along.
         } else {
             forget_done(&mut status, instance.as_ref());
+            let held = restore::holds(&self.restores, &machine);
+            if !held {
+                object_of(&mut status).remove("restoreInProgress");
+            }
             match &instance {
+                Some(instance) if self.went_on(&machine, instance).await? => return Ok(None),
                 Some(instance) => self.judge(&machine, instance, strategy, &mut status).await?,
+                None if held => {}
                 None if strategy.starts() || asks(&status, "Start") => {
                     again = self.start(&machine, &mut status).await?
                 }
@@ -133,6 +145,21 @@ impl Reconcile for Machines {
 }
 
 impl Machines {
+    /// Forgets the memory to go on from once an instance has: the next one boots. Whether there was one to forget; the write
+    /// brings the machine back here.
+    async fn went_on(&self, machine: &SharedObject, instance: &SharedObject) -> StatusResult<bool> {
+        let from = machine.annotation(GO_ON_FROM).filter(|from| instance.annotation(GO_ON_FROM) == Some(from));
+        let ran = instance.str_at("/status/phase") == "Running"
+            || list(instance, "/status/phaseTransitionTimestamps").iter().any(|t| t.str_at("/phase") == "Running");
+        if from.is_none() || !ran {
+            return Ok(false);
+        }
+        let patch = json!({"metadata": {"uid": machine.uid(), "resourceVersion": machine.resource_version(),
+                                        "annotations": {GO_ON_FROM: null}}});
+        let (namespace, name) = (machine.namespace(), machine.name());
+        self.context.client.patch(&MACHINES, namespace, name, "", Patch::Merge(patch)).await.map(|_| true)
+    }
+
     async fn judge(
         &self,
         machine: &SharedObject,
@@ -351,6 +378,9 @@ fn new_instance(machine: &Object) -> Object {
         if let Some(values) = template.pointer(&format!("/metadata/{field}")).filter(|values| values.is_object()) {
             object_of(&mut metadata).insert(field.into(), values.clone());
         }
+    }
+    if let Some(from) = machine.annotation(GO_ON_FROM) {
+        child(object_of(&mut metadata), "annotations").insert(GO_ON_FROM.into(), from.into());
     }
     child(object_of(&mut metadata), "annotations").insert(TEMPLATE_HASH.into(), template_hash(machine).into());
     let name = crate::objects::joined(machine.name(), "", 63);

@@ -124,7 +124,13 @@ fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Mac
         state_dir,
         console: vmm::Console { log_path: container.log_path.clone(), log_max_bytes: container.log_max_bytes },
         engine: vmm::Choice::Best,
-        restore: None,
+        restore: spec.go_on.as_ref().map(|from| machine::Restore {
+            state: from.state.clone(),
+            memory: from.memory.clone(),
+            difference: None,
+            verify: false,
+            engine: from.engine.clone(),
+        }),
     })
 }
 
@@ -147,6 +153,7 @@ fn disk(disk: &Disk) -> Result<vmm::Disk> {
         bus: disk.bus.clone(),
         serial: disk.serial.clone(),
         boot_order: disk.boot_order,
+        begins: disk.begins.clone(),
         overlay: true,
     })
 }

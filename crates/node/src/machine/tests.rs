@@ -48,6 +48,7 @@ async fn go(spec: serde_json::Value) -> Result<(tempfile::TempDir, MachineSpec),
         pod_dir: dir.path(),
         network: &network,
         sources: &sources,
+        origin: None,
     };
     let machine = resolve(&OneImage(dir.path().to_owned()), &input).await?;
     Ok((dir, machine))

@@ -40,6 +40,8 @@ pub(super) enum SetupError {
     Io { operation: &'static str, message: String },
     #[error("machine: {}", chain(.0))]
     Machine(#[from] MachineError),
+    #[error("{0}")]
+    Snapshot(String),
     #[error("Failed to create pod sandbox: {0}")]
     Boundary(#[from] BoundaryError),
     #[error("{0}")]
@@ -62,6 +64,7 @@ impl SetupError {
             SetupError::NoRuntimeClass(_) | SetupError::NoHandler { .. } => Some("RuntimeClassNotFound"),
             SetupError::Unsupported(_) => Some("UnsupportedPod"),
             SetupError::Machine(_) => Some("InvalidMachine"),
+            SetupError::Snapshot(_) => Some("UnusableSnapshot"),
             SetupError::Boundary(BoundaryError::Refused { reason, .. }) => Some(reason),
             SetupError::Boundary(BoundaryError::Unsupported { .. }) => Some("UnsupportedPod"),
             _ => None,
@@ -489,6 +492,8 @@ impl Worker {
     ) -> Result<crate::boundary::MachineSpec, SetupError> {
         let client = self.shared.client.clone();
         let sources = Sources::fetch(client.as_ref(), &sandbox.namespace, &instance.sources()).await?;
+        let origin = crate::snapshots::origin(&self.shared, &sandbox.namespace, &self.object).await;
+        let origin = origin.map_err(SetupError::Snapshot)?;
         let input = MachineInput {
             instance,
             name: &sandbox.name,
@@ -497,6 +502,7 @@ impl Worker {
             pod_dir: &self.dir,
             network: &sandbox.network,
             sources: &sources,
+            origin: origin.as_ref(),
         };
         Ok(machine::resolve(self.shared.images.as_ref(), &input).await?)
     }

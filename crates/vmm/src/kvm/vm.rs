@@ -161,15 +161,23 @@ impl Vm {
             Command::PowerButton => self.button.press().map_err(|e| e.to_string()),
             Command::Pause => {
                 self.gate.pause(&self.threads);
+                self.devices().for_each(|mut device| device.hold());
                 Ok(())
             }
             Command::Resume => {
+                self.go_on()?;
                 self.gate.resume();
                 Ok(())
             }
             Command::Balloon(pages) => self.balloon(pages),
             Command::Reset | Command::Snapshot => Err("needs more than the machine as it is".into()),
         }
+    }
+
+    /// Lets the devices go on, all of them that can.
+    fn go_on(&self) -> Answer {
+        let failed = self.devices().filter_map(|mut device| device.go_on().err()).last();
+        failed.map_or(Ok(()), |crate::kvm::Fault(why)| Err(format!("a device did not go on: {why}")))
     }
 
     fn balloon(&self, pages: u32) -> Answer {

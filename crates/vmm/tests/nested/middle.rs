@@ -140,6 +140,7 @@ fn whole_machine() {
         bus,
         boot_order: None,
         overlay: false,
+        begins: None,
     });
     tap("tap0");
     assert!(busybox("ip addr add 10.9.0.1/24 dev tap0") && busybox("ip link set tap0 up"));
@@ -189,7 +190,7 @@ fn save(machine: &Machine, disk: &Path, monitor: &mut Client) -> Machine {
     saved.console.log_path = dir.join("logs/0.log");
     saved.disks[0].path = dir.join("disk.raw");
     let (state, memory) = (dir.join("state"), dir.join("memory"));
-    saved.restore = Some(Restore { state, memory, difference: None, verify: true });
+    saved.restore = Some(Restore { state, memory, difference: None, verify: true, engine: String::new() });
     saved
 }
 

@@ -37,17 +37,12 @@ impl Vm {
         }
         self.devices().for_each(|mut device| device.hold());
         let done = self.save(parts, &state, &memory, files.next().as_ref(), pagemap);
-        let mut gone = None;
-        for mut device in self.devices() {
-            gone = gone.or(device.go_on().err());
+        if paused {
+            return done;
         }
-        if !paused {
-            self.gate.resume();
-        }
-        match gone {
-            Some(Fault(why)) => Err(format!("a device did not go on after the snapshot: {why}")),
-            None => done,
-        }
+        let gone = self.go_on();
+        self.gate.resume();
+        gone.and(done)
     }
 
     fn save(&self, parts: &Parts, to: &File, memory: &File, base: Option<&File>, pagemap: Option<&Pagemap>) -> Answer {
