@@ -184,7 +184,7 @@ async fn serve(
     use std::os::fd::AsRawFd;
     config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
     let boundaries = boundaries(instance, config.host_netns.clone())?;
-    let agent = node::Agent::new(config, client.clone(), images.clone(), router, boundaries).with_dns(dns);
+    let agent = node::Agent::new(config, client.clone(), images.clone(), router.clone(), boundaries).with_dns(dns);
     server.set_streams(agent.streams());
     let demand: Arc<api::demand::Demand> = Arc::default();
     let gateway = gateway::Config {
@@ -221,18 +221,29 @@ async fn serve(
         options.registry_addr
     );
     notify("READY=1");
+    prepare_links(&router)?;
     let mut outcome = Ok(());
     tokio::select! {
         () = signals.received() => {}
         Some(ended) = tasks.join_next() => outcome = ended.map_err(explain).flatten(),
     }
     notify("STOPPING=1");
+    router.stop_preparing();
     let _ = stop.send(true);
     while let Some(ended) = tasks.join_next().await {
         outcome = outcome.and(ended.map_err(explain).flatten());
     }
     drop(server);
     outcome
+}
+
+/// Links that wait for the next workloads.
+const PREPARED_LINKS: usize = 8;
+
+fn prepare_links(router: &Arc<Router>) -> Result<(), Failure> {
+    let router = router.clone();
+    let work = move || router.keep_prepared(PREPARED_LINKS);
+    std::thread::Builder::new().name("atoll-links".into()).spawn(work).map(drop).map_err(explain)
 }
 
 /// The servers that the host asks for names.

@@ -92,6 +92,9 @@ fn attach_record(uid: &str, lease: &Lease) -> Record {
     }
 }
 
+/// With so few free addresses none is set aside.
+const FEW: usize = 256;
+
 impl Addresses {
     pub fn open(config: &RouterConfig, path: &Path) -> Result<Addresses> {
         let cidr = config.pod_cidr;
@@ -117,8 +120,32 @@ impl Addresses {
         Ok(())
     }
 
-    /// The address of this workload: what it has, what its key has, or a free one.
-    pub fn lease(&mut self, uid: &str, namespace: &str, key: Option<&str>, kind: Kind) -> Result<Lease> {
+    /// An address for a workload to come, in memory only; `None`: few are left.
+    pub fn set_aside(&mut self) -> Option<Ipv4Addr> {
+        if (self.book.used.len() + FEW) as u32 >= self.cidr.size() {
+            return None;
+        }
+        let address = self.free().ok()?;
+        self.book.used.insert(address, None);
+        self.book.next = address.to_bits().wrapping_sub(self.cidr.base().to_bits()).wrapping_add(1);
+        Some(address)
+    }
+    /// Nobody has taken the address that was set aside.
+    pub fn give_back(&mut self, address: Ipv4Addr) {
+        if self.book.used.get(&address) == Some(&None) && !self.book.keys.values().any(|own| *own == address) {
+            self.book.used.remove(&address);
+        }
+    }
+
+    /// The address of this workload: what it has, what its key has, what was set aside for it, or a free one.
+    pub fn lease(
+        &mut self,
+        uid: &str,
+        namespace: &str,
+        key: Option<&str>,
+        kind: Kind,
+        set_aside: Option<Ipv4Addr>,
+    ) -> Result<Lease> {
         if let Some(lease) = self.book.leases.get(uid)
             && lease.key.as_deref() == key
             && lease.kind == kind
@@ -137,7 +164,10 @@ impl Addresses {
                 address
             }
             (None, Some(address)) => address,
-            (None, None) => self.free()?,
+            (None, None) => match set_aside {
+                Some(address) => address,
+                None => self.free()?,
+            },
         };
         let lease = Lease { namespace: namespace.to_owned(), key: key.map(str::to_owned), address, kind };
         self.write(attach_record(uid, &lease), key.is_some())?;
@@ -206,16 +236,16 @@ mod tests {
         let path = dir.path().join("addresses");
         let open = || Addresses::open(&config(dir.path()), &path).unwrap();
         let mut book = open();
-        let vm = book.lease("vm-1", "a", Some("a/vm"), Kind::Tap).unwrap().address;
-        let pod = book.lease("pod-1", "a", None, Kind::Namespace).unwrap().address;
-        assert_eq!(book.lease("pod-1", "a", None, Kind::Namespace).unwrap().address, pod);
-        assert!(matches!(book.lease("vm-2", "a", Some("a/vm"), Kind::Tap), Err(Error::KeyInUse { .. })));
+        let vm = book.lease("vm-1", "a", Some("a/vm"), Kind::Tap, None).unwrap().address;
+        let pod = book.lease("pod-1", "a", None, Kind::Namespace, None).unwrap().address;
+        assert_eq!(book.lease("pod-1", "a", None, Kind::Namespace, None).unwrap().address, pod);
+        assert!(matches!(book.lease("vm-2", "a", Some("a/vm"), Kind::Tap, None), Err(Error::KeyInUse { .. })));
         book.release("vm-1").unwrap();
         drop(book);
         let mut book = open();
-        assert_eq!(book.lease("vm-2", "a", Some("a/vm"), Kind::Tap).unwrap().address, vm);
+        assert_eq!(book.lease("vm-2", "a", Some("a/vm"), Kind::Tap, None).unwrap().address, vm);
         book.release("pod-1").unwrap();
-        assert_ne!(book.lease("pod-2", "a", None, Kind::Namespace).unwrap().address, pod);
+        assert_ne!(book.lease("pod-2", "a", None, Kind::Namespace, None).unwrap().address, pod);
         book.release("vm-2").unwrap();
         book.forget("a/vm").unwrap();
         assert_eq!(book.iter().count(), 1);
@@ -227,12 +257,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut book = Addresses::open(&config(dir.path()), &dir.path().join("addresses")).unwrap();
         for n in 0..13 {
-            let address = book.lease(&format!("u{n}"), "a", None, Kind::Namespace).unwrap().address;
+            let address = book.lease(&format!("u{n}"), "a", None, Kind::Namespace, None).unwrap().address;
             assert!((2..15).contains(&address.octets()[3]));
         }
-        assert!(matches!(book.lease("more", "a", None, Kind::Namespace), Err(Error::Exhausted { .. })));
+        assert!(matches!(book.lease("more", "a", None, Kind::Namespace, None), Err(Error::Exhausted { .. })));
         book.release("u5").unwrap();
-        assert!(book.lease("more", "a", None, Kind::Namespace).is_ok());
+        assert!(book.lease("more", "a", None, Kind::Namespace, None).is_ok());
     }
 
     proptest! {
@@ -247,7 +277,7 @@ mod tests {
                 let name = format!("u{uid}");
                 if attach {
                     let text = (key < 3).then(|| format!("k{key}"));
-                    if let Ok(lease) = book.lease(&name, "n", text.as_deref(), Kind::Namespace) && key < 3 {
+                    if let Ok(lease) = book.lease(&name, "n", text.as_deref(), Kind::Namespace, None) && key < 3 {
                         prop_assert_eq!(*keys.entry(key).or_insert(lease.address), lease.address);
                     }
                 } else {

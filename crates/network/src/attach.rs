@@ -1,7 +1,7 @@
 //! A workload's link to the router.
 //!
 //! ```text
-//! absent -> leased (journal) -> pinned (namespace) -> linked (veth or tap) -> configured -> admitted (firewall)
+//! absent -> leased (journal) -> linked (veth or tap) -> configured -> pinned (namespace) -> admitted (firewall)
 //! ```
 //!
 //! `attach` walks from wherever it finds things to the end; every step is either idempotent or looks first, so a crash
@@ -16,9 +16,10 @@ use crate::journal::Kind;
 use crate::netlink::nft::Transaction;
 use crate::netlink::route::{self, Mac, Veth};
 use crate::netlink::{Batch, Socket};
+use crate::pool::Prepared;
 use crate::router::{Router, guard};
 use crate::{ns, sys};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::HashSet;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
@@ -79,8 +80,15 @@ impl Router {
         }) {
             self.detach_locked(&request.uid)?;
         }
-        let key = request.address_key.as_deref();
-        let lease = guard(&self.addresses).lease(&request.uid, &request.namespace, key, kind)?;
+        let prepared = self.prepared_for(request);
+        let set_aside = prepared.as_ref().map(|prepared| prepared.address);
+        let lease = match self.lease(request, kind, set_aside) {
+            Ok(lease) => lease,
+            Err(error) => {
+                prepared.into_iter().for_each(|prepared| self.discard(prepared));
+                return Err(error);
+            }
+        };
         let name = link_name(kind, lease.address);
         let mut attachment = Attachment {
             address: lease.address,
@@ -94,7 +102,10 @@ impl Router {
         match kind {
             Kind::Namespace => {
                 let pin = self.pin_of(&request.uid);
-                self.link_namespace(&pin, &name, lease.address)?;
+                match prepared {
+                    Some(prepared) => ns::pin(prepared.netns.as_fd(), &pin)?,
+                    None => self.link_namespace(&pin, &name, lease.address)?,
+                }
                 attachment.netns = Some(pin);
             }
             Kind::Tap => {
@@ -106,6 +117,29 @@ impl Router {
         firewall::admit(&mut transaction, &link_of(&self.config, kind, lease.address));
         transaction.commit(&mut guard(&self.firewall).socket)?;
         Ok(attachment)
+    }
+
+    /// A prepared link for a workload that has none yet and no address of its own.
+    fn prepared_for(&self, request: &AttachRequest) -> Option<Prepared> {
+        let is_new = request.kind == LinkKind::Namespace
+            && request.address_key.is_none()
+            && guard(&self.addresses).get(&request.uid).is_none()
+            && !ns::is_pinned(&self.pin_of(&request.uid));
+        if is_new { self.pool.take() } else { None }
+    }
+
+    /// The workload's address: the one that was set aside for it, or its own, or a free one.
+    fn lease(&self, request: &AttachRequest, kind: Kind, set_aside: Option<Ipv4Addr>) -> Result<Lease> {
+        let (uid, namespace, key) = (&request.uid, &request.namespace, request.address_key.as_deref());
+        let lease = |set_aside| guard(&self.addresses).lease(uid, namespace, key, kind, set_aside);
+        match lease(set_aside) {
+            // The last addresses may be those that were set aside.
+            Err(Error::Exhausted { .. }) if self.prepared() > 0 => {
+                self.pool.take().into_iter().for_each(|prepared| self.discard(prepared));
+                lease(None)
+            }
+            other => other,
+        }
     }
 
     /// Removes the workload's link, namespace and, unless a key holds it, address. Not attached is no error.
@@ -134,7 +168,9 @@ impl Router {
             self.reap(&name)?;
         }
         ns::unpin(&self.pin_of(uid))?;
-        guard(&self.addresses).release(uid)
+        guard(&self.addresses).release(uid)?;
+        self.pool.wake();
+        Ok(())
     }
 
     /// Removes a link together with all that others are detaching at this moment: while one removal waits for the kernel,
@@ -163,14 +199,7 @@ impl Router {
 
     fn link_namespace(&self, pin: &Path, name: &str, address: Ipv4Addr) -> Result<()> {
         if !ns::is_pinned(pin) {
-            // A link of that name would belong to a namespace that nobody can find any more.
-            self.remove_link(name)?;
-            return ns::create(pin, || {
-                self.workload_sysctls()?;
-                let pod = ns::open(Path::new("/proc/thread-self/ns/net"))?;
-                self.add_veth(name, address, &pod)?;
-                self.configure_workload(address)
-            });
+            return ns::pin(self.make_namespace(name, address)?.as_fd(), pin);
         }
         let pod = ns::open(pin)?;
         ns::in_ns(pod.as_fd(), || {
@@ -181,7 +210,8 @@ impl Router {
                 (Some(link), Some(_)) => {
                     // Links of before there was IPv6 here had it off.
                     ns::sysctl("ipv6/conf/eth0/disable_ipv6", "0")?;
-                    self.configure_router_side(Kind::Namespace, link.index, address)?;
+                    self.configure_workload(address)?;
+                    self.configure_router_side(Kind::Namespace, link.index, address)
                 }
                 _ => {
                     self.remove_link(name)?;
@@ -189,14 +219,23 @@ impl Router {
                     batch.delete_link(WORKLOAD_LINK);
                     inside.send(batch)?;
                     self.workload_sysctls()?;
-                    self.add_veth(name, address, &pod)?;
+                    self.join(name, address, pod.as_fd())
                 }
             }
-            self.configure_workload(address)
         })?
     }
 
-    fn add_veth(&self, name: &str, address: Ipv4Addr, pod: &OwnedFd) -> Result<()> {
+    /// Joins the workload's namespace, which the thread is in, to the router. The router's end is configured last: giving
+    /// it programs opens its queue, which before both ends are up stays shut until the kernel gets around to it, and drops
+    /// what is sent meanwhile.
+    pub(crate) fn join(&self, name: &str, address: Ipv4Addr, pod: BorrowedFd<'_>) -> Result<()> {
+        let index = self.add_veth(name, address, pod)?;
+        self.configure_workload(address)?;
+        self.configure_router_side(Kind::Namespace, index, address)
+    }
+
+    /// Answers the index of the router's end.
+    fn add_veth(&self, name: &str, address: Ipv4Addr, pod: BorrowedFd<'_>) -> Result<u32> {
         self.renew_bandwidth(address);
         let mut batch = Batch::new();
         batch.add_veth(&Veth {
@@ -204,15 +243,12 @@ impl Router {
             mac: ROUTER_MAC,
             peer_name: WORKLOAD_LINK,
             peer_mac: mac_of(address),
-            peer_ns: Some(pod.as_fd()),
+            peer_ns: Some(pod),
             mtu: MTU,
         });
-        let index = {
-            let mut route = guard(&self.route);
-            route.send(batch)?;
-            route::link_index(&mut route, name)?
-        };
-        self.configure_router_side(Kind::Namespace, index, address)
+        let mut route = guard(&self.route);
+        route.send(batch)?;
+        route::link_index(&mut route, name)
     }
 
     fn configure_router_side(&self, kind: Kind, index: u32, address: Ipv4Addr) -> Result<()> {
@@ -225,8 +261,11 @@ impl Router {
             batch.add_neighbour6(index, address6, mac_of(address));
             batch.add_link_route6(address6, 128, index, self.config.router_address6());
         }
+        match &self.express {
+            Some(express) => express.attach(&mut batch, index),
+            None => batch.add_hooks(index),
+        }
         if let Some(express) = &self.express {
-            express.attach(&mut batch, index);
             let owner = owner_of(&self.config, kind, address, index);
             express.admit(owner).map_err(Error::system("let the link take the short way"))?;
         }
@@ -260,7 +299,7 @@ impl Router {
 
     /// The thread is in the workload's namespace: unprivileged servers may take any port, and anyone may ping. Links to
     /// come have the IPv6 address that they are given, and make none of their own.
-    fn workload_sysctls(&self) -> Result<()> {
+    pub(crate) fn workload_sysctls(&self) -> Result<()> {
         ns::sysctl("ipv4/ip_unprivileged_port_start", "0")?;
         ns::sysctl("ipv4/ping_group_range", "0 2147483647")?;
         ns::sysctl("ipv6/conf/default/accept_ra", "0")?;
@@ -285,7 +324,7 @@ impl Router {
         inside.send(batch)
     }
 
-    fn remove_link(&self, name: &str) -> Result<()> {
+    pub(crate) fn remove_link(&self, name: &str) -> Result<()> {
         let mut route = guard(&self.route);
         if route::find_link(&mut route, name)?.is_some() {
             let mut batch = Batch::new();

@@ -30,6 +30,7 @@ mod journal;
 mod limits;
 mod ns;
 pub mod policy;
+mod pool;
 mod probe;
 pub mod refused;
 mod router;

@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::sys;
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use rustix::thread::LinkNameSpaceType;
@@ -20,7 +20,7 @@ pub fn in_netns<T: Send>(path: &Path, work: impl FnOnce() -> T + Send) -> Result
 }
 
 /// As [`in_netns`], by descriptor.
-pub(crate) fn in_ns<T: Send>(ns: rustix::fd::BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
+pub(crate) fn in_ns<T: Send>(ns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
     on_thread(|| {
         enter(ns)?;
         Ok(work())
@@ -28,7 +28,7 @@ pub(crate) fn in_ns<T: Send>(ns: rustix::fd::BorrowedFd<'_>, work: impl FnOnce()
 }
 
 /// Moves the calling thread, and only it, into the namespace.
-pub(crate) fn enter(ns: rustix::fd::BorrowedFd<'_>) -> Result<()> {
+pub(crate) fn enter(ns: BorrowedFd<'_>) -> Result<()> {
     rustix::thread::move_into_link_name_space(ns, Some(LinkNameSpaceType::Network))
         .map_err(Error::errno("enter the network namespace"))
 }
@@ -44,20 +44,26 @@ pub(crate) fn is_pinned(path: &Path) -> bool {
     rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == NSFS_MAGIC)
 }
 
-/// Makes a new namespace, pins it at `path` and runs `work` in it before returning.
-pub(crate) fn create<T: Send>(path: &Path, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+/// Makes a new namespace and runs `work` in it. It lives as long as its descriptor, or where it is pinned.
+pub(crate) fn fresh(work: impl FnOnce(BorrowedFd<'_>) -> Result<()> + Send) -> Result<OwnedFd> {
     on_thread(|| {
         sys::unshare_net().map_err(Error::system("make a network namespace"))?;
-        fs::OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(path)
-            .map_err(Error::file("create the namespace's mount point", path))?;
-        rustix::mount::mount_bind("/proc/thread-self/ns/net", path)
-            .map_err(|errno| Error::file("pin the network namespace at", path)(errno.into()))?;
-        work()
+        let ns = open(Path::new("/proc/thread-self/ns/net"))?;
+        work(ns.as_fd())?;
+        Ok(ns)
     })
+}
+
+/// Pins a namespace at `path`.
+pub(crate) fn pin(ns: BorrowedFd<'_>, path: &Path) -> Result<()> {
+    fs::OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)
+        .map_err(Error::file("create the namespace's mount point", path))?;
+    rustix::mount::mount_bind(format!("/proc/self/fd/{}", ns.as_raw_fd()), path)
+        .map_err(|errno| Error::file("pin the network namespace at", path)(errno.into()))
 }
 
 /// Unpins; the namespace goes once no process is in it. Nothing there is no error.

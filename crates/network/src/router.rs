@@ -12,6 +12,7 @@ use crate::netlink::route::{self, Veth};
 use crate::netlink::{Batch, Socket};
 use crate::ns;
 use crate::policy::{Changed, Policies, Programmed};
+use crate::pool::Pool;
 use crate::services::{ServiceRule, Services};
 use crate::uplink::{self, NODE, Uplink};
 use rustix::fd::{AsFd, OwnedFd};
@@ -49,6 +50,7 @@ pub struct Router {
     pub(crate) express: Option<Arc<Express>>,
     pub(crate) addresses: Mutex<Addresses>,
     pub(crate) names: NameLocks,
+    pub(crate) pool: Pool,
     pub(crate) bandwidths: Mutex<Limited>,
     pub(crate) uplink: Mutex<Option<Uplink>>,
     _lock: File,
@@ -83,7 +85,7 @@ impl Router {
         ns::share(&pins)?;
         let pin = pins.join(ROUTER);
         if !ns::is_pinned(&pin) {
-            ns::create(&pin, || Ok(()))?;
+            ns::pin(ns::fresh(|_| Ok(()))?.as_fd(), &pin)?;
         }
         let netns = ns::open(&pin)?;
         let (mut route, reaper, mut socket, ipv6) = ns::in_ns(netns.as_fd(), || {
@@ -114,6 +116,7 @@ impl Router {
             express,
             addresses: Mutex::new(addresses),
             names: NameLocks::default(),
+            pool: Pool::default(),
             bandwidths: Mutex::new(limited),
             uplink: Mutex::new(None),
             _lock: lock,
@@ -214,6 +217,7 @@ impl Router {
     /// Removes all links and namespaces. Address reservations stay on disk, so that workloads started again get the
     /// addresses they had.
     pub fn teardown(self) -> Result<()> {
+        self.stop_preparing();
         let pins = pins_dir(&self.config);
         let mut batch = Batch::new();
         batch.delete_links(route::GROUP);

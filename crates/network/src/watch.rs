@@ -12,6 +12,7 @@ use crate::router::Router;
 use crate::{ns, sys};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::OwnedFd;
+use std::collections::HashSet;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -68,6 +69,8 @@ impl Router {
         let links = self.run(|| route::counters(&mut Socket::route()?))??;
         let mut all: Vec<_> =
             links.into_iter().filter_map(|(name, counters)| Some((address_of_link(&name)?, counters))).collect();
+        let leased: HashSet<Ipv4Addr> = self.leases().into_iter().map(|lease| lease.address).collect();
+        all.retain(|(address, _)| leased.contains(address));
         if let Some(express) = &self.express {
             for (address, counters) in &mut all {
                 let (packets, bytes) = express.counters(*address).map_err(Error::system("read the link's counters"))?;

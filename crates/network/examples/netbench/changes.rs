@@ -5,12 +5,14 @@ use network::policy::{Action, Direction, Otherwise, Ports, Profile, Rule};
 use network::{AttachRequest, Isolation, LinkKind, Policies, Protocol, Router, ServiceRule};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub const SERVICES: u32 = 2000;
 pub const POLICIES: u32 = 500;
 /// Workloads that are attached, one after another.
 const PODS: usize = 200;
+/// Links that are kept prepared.
+const POOL: usize = 8;
 
 /// Microseconds of each turn.
 fn each(count: usize, mut work: impl FnMut(usize)) -> Vec<f64> {
@@ -32,15 +34,29 @@ pub fn request(uid: &str) -> AttachRequest {
     AttachRequest { uid: uid.into(), namespace: "default".into(), address_key: None, kind: LinkKind::Namespace }
 }
 
-/// Attaching, with few and with many workloads there.
+/// Attaching, from prepared links and without, with few and with many workloads there.
 pub fn attach(router: &Router) -> serde_json::Value {
-    let times = each(PODS, |n| {
-        router.attach(&request(&format!("pod-{n}"))).unwrap();
+    let attach = |uid: String| {
+        router.attach(&request(&uid)).unwrap();
+    };
+    let times = each(PODS, |n| attach(format!("pod-{n}")));
+    let (few, many) = (times[..PODS / 4].to_vec(), times[PODS * 3 / 4..].to_vec());
+    let pooled: Vec<f64> = std::thread::scope(|scope| {
+        scope.spawn(|| router.keep_prepared(POOL));
+        let times = (0..PODS / 2).map(|n| {
+            while router.prepared() < POOL {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            each(1, |_| attach(format!("pooled-{n}")))[0]
+        });
+        let times = times.collect();
+        router.stop_preparing();
+        times
     });
     let detach = each(PODS / 4, |n| router.detach(&format!("pod-{n}")).unwrap());
-    let (few, many) = (times[..PODS / 4].to_vec(), times[PODS * 3 / 4..].to_vec());
     serde_json::json!({
-        "attach_us": median(few), "attach_us_with_150_more": median(many), "detach_us": median(detach),
+        "attach_from_pool_us": median(pooled), "attach_us": median(few), "attach_us_with_150_more": median(many),
+        "detach_us": median(detach),
     })
 }
 

@@ -99,6 +99,7 @@ impl Express {
 
     /// Puts the programs on a link of the namespace that the batch goes to, in place of those of an earlier process.
     pub fn attach(&self, batch: &mut Batch, index: u32) {
+        batch.add_hooks(index);
         batch.add_programs(index, self.arriving.as_fd(), self.leaving.as_fd());
     }
 

@@ -102,9 +102,10 @@ impl Batch {
         let none = &[Errno::NOENT, Errno::INVAL];
         self.request("end the link's limit", RTM_DELQDISC, NLM_F_ACK, none, |w| traffic(w, index, SHAPER, ROOT, 0));
     }
-    fn add_hooks(&mut self, index: u32) {
+    /// Where filters can be put. A kernel that has none of it goes on without.
+    pub fn add_hooks(&mut self, index: u32) {
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
-        self.request("look at the link's packets", RTM_NEWQDISC, flags, &[Errno::EXIST], |w| {
+        self.request("look at the link's packets", RTM_NEWQDISC, flags, &[Errno::EXIST, Errno::NOENT], |w| {
             traffic(w, index, HOOKS_HANDLE, HOOKS, 0);
             w.string(TCA_KIND, "clsact");
         });
@@ -135,7 +136,6 @@ impl Batch {
     }
     /// Programs that see what comes in by a link and what leaves by it; they replace those that are there.
     pub fn add_programs(&mut self, index: u32, arriving: BorrowedFd<'_>, leaving: BorrowedFd<'_>) {
-        self.add_hooks(index);
         for (parent, program) in [(ARRIVING, arriving), (LEAVING, leaving)] {
             let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
             self.request("put a program on the link", RTM_NEWTFILTER, flags, &[], |w| {
