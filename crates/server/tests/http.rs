@@ -447,6 +447,53 @@ async fn services_get_addresses_and_ports_of_their_own() {
 }
 
 #[tokio::test]
+async fn node_ports_are_kept_shared_and_given_back() {
+    let running = Running::start().await;
+    let path = "/api/v1/namespaces/default/services";
+    let service = |name: &str, spec: Value| {
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec})
+    };
+    let ports = json!([{"port": 53, "name": "tcp"}, {"port": 53, "name": "udp", "protocol": "UDP"}, {"port": 80, "name": "http"}]);
+    let dns = running.post(path, &service("dns", json!({"type": "NodePort", "ports": ports}))).await.json();
+    let number = |service: &Value, index: usize| service["spec"]["ports"][index]["nodePort"].as_i64().unwrap();
+    // One number for both protocols of a port.
+    assert_eq!(number(&dns, 0), number(&dns, 1));
+    assert_ne!(number(&dns, 0), number(&dns, 2));
+    let far = json!([{"port": 80, "nodePort": 8080}]);
+    let far = running.post(path, &service("far", json!({"type": "NodePort", "ports": far}))).await.refusal(422);
+    assert!(far.contains("spec.ports[0].nodePort") && far.contains("30000-32767"), "{far}");
+    // An update that does not mention them keeps them, also on the way to a load balancer.
+    let balanced = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "ports": ports});
+    let balanced = running.put(&format!("{path}/dns"), &service("dns", balanced)).await.json();
+    assert_eq!((number(&balanced, 0), number(&balanced, 2)), (number(&dns, 0), number(&dns, 2)));
+    let health = balanced["spec"]["healthCheckNodePort"].as_i64().unwrap();
+    assert!((30000..=32767).contains(&health) && ![number(&dns, 0), number(&dns, 2)].contains(&health));
+    let taken = json!([{"port": 80, "nodePort": health}]);
+    let clash = running.post(path, &service("clash", json!({"type": "NodePort", "ports": taken}))).await;
+    assert!(clash.refusal(422).contains("already allocated"));
+    let asked = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": number(&dns, 2), "ports": [{"port": 1}]});
+    let clash = running.post(path, &service("clash", asked)).await.refusal(422);
+    assert!(clash.contains("spec.healthCheckNodePort") && clash.contains("already allocated"), "{clash}");
+    // What belongs to a load balancer goes with it, and its ports are others' to take.
+    let mut plain = balanced;
+    plain["spec"]["type"] = "ClusterIP".into();
+    for port in plain["spec"]["ports"].as_array_mut().unwrap() {
+        port.as_object_mut().unwrap().remove("nodePort");
+    }
+    let plain = running.put(&format!("{path}/dns"), &plain).await.json();
+    for gone in ["healthCheckNodePort", "externalTrafficPolicy", "allocateLoadBalancerNodePorts"] {
+        assert!(plain["spec"].get(gone).is_none(), "{gone}: {plain}");
+    }
+    let taken = json!([{"port": 80, "nodePort": health, "name": "a"}, {"port": 81, "nodePort": number(&dns, 0), "name": "b"}]);
+    let taken = running.post(path, &service("taken", json!({"type": "NodePort", "ports": taken}))).await.json();
+    assert_eq!(number(&taken, 0), health);
+    // A load balancer may do without.
+    let without = json!({"type": "LoadBalancer", "allocateLoadBalancerNodePorts": false, "ports": [{"port": 80}]});
+    let without = running.post(path, &service("without", without)).await.json();
+    assert!(without["spec"]["ports"][0].get("nodePort").is_none(), "{without}");
+}
+
+#[tokio::test]
 async fn pods_are_completed_bound_and_ended() {
     let running = Running::start().await;
     let path = "/api/v1/namespaces/default/pods";

@@ -78,6 +78,7 @@ pub async fn admit(
     }
     settle_addresses(core, target, live, object, &before, &owner, &mut effects).await?;
     settle_ports(core, target, object, &before, &owner, &mut effects).await?;
+    settle_health_port(core, target, object, &before, &owner, &mut effects).await?;
     let after = held(object);
     for address in before.addresses.iter().filter(|a| !after.addresses.contains(a)) {
         effects.then.push(Op::Delete(KeyRange::one(address_key(address))));
@@ -105,8 +106,14 @@ fn wants_node_ports(service: &Object) -> bool {
     }
 }
 
-/// What was allocated stays when the update does not mention it.
+fn wants_health_port(service: &Object) -> bool {
+    type_of(service) == "LoadBalancer" && service.str_at("/spec/externalTrafficPolicy") == "Local"
+}
+
+/// What was allocated stays when the update does not mention it; what belongs to a type that the Service has no longer
+/// goes, if the update does not ask for it.
 fn carry_over(live: &Object, new: &mut Object) {
+    drop_of_other_types(live, new);
     let keep = wants_node_ports(new);
     let old = live.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
     for port in new.pointer_mut("/spec/ports").and_then(Value::as_array_mut).into_iter().flatten() {
@@ -120,6 +127,31 @@ fn carry_over(live: &Object, new: &mut Object) {
         } else if !keep && fields.get("nodePort") == known.as_ref() {
             fields.remove("nodePort");
         }
+    }
+}
+
+fn drop_of_other_types(live: &Object, new: &mut Object) {
+    let balanced = type_of(new) == "LoadBalancer";
+    let externals = new.pointer("/spec/externalIPs").and_then(Value::as_array).is_some_and(|all| !all.is_empty());
+    let reachable = balanced || type_of(new) == "NodePort" || externals;
+    let health = wants_health_port(new);
+    let spec = child(object_of(new), "spec");
+    let before = |field: &str| live.pointer(&format!("/spec/{field}")).cloned();
+    for (field, needed) in [
+        ("externalTrafficPolicy", reachable),
+        ("healthCheckNodePort", health),
+        ("allocateLoadBalancerNodePorts", balanced),
+        ("loadBalancerClass", balanced),
+    ] {
+        if !needed && spec.get(field) == before(field).as_ref() {
+            spec.remove(field);
+        }
+    }
+    if health
+        && spec.get("healthCheckNodePort").and_then(Value::as_i64).unwrap_or(0) == 0
+        && let Some(known) = before("healthCheckNodePort")
+    {
+        spec.insert("healthCheckNodePort".into(), known);
     }
 }
 
@@ -229,6 +261,7 @@ async fn settle_ports(
         return Ok(());
     }
     let mut given: Vec<(i64, String)> = Vec::new();
+    let mut twins: Vec<(Value, i64)> = Vec::new();
     let mut ports = object.pointer("/spec/ports").and_then(Value::as_array).cloned().unwrap_or_default();
     for (index, port) in ports.iter().enumerate() {
         let asked = port.get("nodePort").and_then(Value::as_i64).unwrap_or(0);
@@ -242,7 +275,7 @@ async fn settle_ports(
         if !NODE_PORTS.contains(&asked) && !before.ports.contains(&asked) {
             return refuse("provided port is not in the valid range. The range of valid ports is 30000-32767");
         }
-        let protocol = port.get("protocol").and_then(Value::as_str).unwrap_or("TCP").to_owned();
+        let protocol = protocol_of(port.get("protocol"));
         if given.iter().any(|(g, p)| *g == asked && *p == protocol) {
             return refuse("provided port is already allocated");
         }
@@ -253,6 +286,7 @@ async fn settle_ports(
         if new {
             reserve(effects, port_key(asked), owner);
         }
+        twins.extend(port.get("port").cloned().map(|number| (number, asked)));
         given.push((asked, protocol));
     }
     for port in &mut ports {
@@ -260,12 +294,67 @@ async fn settle_ports(
         if fields.get("nodePort").and_then(Value::as_i64).unwrap_or(0) != 0 {
             continue;
         }
-        let picked = pick_port(core, &given, before).await?;
-        reserve(effects, port_key(picked), owner);
-        given.push((picked, String::new()));
+        let (number, protocol) = (fields.get("port").cloned(), protocol_of(fields.get("protocol")));
+        // The same port of another protocol gets the same number, as in Kubernetes.
+        let twin = twins.iter().find(|(twin, held)| {
+            Some(twin) == number.as_ref() && !given.iter().any(|(g, p)| g == held && *p == protocol)
+        });
+        let picked = match twin {
+            Some((_, held)) => *held,
+            None => {
+                let picked = pick_port(core, &given, before).await?;
+                reserve(effects, port_key(picked), owner);
+                picked
+            }
+        };
+        twins.extend(number.map(|number| (number, picked)));
+        given.push((picked, protocol));
         fields.insert("nodePort".into(), picked.into());
     }
     child(object_of(object), "spec").insert("ports".into(), ports.into());
+    Ok(())
+}
+
+fn protocol_of(field: Option<&Value>) -> String {
+    field.and_then(Value::as_str).unwrap_or("TCP").to_owned()
+}
+
+/// The port where a load balancer in front asks whether this machine has endpoints.
+async fn settle_health_port(
+    core: &Core,
+    target: &Target,
+    object: &mut Object,
+    before: &Held,
+    owner: &Bytes,
+    effects: &mut Effects,
+) -> StatusResult<()> {
+    if !wants_health_port(object) {
+        return Ok(());
+    }
+    let asked = object.pointer("/spec/healthCheckNodePort").and_then(Value::as_i64).unwrap_or(0);
+    let ports = object.pointer("/spec/ports").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let given: Vec<(i64, String)> =
+        ports.iter().filter_map(|p| p.get("nodePort")?.as_i64()).map(|port| (port, String::new())).collect();
+    if asked == 0 {
+        let picked = pick_port(core, &given, before).await?;
+        reserve(effects, port_key(picked), owner);
+        child(object_of(object), "spec").insert("healthCheckNodePort".into(), picked.into());
+        return Ok(());
+    }
+    if before.ports.contains(&asked) {
+        return Ok(());
+    }
+    let refuse = |why: &str| {
+        let text = format!("Invalid value: {asked}: {why}");
+        Err(target.invalid(vec![cause("FieldValueInvalid", "spec.healthCheckNodePort", text)]))
+    };
+    if !NODE_PORTS.contains(&asked) {
+        return refuse("provided port is not in the valid range. The range of valid ports is 30000-32767");
+    }
+    if given.iter().any(|(port, _)| *port == asked) || core.storage.get_kv(port_key(asked)).await?.is_some() {
+        return refuse("provided port is already allocated");
+    }
+    reserve(effects, port_key(asked), owner);
     Ok(())
 }
 

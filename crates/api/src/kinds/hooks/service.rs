@@ -58,6 +58,7 @@ pub fn validate(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     p.labels("spec.selector", at(spec, "selector"));
     addresses(&mut p, spec, kind);
     ports(&mut p, spec, kind);
+    outside(&mut p, spec, kind);
     let seconds = at(spec, "sessionAffinityConfig").pointer("/clientIP/timeoutSeconds").and_then(Value::as_i64);
     if let Some(seconds) = seconds.filter(|seconds| !(1..=86_400).contains(seconds)) {
         let path = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
@@ -99,11 +100,81 @@ fn addresses(p: &mut Problems, spec: &Value, kind: &str) {
         p.invalid("spec.clusterIPs", at(spec, "clusterIPs"), "first value must match `clusterIP`");
     }
     for (index, value) in items(spec, "externalIPs").iter().enumerate() {
-        let value = value.as_str().unwrap_or("");
-        if !is_address(value) {
-            p.invalid_text(&format!("spec.externalIPs[{index}]"), value, detail);
+        let (value, path) = (value.as_str().unwrap_or(""), format!("spec.externalIPs[{index}]"));
+        match value.parse::<IpAddr>() {
+            Err(_) => p.invalid_text(&path, value, detail),
+            Ok(address) => {
+                if let Some(why) = special(address) {
+                    p.invalid_text(&path, value, why);
+                }
+            }
         }
     }
+}
+
+/// Why an address cannot be one that the world outside uses for a Service.
+fn special(address: IpAddr) -> Option<&'static str> {
+    let link = match address {
+        IpAddr::V4(own) => own.is_link_local(),
+        IpAddr::V6(own) => own.is_unicast_link_local() || own.to_ipv4_mapped().is_some(),
+    };
+    match address {
+        _ if address.is_unspecified() => Some("may not be unspecified (0.0.0.0 or ::)"),
+        _ if address.is_loopback() => Some("may not be in the loopback range (127.0.0.0/8, ::1/128)"),
+        _ if link => Some("may not be in the link-local range (169.254.0.0/16, fe80::/10)"),
+        _ if address.is_multicast() => Some("may not be in the multicast range (224.0.0.0/4, ff00::/8)"),
+        _ => None,
+    }
+}
+
+/// What is about the world outside the cluster.
+fn outside(p: &mut Problems, spec: &Value, kind: &str) {
+    let balanced = kind == "LoadBalancer";
+    let policy = text(spec, "externalTrafficPolicy");
+    let reachable = balanced || kind == "NodePort" || !items(spec, "externalIPs").is_empty();
+    if !policy.is_empty() && !reachable {
+        let detail = "may only be set for externally-accessible services";
+        p.invalid_text("spec.externalTrafficPolicy", policy, detail);
+    }
+    let health = int(spec, "healthCheckNodePort").unwrap_or(0);
+    if health != 0 {
+        p.port("spec.healthCheckNodePort", health);
+        if !(balanced && policy == "Local") {
+            let detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` is 'Local'";
+            p.invalid("spec.healthCheckNodePort", &health.into(), detail);
+        }
+        let ports = items(spec, "ports").iter();
+        if ports.filter(|port| text(port, "protocol") != "UDP").any(|port| int(port, "nodePort") == Some(health)) {
+            p.invalid("spec.healthCheckNodePort", &health.into(), "is a port's `nodePort` already");
+        }
+    }
+    let (class, ranges) = (text(spec, "loadBalancerClass"), items(spec, "loadBalancerSourceRanges"));
+    if !class.is_empty() {
+        p.rule("spec.loadBalancerClass", class, names::qualified_name);
+        if !balanced {
+            p.forbidden("spec.loadBalancerClass", "may only be used when `type` is 'LoadBalancer'");
+        }
+    }
+    if !ranges.is_empty() && !balanced {
+        p.forbidden("spec.loadBalancerSourceRanges", "may only be used when `type` is 'LoadBalancer'");
+    }
+    for (index, range) in ranges.iter().enumerate() {
+        let range = range.as_str().unwrap_or("");
+        if !is_network(range.trim()) {
+            let path = format!("spec.loadBalancerSourceRanges[{index}]");
+            p.invalid_text(&path, range, "must be a range of IP addresses (e.g. 10.240.0.0/24 or 2001:db8::/64)");
+        }
+    }
+}
+
+fn is_network(text: &str) -> bool {
+    let Some((base, prefix)) = text.split_once('/') else { return false };
+    let most = match base.parse::<IpAddr>() {
+        Ok(IpAddr::V4(_)) => 32,
+        Ok(IpAddr::V6(_)) => 128,
+        Err(_) => return false,
+    };
+    prefix.parse::<u8>().is_ok_and(|prefix| prefix <= most)
 }
 
 fn ports(p: &mut Problems, spec: &Value, kind: &str) {
@@ -157,6 +228,16 @@ fn validate_update(p: &mut Problems, new: &Value, old: &Value) {
     if same_type && !before.is_empty() && text(new, "clusterIP") != before {
         p.invalid("spec.clusterIPs[0]", at(new, "clusterIPs"), "may not change once set");
     }
+    if text(new, "type") == "LoadBalancer" && text(old, "type") == "LoadBalancer" {
+        let path = "spec.loadBalancerClass";
+        if text(new, "loadBalancerClass") != text(old, "loadBalancerClass") {
+            p.invalid(path, at(new, "loadBalancerClass"), "may not change once set");
+        }
+        let (before, now) = (int(old, "healthCheckNodePort").unwrap_or(0), int(new, "healthCheckNodePort").unwrap_or(0));
+        if before != 0 && now != 0 && before != now {
+            p.invalid("spec.healthCheckNodePort", &now.into(), "may not change once set");
+        }
+    }
 }
 
 #[cfg(test)]
@@ -185,6 +266,36 @@ mod tests {
             "selector": {"a": "b"}, "sessionAffinity": "None", "type": "ClusterIP"});
         assert_eq!(service["spec"], expected);
         assert!(validate(&service, None).is_empty());
+    }
+
+    #[test]
+    fn what_is_about_the_outside_fits_together() {
+        let ports = json!([{"port": 80}]);
+        let lb = |more: Value| {
+            let mut spec = json!({"type": "LoadBalancer", "ports": ports});
+            spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            spec
+        };
+        assert!(told(lb(json!({"loadBalancerSourceRanges": ["192.0.2.0/24", " 2001:db8::/32"], "loadBalancerClass": "a.b/c",
+            "externalTrafficPolicy": "Local", "healthCheckNodePort": 30000})))
+        .is_empty());
+        for (spec, wanted) in [
+            (json!({"ports": ports, "externalTrafficPolicy": "Local"}), "spec.externalTrafficPolicy: Invalid value: \"Local\""),
+            (json!({"ports": ports, "loadBalancerSourceRanges": ["192.0.2.0/24"]}), "spec.loadBalancerSourceRanges: Forbidden"),
+            (json!({"ports": ports, "loadBalancerClass": "a.b/c"}), "spec.loadBalancerClass: Forbidden"),
+            (json!({"ports": ports, "externalIPs": ["127.0.0.1"]}), "spec.externalIPs[0]: Invalid value: \"127.0.0.1\": may not be in the loopback"),
+            (json!({"ports": ports, "externalIPs": ["192.0.2.1", "169.254.169.254"]}), "spec.externalIPs[1]: "),
+            (json!({"ports": ports, "externalIPs": ["::ffff:127.0.0.1"]}), "spec.externalIPs[0]: "),
+            (lb(json!({"loadBalancerSourceRanges": ["192.0.2.0/33"]})), "spec.loadBalancerSourceRanges[0]: Invalid value: \"192.0.2.0/33\""),
+            (lb(json!({"healthCheckNodePort": 30000})), "spec.healthCheckNodePort: Invalid value: 30000: may only"),
+            (lb(json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": 30000, "ports": [{"port": 1, "nodePort": 30000}]})),
+             "spec.healthCheckNodePort: Invalid value: 30000: is a port's"),
+        ] {
+            let told = told(spec);
+            assert!(told.len() == 1 && told[0].starts_with(wanted), "{told:?}: {wanted}");
+        }
+        let old = complete(lb(json!({"loadBalancerClass": "a.b/c"})));
+        assert_eq!(validate(&complete(lb(json!({}))), Some(&old))[0].field, "spec.loadBalancerClass");
     }
 
     #[test]
