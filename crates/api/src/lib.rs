@@ -4,6 +4,7 @@
 //! Knows nothing of HTTP, storage or runtimes.
 #![forbid(unsafe_code)]
 
+pub mod balancing;
 pub mod bandwidth;
 pub mod client;
 pub mod crd;

@@ -133,6 +133,8 @@ pub struct Up {
     #[command(flatten)]
     pub networks: crate::networks::Networks,
     #[command(flatten)]
+    pub exposed: crate::exposed::Exposed,
+    #[command(flatten)]
     pub budget: crate::images::Budget,
 }
 

@@ -4,6 +4,7 @@
 mod cli;
 mod doctor;
 mod down;
+mod exposed;
 mod function;
 mod images;
 mod instance;

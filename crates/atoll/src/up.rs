@@ -24,6 +24,8 @@ struct Listeners {
     gateway_tls: TcpListener,
     gateway_metrics: Option<TcpListener>,
     registry: TcpListener,
+    /// Where others are opened for Services, as they come.
+    exposing: node::Exposing,
 }
 
 pub fn run(options: &Up) -> Outcome {
@@ -45,6 +47,7 @@ pub fn run(options: &Up) -> Outcome {
             .map(|address| listen("--gateway-metrics-addr", address))
             .transpose()?,
         registry: listen("--registry-addr", options.registry_addr)?,
+        exposing: options.exposed.exposing(options.gateway_addr)?,
     };
     let mut network = networks::choose(&instance, &options.networks)?;
     network.limits.connections = options.workload_connections;
@@ -181,6 +184,7 @@ async fn serve(
     config.registry_addr = options.registry_addr.to_string();
     config.isolation = options.network_default.into();
     config.snapshot_space = crate::images::bytes("--snapshot-space", &options.snapshot_space)?;
+    config.exposing = listeners.exposing.clone();
     use std::os::fd::AsRawFd;
     config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
     let boundaries = boundaries(instance, config.host_netns.clone())?;
@@ -199,6 +203,7 @@ async fn serve(
     let controllers = controllers::Config {
         gateway_port: options.gateway_addr.port(),
         gateway_address: Some(options.gateway_addr.ip().to_string()),
+        load_balancers: listeners.exposing.load_balancers,
         demand,
         ..controllers::Config::default()
     };

@@ -10,6 +10,7 @@ use api::object::{Meta, Object, SharedObject, object_of};
 use api::status::StatusResult;
 use serde_json::Value;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -29,6 +30,8 @@ pub struct Config {
     pub gateway_address: Option<String>,
     /// The gateway has a socket for TLS.
     pub gateway_tls: bool,
+    /// Addresses of the host that Services of type LoadBalancer get.
+    pub load_balancers: Vec<IpAddr>,
     /// Every object is looked at again this often, whatever the watches said.
     pub resync: Duration,
     /// A node whose lease is older than this is no longer trusted, seconds.
@@ -48,6 +51,7 @@ impl Default for Config {
             gateway_port: 8080,
             gateway_address: None,
             gateway_tls: true,
+            load_balancers: Vec::new(),
             resync: Duration::from_secs(600),
             node_grace_seconds: 40,
             ended_pods: 500,

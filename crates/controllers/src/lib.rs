@@ -4,6 +4,7 @@
 //! [`run`] starts them all. `runner` and `queue` are the machinery; each other module is one kind of reconciler.
 #![forbid(unsafe_code)]
 
+mod balancers;
 mod claim;
 mod context;
 mod deployment;
@@ -59,6 +60,7 @@ const RECONCILERS: &[(usize, Make)] = &[
     (4, deployment::new),
     (4, replicaset::new),
     (2, endpoints::new),
+    (1, balancers::new),
     (2, namespaces::new),
     (1, nodes::new),
     (1, nodes::ended_pods),

@@ -2,17 +2,17 @@
 
 use crate::boundary::{Rootfs, SandboxNetwork};
 use crate::ports::{
-    Attach, Bandwidth, Compiled, Credentials, DiskImage, ImageConfig, ImageError, Images, Leased, NetworkError,
-    Networks, Records, ResolvedImage, ServiceRule,
+    Attach, Bandwidth, Compiled, Credentials, DiskImage, Exposure, ImageConfig, ImageError, Images, Leased,
+    NetworkError, Networks, NotOpen, Records, ResolvedImage, ServiceRule,
 };
 use async_trait::async_trait;
 use image::{Digest, Kind, PullOptions, Reference, Store};
 use network::dns::{Outside, Views};
-use network::{AttachRequest, DnsServer, Isolation, LinkKind, Router};
+use network::{AttachRequest, DnsServer, Exposer, Isolation, LinkKind, Router};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Pin owners, used in turn: the new set is pinned before the old one is let go.
 const OWNERS: [&str; 2] = ["agent-a", "agent-b"];
@@ -164,11 +164,14 @@ impl Images for StoreImages {
 pub(crate) struct RouterNetworks {
     router: Arc<Router>,
     pub dns: OnceLock<Arc<DnsServer>>,
+    /// Where ports of the host are opened.
+    host_netns: Option<PathBuf>,
+    exposer: Arc<Mutex<Option<Exposer>>>,
 }
 
 impl RouterNetworks {
-    pub fn new(router: Arc<Router>) -> Self {
-        RouterNetworks { router, dns: OnceLock::new() }
+    pub fn new(router: Arc<Router>, host_netns: Option<PathBuf>) -> Self {
+        RouterNetworks { router, dns: OnceLock::new(), host_netns, exposer: Arc::default() }
     }
 
     pub fn router(&self) -> &Router {
@@ -242,6 +245,20 @@ impl Networks for RouterNetworks {
             router.sync_services(&ours).map(drop)
         };
         self.run("services", work).await
+    }
+
+    async fn sync_exposed(&self, exposures: Vec<Exposure>) -> Result<Vec<NotOpen>, NetworkError> {
+        let (exposer, host) = (self.exposer.clone(), self.host_netns.clone());
+        let work = move |router: &Router| {
+            let mut exposer = exposer.lock().unwrap_or_else(PoisonError::into_inner);
+            let exposer = match (&mut *exposer, &host) {
+                (Some(exposer), _) => exposer,
+                (None, Some(host)) if !exposures.is_empty() => exposer.insert(Exposer::open(router, host)?),
+                (None, _) => return Ok(Vec::new()),
+            };
+            exposer.sync(router, exposures)
+        };
+        self.run("ports of the host", work).await
     }
 
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError> {

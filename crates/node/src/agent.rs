@@ -6,6 +6,7 @@ use crate::config::Config;
 use crate::down;
 use crate::etc_files::Resolver;
 use crate::events::Recorder;
+use crate::exposed;
 use crate::pod::{self, Update};
 use crate::policy::inspect::Inspector;
 use crate::policy::{Enforced, Enforcer};
@@ -62,7 +63,7 @@ impl Agent {
         config.cluster_dns = router.config().dns_address;
         config.pod_cidrs = vec![router.config().pod_cidr.to_string()];
         config.pod_cidrs.extend(router.has_ipv6().then(|| router.config().pod_cidr6.to_string()));
-        let router = Arc::new(RouterNetworks::new(router));
+        let router = Arc::new(RouterNetworks::new(router, config.host_netns.clone()));
         let images = Arc::new(StoreImages::new(images, config.host_netns.clone()));
         let mut agent = Agent::with_ports(config, client, images, router.clone(), boundaries);
         agent.router = Some(router);
@@ -117,7 +118,7 @@ impl Agent {
 
 /// `atoll down` without an agent: stops every workload found in `config.data_dir`. Answers how many ran.
 pub async fn destroy_all(config: &Config, router: Arc<network::Router>, boundaries: Vec<Arc<dyn Boundary>>) -> usize {
-    let networks: Arc<dyn Networks> = Arc::new(RouterNetworks::new(router));
+    let networks: Arc<dyn Networks> = Arc::new(RouterNetworks::new(router, None));
     let boundaries = boundaries.into_iter().map(|b| (b.name(), b)).collect();
     down::destroy_all(config, &networks, &boundaries).await
 }
@@ -178,10 +179,14 @@ impl Running {
             let enforcer = Enforcer::new(network, config.isolation, client.clone(), inner.clone(), pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
-            let inspector = Inspector::new(router.clone(), enforcer.clone(), services.clone(), slices.clone());
+            let objects = (services.clone(), slices.clone());
+            let inspector = Inspector::new(&config, router.clone(), enforcer.clone(), objects);
             helpers.spawn(inspector.run(config.run_dir.clone()));
             networks = Arc::new(Enforced { inner, enforcer });
         }
+        let events = Recorder::spawn(client.clone(), &config.name);
+        let exposed = exposed::Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
+        helpers.spawn(exposed.run((services.clone(), slices.clone()), agent.networks.clone(), events.clone()));
         helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));
         let registration = Registration {
             config: config.clone(),
@@ -195,7 +200,7 @@ impl Running {
             images: agent.images.clone(),
             networks,
             boundaries: agent.boundaries.clone(),
-            events: Recorder::spawn(client.clone(), &config.name),
+            events,
             ids,
             views: agent.views.clone(),
             services,

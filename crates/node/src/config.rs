@@ -31,6 +31,8 @@ pub struct Config {
     /// The host's network namespace (`/proc/self/fd/<n>` or a pinned path), from which images are pulled; `None`: the
     /// one the agent runs in.
     pub host_netns: Option<PathBuf>,
+    /// Which ports of the host are opened for Services.
+    pub exposing: Exposing,
     /// What holds where no NetworkPolicy does.
     pub isolation: network::Isolation,
     pub max_pods: u32,
@@ -41,6 +43,17 @@ pub struct Config {
     pub snapshot_space: u64,
     /// Logs of ended attempts kept for one container, the newest of them.
     pub log_keep_attempts: u32,
+}
+
+/// Addresses of the host at which Services may be reached from outside; none, unless said.
+#[derive(Clone, Debug, Default)]
+pub struct Exposing {
+    /// Where node ports listen. The unspecified address stands for all of a family.
+    pub node_ports: Vec<IpAddr>,
+    /// Where Services of type LoadBalancer listen, if their status has one of these.
+    pub load_balancers: Vec<IpAddr>,
+    /// What `externalIPs` may name.
+    pub external_ips: Vec<network::policy::Network>,
 }
 
 impl Config {
@@ -62,6 +75,7 @@ impl Config {
             node_ip: Ipv4Addr::UNSPECIFIED,
             node_ip6: None,
             host_netns: None,
+            exposing: Exposing::default(),
             isolation: network::Isolation::default(),
             max_pods: 250,
             pod_pids_limit: Some(8192),

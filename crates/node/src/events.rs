@@ -48,6 +48,9 @@ impl About {
             field_path: String::new(),
         }
     }
+    pub fn service(service: &Object) -> Self {
+        About { kind: "Service", ..Self::pod(service) }
+    }
     pub fn container(pod: &Object, name: &str, init: bool) -> Self {
         let list = if init { "initContainers" } else { "containers" };
         About { field_path: format!("spec.{list}{{{name}}}"), ..Self::pod(pod) }

@@ -22,6 +22,7 @@ mod down;
 mod env;
 mod etc_files;
 mod events;
+mod exposed;
 mod layers;
 mod logs;
 mod machine;
@@ -43,4 +44,4 @@ mod views;
 mod volumes;
 
 pub use agent::{Agent, destroy_all};
-pub use config::Config;
+pub use config::{Config, Exposing};

@@ -5,7 +5,7 @@ use crate::boundary::{Rootfs, SandboxNetwork};
 pub use crate::policy::Compiled;
 use async_trait::async_trait;
 pub use network::dns::Records;
-pub use network::{Bandwidth, Leased, Protocol, ServiceRule};
+pub use network::{Bandwidth, Exposure, Leased, NotOpen, Protocol, ServiceRule};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -115,6 +115,10 @@ pub trait Networks: Send + Sync + 'static {
     async fn detach(&self, uid: &str) -> Result<(), NetworkError>;
     /// Replaces all Service rules.
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError>;
+    /// Replaces all ports of the host that lead to workloads; answers those that could not be opened.
+    async fn sync_exposed(&self, _exposures: Vec<Exposure>) -> Result<Vec<NotOpen>, NetworkError> {
+        Ok(Vec::new())
+    }
     /// Replaces all DNS records.
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError>;
     /// Everything that is attached.

@@ -3,7 +3,7 @@
 
 use crate::ports::{Networks, Protocol, Records, ServiceRule};
 use api::informer::Informer;
-use api::k8s::api::core::v1::{Service, ServiceSpec};
+use api::k8s::api::core::v1::{Service, ServicePort, ServiceSpec};
 use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
 use api::object::{Meta, SharedObject};
 use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
@@ -43,7 +43,7 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
     }
 }
 
-fn protocol(text: Option<&str>) -> Protocol {
+pub(crate) fn protocol(text: Option<&str>) -> Protocol {
     match text {
         Some("UDP") => Protocol::Udp,
         Some("SCTP") => Protocol::Sctp,
@@ -51,18 +51,29 @@ fn protocol(text: Option<&str>) -> Protocol {
     }
 }
 
-type Slices = BTreeMap<(String, String), Vec<EndpointSlice>>;
+/// By namespace and name of their Service.
+pub(crate) type Slices = BTreeMap<(String, String), Vec<EndpointSlice>>;
 
-/// Pure: rules and names of these objects.
-pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObject]) -> (Vec<ServiceRule>, Records) {
+/// Those of Services that `of` chooses, by namespace and name.
+pub(crate) fn by_service(slices: &[SharedObject], of: impl Fn(&(String, String)) -> bool) -> Slices {
     let mut by_service: Slices = BTreeMap::new();
     for object in slices {
         let Some(service) = object.label("kubernetes.io/service-name") else { continue };
+        let key = (object.namespace().to_owned(), service.to_owned());
+        if !of(&key) {
+            continue;
+        }
         let Ok(slice) = EndpointSlice::deserialize(&**object) else { continue };
         if matches!(slice.address_type.as_str(), "IPv4" | "IPv6") {
-            by_service.entry((object.namespace().to_owned(), service.to_owned())).or_default().push(slice);
+            by_service.entry(key).or_default().push(slice);
         }
     }
+    by_service
+}
+
+/// Pure: rules and names of these objects.
+pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObject]) -> (Vec<ServiceRule>, Records) {
+    let by_service = by_service(slices, |_| true);
     let (mut rules, mut records) = (Vec::new(), Records::default());
     for object in services {
         let Ok(service) = Service::deserialize(&**object) else { continue };
@@ -94,7 +105,7 @@ pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObj
 }
 
 /// One for each of the Service's families.
-fn cluster_ips(spec: &ServiceSpec) -> Vec<IpAddr> {
+pub(crate) fn cluster_ips(spec: &ServiceSpec) -> Vec<IpAddr> {
     let all = spec.cluster_ips.iter().flatten().map(String::as_str).chain(spec.cluster_ip.as_deref());
     let mut addresses: Vec<IpAddr> = Vec::new();
     for address in all.filter_map(|text| text.parse().ok()) {
@@ -122,6 +133,30 @@ fn usable<'a>(endpoints: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
         .collect()
 }
 
+/// Where connections to a Service's port go, of one family; only on `node`, if one is named.
+pub(crate) fn endpoints(
+    slices: &[EndpointSlice],
+    v4: bool,
+    port: &ServicePort,
+    node: Option<&str>,
+) -> Vec<(IpAddr, u16)> {
+    let (family, name) = (if v4 { "IPv4" } else { "IPv6" }, port.name.as_deref().unwrap_or(""));
+    let mut candidates: Vec<(&Endpoint, u16)> = Vec::new();
+    for slice in slices.iter().filter(|slice| slice.address_type == family) {
+        let found = slice.ports.iter().flatten().find(|p| p.name.as_deref().unwrap_or("") == name);
+        let Some(target) = found.and_then(|p| p.port).and_then(|p| u16::try_from(p).ok()) else { continue };
+        let here = |e: &&Endpoint| node.is_none_or(|node| e.node_name.as_deref() == Some(node));
+        candidates.extend(slice.endpoints.iter().filter(here).map(|e| (e, target)));
+    }
+    let chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
+    let endpoints: BTreeSet<(IpAddr, u16)> = candidates
+        .iter()
+        .filter(|(e, _)| chosen.iter().any(|c| std::ptr::eq(*c, *e)))
+        .flat_map(|(e, target)| e.addresses.iter().filter_map(|a| a.parse().ok()).map(|a| (a, *target)))
+        .collect();
+    endpoints.into_iter().collect()
+}
+
 fn rules_of(
     node: &str,
     key: &(String, String),
@@ -129,7 +164,6 @@ fn rules_of(
     address: IpAddr,
     slices: &[EndpointSlice],
 ) -> Vec<ServiceRule> {
-    let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
     let local = spec.internal_traffic_policy.as_deref() == Some("Local");
     let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
         let seconds =
@@ -139,27 +173,14 @@ fn rules_of(
     let mut out = Vec::new();
     for port in spec.ports.iter().flatten() {
         let Ok(number) = u16::try_from(port.port) else { continue };
-        let name = port.name.as_deref().unwrap_or("");
-        let mut candidates: Vec<(&Endpoint, u16)> = Vec::new();
-        for slice in slices.iter().filter(|slice| slice.address_type == family) {
-            let found = slice.ports.iter().flatten().find(|p| p.name.as_deref().unwrap_or("") == name);
-            let Some(target) = found.and_then(|p| p.port).and_then(|p| u16::try_from(p).ok()) else { continue };
-            let here = |e: &&Endpoint| !local || e.node_name.as_deref() == Some(node);
-            candidates.extend(slice.endpoints.iter().filter(here).map(|e| (e, target)));
-        }
-        let chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
-        let endpoints: BTreeSet<(IpAddr, u16)> = candidates
-            .iter()
-            .filter(|(e, _)| chosen.iter().any(|c| std::ptr::eq(*c, *e)))
-            .flat_map(|(e, target)| e.addresses.iter().filter_map(|a| a.parse().ok()).map(|a| (a, *target)))
-            .collect();
+        let endpoints = endpoints(slices, address.is_ipv4(), port, local.then_some(node));
         out.push(ServiceRule {
             namespace: key.0.clone(),
             name: key.1.clone(),
             cluster_ip: address,
             protocol: protocol(port.protocol.as_deref()),
             port: number,
-            endpoints: endpoints.into_iter().collect(),
+            endpoints,
             affinity_seconds: affinity,
             sources: Vec::new(),
         });

@@ -450,9 +450,7 @@ async fn services_get_addresses_and_ports_of_their_own() {
 async fn node_ports_are_kept_shared_and_given_back() {
     let running = Running::start().await;
     let path = "/api/v1/namespaces/default/services";
-    let service = |name: &str, spec: Value| {
-        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec})
-    };
+    let service = |name: &str, spec: Value| json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name}, "spec": spec});
     let ports = json!([{"port": 53, "name": "tcp"}, {"port": 53, "name": "udp", "protocol": "UDP"}, {"port": 80, "name": "http"}]);
     let dns = running.post(path, &service("dns", json!({"type": "NodePort", "ports": ports}))).await.json();
     let number = |service: &Value, index: usize| service["spec"]["ports"][index]["nodePort"].as_i64().unwrap();
@@ -484,7 +482,8 @@ async fn node_ports_are_kept_shared_and_given_back() {
     for gone in ["healthCheckNodePort", "externalTrafficPolicy", "allocateLoadBalancerNodePorts"] {
         assert!(plain["spec"].get(gone).is_none(), "{gone}: {plain}");
     }
-    let taken = json!([{"port": 80, "nodePort": health, "name": "a"}, {"port": 81, "nodePort": number(&dns, 0), "name": "b"}]);
+    let taken =
+        json!([{"port": 80, "nodePort": health, "name": "a"}, {"port": 81, "nodePort": number(&dns, 0), "name": "b"}]);
     let taken = running.post(path, &service("taken", json!({"type": "NodePort", "ports": taken}))).await.json();
     assert_eq!(number(&taken, 0), health);
     // A load balancer may do without.

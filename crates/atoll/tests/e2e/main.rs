@@ -8,6 +8,7 @@ mod cluster;
 mod crash;
 mod dual;
 mod egress;
+mod exposed;
 mod functions;
 mod gateway;
 mod images;
@@ -55,6 +56,7 @@ const ALL: &[&[Test]] = &[
     oci::TESTS,
     crash::TESTS,
     egress::TESTS,
+    exposed::TESTS,
     life::TESTS,
 ];
 

@@ -33,6 +33,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -89,7 +90,8 @@ impl Exposure {
         endpoints.get(turn.checked_rem(endpoints.len())?).copied()
     }
 
-    fn admits(&self, client: IpAddr) -> bool {
+    /// Whether this client may connect.
+    pub fn admits(&self, client: IpAddr) -> bool {
         (self.sources.v4.is_empty() && self.sources.v6.is_empty()) || self.sources.contains(client)
     }
 }
@@ -141,6 +143,11 @@ impl Exposer {
         let router = rustix::io::dup(&router.netns).map_err(Error::errno("duplicate the namespace's descriptor"))?;
         let mailbox = Arc::new(Mailbox::new().map_err(Error::system("make an event descriptor"))?);
         Ok(Exposer { host, open: BTreeMap::new(), mailbox, thread: None, router, config })
+    }
+
+    /// The same, with the namespace named by a path.
+    pub fn open(router: &Router, host: &Path) -> Result<Exposer> {
+        Exposer::new(router, ns::open(host)?)
     }
 
     /// Makes the open ports exactly these. A port that stays keeps its connections, but those that it would not take any

@@ -4,12 +4,14 @@
 pub use super::watch::{Connection, Frame};
 use super::{Compiled, Enforcer};
 use crate::adaptors::RouterNetworks;
-use crate::ports::Protocol;
+use crate::config::Config;
+use crate::exposed::Exposed;
+use crate::ports::{Exposure, Protocol};
 use crate::proxy;
 use api::informer::Informer;
 use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
-use network::{Cause, RouterConfig};
+use network::{Cause, Leads, RouterConfig};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -87,15 +89,16 @@ pub(crate) struct Inspector {
     pub(super) enforcer: Arc<Enforcer>,
     services: Informer,
     slices: Informer,
+    exposed: Exposed,
     log: Option<RefusedLog>,
 }
 
 impl Inspector {
     pub fn new(
+        config: &Config,
         router: Arc<RouterNetworks>,
         enforcer: Arc<Enforcer>,
-        services: Informer,
-        slices: Informer,
+        (services, slices): (Informer, Informer),
     ) -> Inspector {
         let log = match RefusedLog::start(router.router()) {
             Ok(log) => Some(log),
@@ -104,7 +107,8 @@ impl Inspector {
                 None
             }
         };
-        Inspector { config: router.router().config().clone(), router, enforcer, services, slices, log }
+        let exposed = Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
+        Inspector { config: router.router().config().clone(), router, enforcer, services, slices, exposed, log }
     }
 
     /// Answers until cancelled.
@@ -235,7 +239,47 @@ impl Inspector {
             let why = "the address is outside, and no uplink leads there (atoll up --egress)".to_owned();
             return (text(&decision.egress), Err(why));
         }
-        (text(&decision.egress), text(&decision.ingress))
+        if !self.config.is_foreign(flow.source) {
+            return (text(&decision.egress), text(&decision.ingress));
+        }
+        let opened = self.opened(flow);
+        let egress = match (&opened, decision.egress.allows()) {
+            (Ok(port), _) => Ok(format!("it is outside, and comes by {port}")),
+            (Err(_), true) => text(&decision.egress),
+            (Err(why), false) => Err(why.clone()),
+        };
+        let ingress = match (&decision.ingress, opened) {
+            (Reason::OtherNamespace, Ok(port)) => {
+                Ok(format!("no policy isolates it, and {port} opens it to the outside"))
+            }
+            (reason, _) => text(reason),
+        };
+        (egress, ingress)
+    }
+
+    /// The port of the host that leads a client outside to a workload's.
+    fn opened(&self, flow: &Flow) -> Result<String, String> {
+        let (exposures, _) = self.exposed.compute(&self.services.list(), &self.slices.list());
+        let leads_there = |exposure: &&Exposure| match &exposure.leads {
+            Leads::To { endpoints, .. } => {
+                exposure.protocol.number() == flow.protocol && endpoints.contains(&(flow.destination, flow.port))
+            }
+            Leads::Health { .. } => false,
+        };
+        let workload = pod_address(&self.config, flow.destination);
+        let leases = self.router.router().leases();
+        let owner = leases.iter().find(|lease| Some(lease.address) == workload).map(|lease| &*lease.namespace);
+        let all: Vec<_> = exposures.iter().filter(leads_there).filter(|e| owner == Some(&*e.namespace)).collect();
+        let name = |e: &Exposure| format!("port {} of the host (Service {}/{})", e.listen, e.namespace, e.name);
+        match all.iter().find(|exposure| exposure.admits(flow.source)) {
+            Some(open) => Ok(name(open)),
+            None => Err(match all.first() {
+                Some(closed) => format!("{} takes its loadBalancerSourceRanges alone", name(closed)),
+                None => {
+                    "it is outside, and no port of the host leads here (Services of type NodePort, LoadBalancer)".into()
+                }
+            }),
+        }
     }
 
     fn is_node(&self, address: IpAddr) -> bool {

@@ -233,7 +233,8 @@ fn validate_update(p: &mut Problems, new: &Value, old: &Value) {
         if text(new, "loadBalancerClass") != text(old, "loadBalancerClass") {
             p.invalid(path, at(new, "loadBalancerClass"), "may not change once set");
         }
-        let (before, now) = (int(old, "healthCheckNodePort").unwrap_or(0), int(new, "healthCheckNodePort").unwrap_or(0));
+        let (before, now) =
+            (int(old, "healthCheckNodePort").unwrap_or(0), int(new, "healthCheckNodePort").unwrap_or(0));
         if before != 0 && now != 0 && before != now {
             p.invalid("spec.healthCheckNodePort", &now.into(), "may not change once set");
         }
@@ -276,20 +277,40 @@ mod tests {
             spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
             spec
         };
-        assert!(told(lb(json!({"loadBalancerSourceRanges": ["192.0.2.0/24", " 2001:db8::/32"], "loadBalancerClass": "a.b/c",
-            "externalTrafficPolicy": "Local", "healthCheckNodePort": 30000})))
-        .is_empty());
+        assert!(
+            told(lb(
+                json!({"loadBalancerSourceRanges": ["192.0.2.0/24", " 2001:db8::/32"], "loadBalancerClass": "a.b/c",
+            "externalTrafficPolicy": "Local", "healthCheckNodePort": 30000})
+            ))
+            .is_empty()
+        );
         for (spec, wanted) in [
-            (json!({"ports": ports, "externalTrafficPolicy": "Local"}), "spec.externalTrafficPolicy: Invalid value: \"Local\""),
-            (json!({"ports": ports, "loadBalancerSourceRanges": ["192.0.2.0/24"]}), "spec.loadBalancerSourceRanges: Forbidden"),
+            (
+                json!({"ports": ports, "externalTrafficPolicy": "Local"}),
+                "spec.externalTrafficPolicy: Invalid value: \"Local\"",
+            ),
+            (
+                json!({"ports": ports, "loadBalancerSourceRanges": ["192.0.2.0/24"]}),
+                "spec.loadBalancerSourceRanges: Forbidden",
+            ),
             (json!({"ports": ports, "loadBalancerClass": "a.b/c"}), "spec.loadBalancerClass: Forbidden"),
-            (json!({"ports": ports, "externalIPs": ["127.0.0.1"]}), "spec.externalIPs[0]: Invalid value: \"127.0.0.1\": may not be in the loopback"),
+            (
+                json!({"ports": ports, "externalIPs": ["127.0.0.1"]}),
+                "spec.externalIPs[0]: Invalid value: \"127.0.0.1\": may not be in the loopback",
+            ),
             (json!({"ports": ports, "externalIPs": ["192.0.2.1", "169.254.169.254"]}), "spec.externalIPs[1]: "),
             (json!({"ports": ports, "externalIPs": ["::ffff:127.0.0.1"]}), "spec.externalIPs[0]: "),
-            (lb(json!({"loadBalancerSourceRanges": ["192.0.2.0/33"]})), "spec.loadBalancerSourceRanges[0]: Invalid value: \"192.0.2.0/33\""),
+            (
+                lb(json!({"loadBalancerSourceRanges": ["192.0.2.0/33"]})),
+                "spec.loadBalancerSourceRanges[0]: Invalid value: \"192.0.2.0/33\"",
+            ),
             (lb(json!({"healthCheckNodePort": 30000})), "spec.healthCheckNodePort: Invalid value: 30000: may only"),
-            (lb(json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": 30000, "ports": [{"port": 1, "nodePort": 30000}]})),
-             "spec.healthCheckNodePort: Invalid value: 30000: is a port's"),
+            (
+                lb(
+                    json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": 30000, "ports": [{"port": 1, "nodePort": 30000}]}),
+                ),
+                "spec.healthCheckNodePort: Invalid value: 30000: is a port's",
+            ),
         ] {
             let told = told(spec);
             assert!(told.len() == 1 && told[0].starts_with(wanted), "{told:?}: {wanted}");
