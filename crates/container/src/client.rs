@@ -6,16 +6,18 @@ use crate::error::{During, Error, Result};
 use crate::shim::protocol::{ErrorKind, Request, Response, SOCKET, Sandbox, Start, State, Streams, VERSION};
 use crate::shim::{self, container_directory, sealed_executable};
 use crate::wire::{self, Filled, Reader};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 /// Longer than the shim's own limit for a set-up.
 const PATIENCE: Duration = Duration::from_secs(90);
+/// What is read of a shim's last words.
+const MAX_COMPLAINT: u64 = 4096;
 
 /// A connection to a shim.
 pub struct Client {
@@ -41,36 +43,79 @@ pub struct Live {
 /// Reads from the connection of a [`Live`] how its process ended.
 pub struct Ending(Reader);
 
-/// Starts a shim and returns when it is ready. `exe` has a role `shim` that calls [`crate::shim::main`].
-///
-/// The child is not a fork of this process: it is executed at once, in a clean environment, through a read-only view of
-/// the binary.
+/// A shim that is executed and waits to be told its sandbox. What it took to load the binary nobody waits for then. Ends
+/// when it is dropped.
+pub struct Waiting {
+    child: Child,
+}
+
+impl Waiting {
+    /// `exe` has a role `shim` that calls [`crate::shim::main`].
+    ///
+    /// The child is not a fork of this process: it is executed at once, in a clean environment, through a read-only view
+    /// of the binary.
+    pub fn execute(exe: &Path) -> Result<Self> {
+        // An upgrade may have replaced the file; what runs here is still there.
+        let exe = if exe.exists() { exe } else { Path::new("/proc/self/exe") };
+        let sealed = sealed_executable(exe)?;
+        let program = format!("/proc/self/fd/{}", sealed.as_raw_fd());
+        let child = Command::new(&program)
+            .arg0("atoll")
+            .args(["shim", &shim::title::blank()])
+            .env_clear()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .during(|| format!("executing {} as a shim", exe.display()))?;
+        Ok(Self { child })
+    }
+
+    /// Whether it still waits.
+    pub fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Leaves it to itself, as the end of this process does.
+    pub fn hang_up(&mut self) {
+        self.child.stdin = None;
+    }
+
+    /// Returns when it is ready.
+    pub fn launch(mut self, sandbox: &Sandbox) -> Result<()> {
+        let text = serde_json::to_vec(sandbox).map_err(|e| Error::step("describing the sandbox", e))?;
+        if let Some(mut stdin) = self.child.stdin.take() {
+            // If it dies before it has read all, its exit status says so.
+            let _ = stdin.write_all(&text);
+        }
+        let mut said = String::new();
+        if let Some(stderr) = self.child.stderr.take() {
+            let read = stderr.take(MAX_COMPLAINT).read_to_string(&mut said);
+            read.during(|| "waiting for the shim".into())?;
+        }
+        let status = self.child.wait().during(|| "waiting for the shim".into())?;
+        if status.success() {
+            return Ok(());
+        }
+        Err(Error::Shim(format!("the shim did not start ({status}): {}", said.trim())))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        // Nothing where it has ended and been waited for.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a shim and returns when it is ready.
 pub fn launch(exe: &Path, sandbox: &Sandbox) -> Result<()> {
-    // An upgrade may have replaced the file; what runs here is still there.
-    let exe = if exe.exists() { exe } else { Path::new("/proc/self/exe") };
-    let sealed = sealed_executable(exe)?;
-    let program = format!("/proc/self/fd/{}", sealed.as_raw_fd());
-    let mut child = Command::new(&program)
-        .arg0("atoll")
-        .args(["shim", &sandbox.title])
-        .env_clear()
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .during(|| format!("executing {} as a shim", exe.display()))?;
-    let text = serde_json::to_vec(sandbox).map_err(|e| Error::step("describing the sandbox", e))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // If it dies before it has read all, its exit status says so.
-        let _ = stdin.write_all(&text);
-    }
-    let output = child.wait_with_output().during(|| "waiting for the shim".into())?;
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said = said.trim();
-    Err(Error::Shim(format!("the shim did not start ({}): {}", output.status, said.get(..4096).unwrap_or(said))))
+    Waiting::execute(exe)?.launch(sandbox)
 }
 
 impl Client {

@@ -32,7 +32,7 @@ pub enum Network<'a> {
     Host,
     /// One of its own with nothing but `lo`.
     New,
-    /// A pinned one.
+    /// A pinned one, with `lo` up and ports and ping open to all by whoever made it.
     At(&'a Path),
 }
 
@@ -66,8 +66,9 @@ pub fn pin(alone: SingleThreaded, wanted: &Wanted<'_>, warn: &mut dyn FnMut(Stri
             .during(|| format!("network namespace {}", path.display()))?;
         pinned.network = Some(fd);
     }
-    if let Some(network) = pinned.network.as_ref().filter(|_| !host_network) {
-        let own = matches!(wanted.network, Network::New);
+    let own = matches!(wanted.network, Network::New);
+    let furnish = !host_network && (own || wanted.sysctl.keys().any(|name| name.starts_with("net.")));
+    if let Some(network) = pinned.network.as_ref().filter(|_| furnish) {
         in_network(alone, network, own, wanted.sysctl, warn)?;
     }
     Ok(pinned)
@@ -229,14 +230,16 @@ fn in_network(
 fn furnish_network(network: &OwnedFd, own: bool, sysctl: &BTreeMap<String, String>) -> Result<Vec<String>> {
     move_into_link_name_space(network.as_fd(), Some(LinkNameSpaceType::Network))
         .during(|| "entering the network namespace".into())?;
+    let mut warnings = Vec::new();
     if own {
         sys::loopback_up().during(|| "bringing lo up".into())?;
     }
     // The pod's root has no capability over a network namespace of the host's; ports below 1,024 and ping need none
     // this way, as in the field's runtimes.
-    let mut warnings = Vec::new();
-    for (name, value) in [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")] {
-        if !sysctl.contains_key(name)
+    const OPEN: &[(&str, &str)] =
+        &[("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+    for (name, value) in OPEN.iter().filter(|_| own) {
+        if !sysctl.contains_key(*name)
             && let Err(e) = set_sysctl(name, value)
         {
             warnings.push(e.to_string());

@@ -63,11 +63,12 @@ impl Record {
         }
     }
 
-    /// Durable: synced, then renamed, then the directory synced. Blocks.
+    /// Whole or not at all, and not synced: what it tells of does not outlive the machine's boot either, and what a loss
+    /// of power leaves of it is set up anew. Blocks.
     pub fn write(&self, pod_dir: &Path) -> Result<(), RecordError> {
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|e| RecordError::Damaged { path: pod_dir.display().to_string(), why: e.to_string() })?;
-        replace(&pod_dir.join("sandbox.json"), &bytes, true)
+        replace(&pod_dir.join("sandbox.json"), &bytes)
     }
 
     /// `None` if there is none.
@@ -94,7 +95,7 @@ impl Record {
 /// Survives a crash of the agent (not of the machine: then nothing runs any more anyway). Blocks.
 pub(crate) fn write_status(pod_dir: &Path, status: &PodStatus) -> Result<(), RecordError> {
     let bytes = serde_json::to_vec(status).unwrap_or_default();
-    replace(&pod_dir.join("status.json"), &bytes, false)
+    replace(&pod_dir.join("status.json"), &bytes)
 }
 
 pub(crate) fn read_status(pod_dir: &Path) -> Option<PodStatus> {
@@ -117,19 +118,12 @@ fn read_limited(path: &Path) -> Result<Option<Vec<u8>>, RecordError> {
     Ok(Some(bytes))
 }
 
-fn replace(path: &Path, bytes: &[u8], durable: bool) -> Result<(), RecordError> {
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let io = |operation| move |source| RecordError::Io { operation, path: path.display().to_string(), source };
     let next = path.with_extension("tmp");
     let mut file = std::fs::File::create(&next).map_err(io("make"))?;
     file.write_all(bytes).map_err(io("write"))?;
-    if durable {
-        file.sync_data().map_err(io("sync"))?;
-    }
-    std::fs::rename(&next, path).map_err(io("replace"))?;
-    if durable && let Some(dir) = path.parent() {
-        std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(io("sync the directory of"))?;
-    }
-    Ok(())
+    std::fs::rename(&next, path).map_err(io("replace"))
 }
 
 /// What lies in `DATA/pods`.

@@ -15,6 +15,7 @@ mod log;
 pub mod protocol;
 mod server;
 mod state;
+pub(crate) mod title;
 
 pub use log::MAX_LINE;
 pub use state::directory as container_directory;
@@ -32,7 +33,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 /// The role `shim` of the binary. `args` are those after the role's name; they only tell people which pod this is. The
-/// sandbox comes as JSON on standard input. Returns once the shim proper, a child of its own, is ready or has failed.
+/// sandbox comes as JSON on standard input, maybe long after. Returns once the shim proper, a child of its own, is ready or has failed.
 pub fn main(args: &[String]) -> i32 {
     match run(args) {
         Ok(()) => 0,
@@ -53,6 +54,7 @@ fn run(args: &[String]) -> Result<()> {
     let sandbox: Sandbox =
         serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))?;
     drop(text);
+    title::set(&sandbox.title);
     let (mut ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
     match alone.clone(0, None).during(|| "detaching the shim".into())? {
         Cloned::Parent { .. } => {

@@ -1,6 +1,7 @@
 //! Figures, printed and not judged.
 
 use crate::support::*;
+use container::client::{self, Waiting};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -21,11 +22,20 @@ fn memory(pid: u32) {
 }
 
 fn figures() {
-    let (mut launches, mut firsts, mut laters) = (vec![], vec![], vec![]);
-    for _ in 0..10 {
-        let begun = Instant::now();
-        let pod = Pod::new();
-        launches.push(begun.elapsed());
+    let (mut launches, mut told, mut firsts, mut laters) = (vec![], vec![], vec![], vec![]);
+    for n in 0..20 {
+        let pod = Pod::unlaunched(|_| {});
+        if n % 2 == 0 {
+            let begun = Instant::now();
+            client::launch(&shim_executable(), &pod.sandbox).expect("shim");
+            launches.push(begun.elapsed());
+        } else {
+            let waiting = Waiting::execute(&shim_executable()).expect("executed");
+            std::thread::sleep(Duration::from_millis(50));
+            let begun = Instant::now();
+            waiting.launch(&pod.sandbox).expect("shim");
+            told.push(begun.elapsed());
+        }
         // An agent has a moment's work between the sandbox and its first container.
         std::thread::sleep(Duration::from_millis(50));
         let mut client = pod.client();
@@ -38,8 +48,9 @@ fn figures() {
         laters.push(begun.elapsed());
     }
     println!(
-        "  shim ready: median {:?}; start to executed: first container {:?}, second {:?}",
+        "  shim ready: median {}, one that waited: {}; start to executed: first container {}, second {}",
         median(launches),
+        median(told),
         median(firsts),
         median(laters)
     );
@@ -52,7 +63,7 @@ fn figures() {
         exit(&mut live);
         execs.push(begun.elapsed());
     }
-    println!("  exec of true, request to exit: median {:?}", median(execs));
+    println!("  exec of true, request to exit: median {}", median(execs));
     // Without the set-up process that waits for the next container: it shares pages that are the shim's alone later.
     pod.client().pause().expect("paused");
     pod.client().resume().expect("resumed");

@@ -2,7 +2,7 @@
 
 use crate::support::*;
 use container::Error;
-use container::client::{self, Client};
+use container::client::{self, Client, Waiting};
 use container::shim::protocol::{Phase, Sandbox, Start};
 use std::fs;
 use std::path::Path;
@@ -12,6 +12,7 @@ pub const TESTS: &[(&str, fn())] = &[
     ("lifecycle::exit_codes", exit_codes),
     ("lifecycle::start_errors", start_errors),
     ("lifecycle::idempotent", idempotent),
+    ("lifecycle::waiting_shims", waiting_shims),
     ("lifecycle::watch", watch),
     ("lifecycle::logs", logs),
     ("lifecycle::log_rotation", log_rotation),
@@ -88,6 +89,28 @@ fn idempotent() {
     // A second shim for the same sandbox is refused.
     assert!(client::launch(&shim_executable(), &pod.sandbox).is_err());
     assert_eq!(pod.run(pod.script("b", "echo fine")).1, "fine\n");
+}
+
+/// A shim is executed before it is known what for, and then has the pod's name.
+fn waiting_shims() {
+    let mut waiting = Waiting::execute(&shim_executable()).expect("executed");
+    let unused = waiting.pid();
+    assert!(waiting.is_alive());
+    drop(waiting);
+    assert!(fs::metadata(format!("/proc/{unused}")).is_err(), "it has ended");
+
+    let waiting = Waiting::execute(&shim_executable()).expect("executed");
+    let pod = Pod::unlaunched(|_| {});
+    waiting.launch(&pod.sandbox).expect("shim");
+    let line = fs::read(format!("/proc/{}/cmdline", pod.client().shim_pid)).expect("cmdline");
+    let words: Vec<&[u8]> = line.split(|b| *b == 0).collect();
+    assert_eq!(words.get(..3), Some(&[b"atoll".as_slice(), b"shim", pod.sandbox.title.as_bytes()][..]));
+    assert_eq!(pod.run(pod.script("a", "echo runs")).1, "runs\n");
+
+    // Whoever would tell it has gone.
+    let mut waiting = Waiting::execute(&shim_executable()).expect("executed");
+    waiting.hang_up();
+    eventually("it ends", || (!waiting.is_alive()).then_some(()));
 }
 
 fn watch() {

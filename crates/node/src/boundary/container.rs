@@ -3,6 +3,7 @@
 //! descriptors become streams.
 
 mod lambda;
+mod shims;
 pub(super) mod spec;
 mod stream;
 
@@ -11,6 +12,7 @@ use ::container::client::{self, Client, Ending, Live};
 use ::container::shim::protocol;
 use api::streams::Exit;
 use lambda::Lambdas;
+use shims::Shims;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use tokio::io::Interest;
@@ -21,7 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 const NAME: &str = "container";
 
 pub struct ContainerBoundary {
-    exe: PathBuf,
+    shims: Arc<Shims>,
     /// Where `hostNetwork` pods go; absent: the network namespace that the shims start in.
     host_netns: Option<PathBuf>,
     /// The sequence number of each sandbox's last list: what [`Boundary::changed`] waits to see pass.
@@ -39,7 +41,7 @@ impl ContainerBoundary {
             Err(_) => path,
         });
         let lambdas = Lambdas::new(exe.clone(), data_dir);
-        Self { exe, host_netns, seen: Mutex::default(), lambdas }
+        Self { shims: Arc::new(Shims::new(exe)), host_netns, seen: Mutex::default(), lambdas }
     }
 
     fn note(&self, sandbox: &SandboxSpec, sequence: Option<u64>) {
@@ -189,12 +191,14 @@ impl Boundary for ContainerBoundary {
 
     async fn prepare(&self, sandbox: &SandboxSpec) -> Result<()> {
         let wanted = spec::sandbox(sandbox, state_dir(sandbox), self.host_netns.clone());
-        let exe = self.exe.clone();
+        let shims = self.shims.clone();
         blocking(sandbox.uid.clone(), "prepare", move || match Client::connect(&wanted.run_dir) {
-            Err(::container::Error::NoShim { .. }) => client::launch(&exe, &wanted),
+            Err(::container::Error::NoShim { .. }) => shims.launch(&wanted),
             other => other.map(drop),
         })
-        .await
+        .await?;
+        self.shims.refill();
+        Ok(())
     }
 
     async fn start(&self, sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<ContainerState> {
