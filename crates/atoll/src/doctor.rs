@@ -131,7 +131,18 @@ fn seccomp() -> Finding {
 
 fn landlock() -> Finding {
     match container::landlock_abi() {
-        Some(abi) => finding("landlock", "yes", format!("ABI {abi}"), "file access of roles is confined a second time"),
+        Some(abi) if abi >= container::LANDLOCK_SCOPES => finding(
+            "landlock",
+            "yes",
+            format!("ABI {abi}"),
+            "roles are confined a second time; pods reach no abstract sockets and processes but their own",
+        ),
+        Some(abi) => finding(
+            "landlock",
+            "partly",
+            format!("ABI {abi}"),
+            "roles are confined a second time; for pods it takes Linux 6.12 (ABI 6), until then namespaces alone part them",
+        ),
         None => finding("landlock", "no", "not in this kernel", "one layer of confinement less; the others hold"),
     }
 }

@@ -29,4 +29,4 @@ mod sys;
 mod wire;
 
 pub use error::{Error, Result};
-pub use sys::landlock_abi;
+pub use sys::{LANDLOCK_SCOPES, landlock_abi};

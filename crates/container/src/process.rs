@@ -93,7 +93,7 @@ pub fn assume(process: &Process, under: Constraints<'_>, warn: &mut dyn FnMut(St
         None if confinement.seccomp_unconfined => None,
         None => Some(Filter::of(seccomp::default_filter(&capabilities.bounding))),
     };
-    if confinement.scope_abstract_sockets && sys::forbid_foreign_abstract_sockets().is_err() {
+    if confinement.scope_abstract_sockets && sys::scope_abstract_sockets().is_err() {
         warn("Landlock cannot keep the host's abstract sockets away here (Linux 6.12 can)".into());
     }
     // A listener has to be handed over while there is still somebody to take it.

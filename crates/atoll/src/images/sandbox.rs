@@ -256,6 +256,7 @@ fn sandbox(run: &RunSpec, held: &Held) -> Sandbox {
         resources: Resources { pids: Some(Pids { limit: Some(PIDS) }), ..Default::default() },
         sysctl: Default::default(),
         share_pid: false,
+        scoped: true,
     }
 }
 

@@ -34,6 +34,10 @@ pub struct Sandbox {
     pub sysctl: BTreeMap<String, String>,
     #[serde(default)]
     pub share_pid: bool,
+    /// By Landlock, where the kernel has it, abstract sockets and processes of others are out of reach even should a
+    /// namespace be shared with them; all containers of the sandbox are one domain.
+    #[serde(default)]
+    pub scoped: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

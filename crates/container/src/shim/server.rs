@@ -132,6 +132,7 @@ impl Server {
         rustix::process::umask(mask);
         let listener = listener.during(|| format!("listening on {}", path.display()))?;
         listener.set_nonblocking(true).during(|| "making the socket non-blocking".into())?;
+        let scope = if sandbox.scoped { crate::sys::scope_all() } else { Ok(()) };
         let mut server = Self {
             alone,
             cgroup,
@@ -154,6 +155,9 @@ impl Server {
             ended: false,
             sandbox,
         };
+        if let Err(e) = scope {
+            server.warn(&format!("Landlock keeps no scope here (Linux 6.12 can): {e}"));
+        }
         server.make_sandbox()?;
         server.recover();
         server.watch_fd(server.listener.as_fd(), Token::Listener)?;

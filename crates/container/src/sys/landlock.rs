@@ -1,5 +1,5 @@
-//! Landlock, the one use that costs nothing: a pod in the host's network namespace must not reach the host's abstract
-//! Unix sockets, which no file permission guards.
+//! Landlock's scopes: what comes from a process that has put itself under one reaches no abstract Unix socket, which no
+//! file permission guards, and signals no process but those that came from it too.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -11,10 +11,22 @@ struct RulesetAttr {
     scoped: u64,
 }
 
+const ABSTRACT_UNIX_SOCKETS: u64 = 1;
+const SIGNALS: u64 = 1 << 1;
+
+/// Keeps abstract sockets of others out of reach.
+pub fn scope_abstract_sockets() -> io::Result<()> {
+    scope(ABSTRACT_UNIX_SOCKETS)
+}
+
+/// The same for signals too.
+pub fn scope_all() -> io::Result<()> {
+    scope(ABSTRACT_UNIX_SOCKETS | SIGNALS)
+}
+
 /// Needs Linux 6.12 (ABI 6) and no_new_privs or CAP_SYS_ADMIN.
-pub fn forbid_foreign_abstract_sockets() -> io::Result<()> {
-    const SCOPE_ABSTRACT_UNIX_SOCKET: u64 = 1;
-    let attr = RulesetAttr { handled_access_fs: 0, handled_access_net: 0, scoped: SCOPE_ABSTRACT_UNIX_SOCKET };
+fn scope(scoped: u64) -> io::Result<()> {
+    let attr = RulesetAttr { handled_access_fs: 0, handled_access_net: 0, scoped };
     // SAFETY: `attr` lives across the call, its size is passed with it.
     let fd = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, &raw const attr, size_of::<RulesetAttr>(), 0) };
     if fd < 0 {
@@ -29,6 +41,9 @@ pub fn forbid_foreign_abstract_sockets() -> io::Result<()> {
         Err(io::Error::last_os_error())
     }
 }
+
+/// The first ABI that has scopes.
+pub const LANDLOCK_SCOPES: u32 = 6;
 
 /// The Landlock ABI this kernel speaks; `None` where it is absent or turned off.
 pub fn landlock_abi() -> Option<u32> {

@@ -14,7 +14,7 @@ pub use attributes::{
 };
 pub use bpf::{BpfInstruction, attach_device_program};
 pub use exe::run_from;
-pub use landlock::{forbid_foreign_abstract_sockets, landlock_abi};
+pub use landlock::{LANDLOCK_SCOPES, landlock_abi, scope_abstract_sockets, scope_all};
 pub use mount::{MountAttr, mount_setattr};
 pub use process::{
     Cloned, SingleThreaded, close_all_but, close_on_exec_from, dup_onto, execve, exit_now, inherit_fd, loopback_up,

@@ -15,6 +15,8 @@ pub const TESTS: &[(&str, fn())] = &[
     ("attacks::ptrace_across_pods", ptrace),
     ("attacks::hidden_processes", hidden_processes),
     ("attacks::raw_sockets", raw_sockets),
+    ("attacks::abstract_sockets_across_pods", abstract_sockets),
+    ("attacks::signals_across_pods", signals),
 ];
 
 /// CVE-2024-21626: a working directory through a descriptor of the host's.
@@ -126,4 +128,86 @@ fn raw_sockets() {
     let pod = Pod::new();
     let said = pod.output_of("arping -c 1 -I lo 127.0.0.1 2>&1; true");
     assert!(said.contains("permitted") || said.contains("denied"), "{said}");
+}
+
+fn has_scopes() -> bool {
+    let has = container::landlock_abi().is_some_and(|abi| abi >= container::LANDLOCK_SCOPES);
+    if !has {
+        println!("SKIPPED: Landlock here knows no scopes (Linux 6.12 does)");
+    }
+    has
+}
+
+/// A pod in another's network namespace, should it ever get there, does not reach its abstract sockets: Landlock's doing
+/// alone, as the same without it shows. Containers of one pod reach each other's.
+fn abstract_sockets() {
+    if !has_scopes() {
+        return;
+    }
+    if !has_probe() {
+        println!("SKIPPED: no C compiler for the abstract sockets");
+        return;
+    }
+    let victim = Pod::new();
+    let start = victim.command("v", &["probe", "listen", "victim"]);
+    let log = start.log_path.clone();
+    let pid = victim.client().start(start).expect("started").pid.expect("pid");
+    eventually("it listens", || output(&log, "stdout").contains("listen ok").then_some(()));
+    assert_eq!(victim.output_of("probe victim"), "abstract ok\n");
+    assert_eq!(victim.exec_output("v", &["probe", "victim"]), (0, "abstract ok\n".into()));
+    let pinned = victim.base.join("net");
+    std::fs::write(&pinned, "").expect("made");
+    rustix::mount::mount_bind(format!("/proc/{pid}/ns/net"), &pinned).expect("pinned");
+    for (scoped, expected) in [(false, "abstract ok\n"), (true, "abstract EPERM\n")] {
+        let intruder = Pod::with(|s| {
+            s.network = container::shim::protocol::Network::At(pinned.clone());
+            s.scoped = scoped;
+        });
+        assert_eq!(intruder.output_of("probe victim"), expected, "scoped: {scoped}");
+    }
+    rustix::mount::unmount(&pinned, rustix::mount::UnmountFlags::DETACH).expect("unpinned");
+}
+
+/// The same for a process of another pod that is in a pod's PID namespace and has its user.
+fn signals() {
+    if !has_scopes() {
+        return;
+    }
+    if std::process::Command::new("setpriv").arg("--version").output().is_err() {
+        println!("SKIPPED: setpriv is not installed (package util-linux)");
+        return;
+    }
+    for scoped in [false, true] {
+        let pod = Pod::with(|s| s.scoped = scoped);
+        let pid = pod.client().start(pod.script("a", "exec sleep 1000")).expect("started").pid.expect("pid");
+        let (id, target) = (ID_BASE.to_string(), pid.to_string());
+        let mut other = std::process::Command::new("nsenter")
+            .args(["--target", &target, "--pid", "setpriv", "--reuid", &id, "--regid", &id, "--clear-groups"])
+            .args(["sleep", "1000"])
+            .spawn()
+            .expect("executed");
+        // nsenter(1) waits for the process that is in the namespace; its number there is the last one.
+        let seen = eventually("the other process is there", || {
+            let own = other.id();
+            let child = std::fs::read_to_string(format!("/proc/{own}/task/{own}/children")).ok()?;
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.trim())).ok()?;
+            let ready = status.starts_with("Name:\tsleep");
+            let numbers = status.lines().find_map(|l| l.strip_prefix("NSpid:")).filter(|_| ready)?;
+            numbers.split_whitespace().last().map(str::to_owned)
+        });
+        let (code, _) = pod.exec_output("a", &["kill", "-9", &seen]);
+        assert_eq!(code == 0, !scoped, "scoped: {scoped}");
+        if scoped {
+            assert!(other.try_wait().expect("asked").is_none(), "it lives");
+            // It ends with the first process of its namespace.
+            pod.client().signal("a", 9).expect("the pod's own supervisor may");
+        }
+        let _ = other.wait();
+        // Within the pod nothing is in the way.
+        if !scoped {
+            continue;
+        }
+        pod.ended("a");
+        assert_eq!(pod.output_of("sleep 1000 & kill -9 $! && wait $!; echo $?"), "137\n");
+    }
 }

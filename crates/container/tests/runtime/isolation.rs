@@ -391,7 +391,8 @@ fn network() {
 fn host_network() {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr, UnixListener};
-    let pod = Pod::with(|s| (s.network, s.host_network) = (container::shim::protocol::Network::Host, true));
+    let host = container::shim::protocol::Network::Host;
+    let pod = Pod::with(|s| (s.network, s.host_network, s.scoped) = (host, true, false));
     let text = pod.output_of("ls /sys/class/net | sort | tr '\\n' ' '");
     let mut links: Vec<String> = fs::read_dir("/sys/class/net")
         .expect("links")

@@ -89,6 +89,14 @@ static long abstract(const char *name) {
     return connect(s, (struct sockaddr *)&a, sizeof(sa_family_t) + 1 + strlen(name));
 }
 int main(int argc, char **argv) {
+    if (argc > 2) {
+        struct sockaddr_un a = { .sun_family = AF_UNIX };
+        int s = socket(AF_UNIX, SOCK_STREAM, 0);
+        strncpy(a.sun_path + 1, argv[2], sizeof a.sun_path - 2);
+        TRY("listen", bind(s, (struct sockaddr *)&a, sizeof(sa_family_t) + 1 + strlen(argv[2])) || listen(s, 8));
+        fflush(stdout);
+        for (;;) pause();
+    }
     if (argc > 1) {
         TRY("abstract", abstract(argv[1]));
         return 0;
@@ -155,6 +163,7 @@ impl Pod {
             resources: Resources::default(),
             sysctl: Default::default(),
             share_pid: false,
+            scoped: true,
         };
         change(&mut sandbox);
         Self { sandbox, base }

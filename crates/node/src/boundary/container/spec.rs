@@ -32,6 +32,8 @@ pub fn sandbox(sandbox: &SandboxSpec, dir: PathBuf, host_netns: Option<PathBuf>)
         resources: resources(&sandbox.limits),
         sysctl: sandbox.sysctls.clone(),
         share_pid: sandbox.share_pid,
+        // Of those on the host's network each container is asked for by itself: a privileged one may reach the host's.
+        scoped: !sandbox.network.host,
     }
 }
 
