@@ -26,6 +26,7 @@ bench: packages build
 	@bench/run.sh
 	@bench/network.sh
 	@bench/registry.sh
+	@bench/leaks.sh
 
 fuzz:
 	@fuzz/run.sh $(or $(SECONDS),60)

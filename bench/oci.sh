@@ -53,9 +53,11 @@ for name, peer in results.items():
           f"atoll oci is {ours['median'] / peer['median']:.2f} of its median, {ours['min'] / peer['min']:.2f} of its best")
 P
 
-# Load changes times; what is asked of the kernel repeats.
-for call in "$work/whole/atoll-oci run bench-whole" "crun --cgroup-manager=disabled run bench-crun" "runc run bench-runc"; do
+# Load changes times; what is asked of the kernel repeats, and so do instructions where the machine counts them.
+perf stat -e instructions:u true 2>&1 | grep -q "not supported\|not found" && echo "  instructions: SKIPPED: no counters here"
+for call in "$work/whole/atoll-oci run bench-whole" "$work/atoll-oci run bench-small" "crun --cgroup-manager=disabled run bench-crun" "runc run bench-runc"; do
     command -v strace > /dev/null && command -v "${call%% *}" > /dev/null || continue
     strace -f -c -o counted $call > /dev/null 2>&1 || continue
     echo "  $(tail -n 1 counted | awk '{print $4}') system calls: ${call##*/}"
+    perf stat -x, -e instructions:u $call 2>&1 > /dev/null | awk -F, '/^[0-9]/ {print "  " $1 " instructions of its own"}'
 done
