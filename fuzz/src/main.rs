@@ -20,6 +20,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("registry_request", wire::registry_request),
     ("dns", wire::dns),
     ("dhcp", wire::dhcp),
+    ("egress_packet", wire::egress_packet),
     ("spdy", wire::spdy),
     ("qmp", wire::qmp),
     ("vm_snapshot", wire::vm_snapshot),

@@ -26,6 +26,11 @@ pub fn dhcp(data: &[u8]) {
     }
 }
 
+/// What a workload sends out, as the egress relay reads it.
+pub fn egress_packet(data: &[u8]) {
+    network::fuzz::fuzz_packet(data);
+}
+
 pub fn dns(data: &[u8]) {
     if let Ok(query) = codec::parse(data) {
         for udp in [true, false] {

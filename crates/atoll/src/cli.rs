@@ -41,7 +41,7 @@ pub struct Cli {
 enum Command {
     /// Run the cloud: API, controllers, node agent, registry and gateway in one process
     #[command(after_help = "Example:\n  atoll up --data-dir /srv/atoll --gateway-addr 0.0.0.0:80")]
-    Up(Up),
+    Up(Box<Up>),
     /// Stop the cloud and every workload
     #[command(after_help = "Example:\n  atoll down --data-dir /srv/atoll")]
     Down(DataDir),
@@ -121,8 +121,9 @@ pub struct Up {
     /// What holds where no NetworkPolicy does: a namespace is private, or everyone reaches everyone as in Kubernetes
     #[arg(long, default_value = "private", value_name = "DEFAULT")]
     pub network_default: NetworkDefault,
-    /// How workloads that a policy lets out get out: not at all, with an address of the host, or with their own
-    #[arg(long, default_value = "none", value_name = "none|nat|routed")]
+    /// How workloads that a policy lets out get out: not at all, with an address of the host, with their own, or through a
+    /// process that connects for them and needs nothing of the host's
+    #[arg(long, default_value = "none", value_name = "none|nat|routed|user")]
     pub egress: Egress,
     /// Connections that one workload may have open, and may open in a second; from 64 to 1048576
     #[arg(long, default_value_t = 16_384, value_name = "N", value_parser = clap::value_parser!(u32).range(64..=1_048_576))]
@@ -143,6 +144,7 @@ pub enum Egress {
     None,
     Nat,
     Routed,
+    User,
 }
 
 impl From<Egress> for network::Egress {
@@ -151,6 +153,7 @@ impl From<Egress> for network::Egress {
             Egress::None => network::Egress::None,
             Egress::Nat => network::Egress::Nat,
             Egress::Routed => network::Egress::Routed,
+            Egress::User => network::Egress::User,
         }
     }
 }

@@ -15,7 +15,8 @@ struct Finding {
 }
 
 pub fn run(format: Format) -> Outcome {
-    let findings = [root(), kvm(), qemu(), cgroups(), namespaces(), overlay(), seccomp(), landlock(), nftables()];
+    let findings =
+        [root(), kvm(), qemu(), cgroups(), namespaces(), overlay(), seccomp(), landlock(), nftables(), egress()];
     if format == Format::Table {
         let rows: Vec<Vec<String>> = findings
             .iter()
@@ -155,5 +156,27 @@ fn nftables() -> Finding {
         Err(why) => {
             finding("nftables", "no", why.to_string(), "network: atoll up cannot start; load the nf_tables module")
         }
+    }
+}
+
+fn egress() -> Finding {
+    let forwarding = rustix::fs::access("/proc/sys/net/ipv4/ip_forward", rustix::fs::Access::WRITE_OK).is_ok();
+    match (forwarding && network::probe().is_ok(), network::probe_relay()) {
+        (true, Ok(())) => finding(
+            "egress",
+            "yes",
+            "nat, routed, user",
+            "network: any --egress lets workloads out that a policy lets out",
+        ),
+        (false, Ok(())) => finding(
+            "egress",
+            "limited",
+            "user; this machine's forwarding cannot be turned on",
+            "network: --egress user lets workloads out; nat and routed cannot",
+        ),
+        (true, Err(why)) => {
+            finding("egress", "limited", format!("nat, routed; not user: {why}"), "network: --egress nat or routed")
+        }
+        (false, Err(why)) => finding("egress", "no", why.to_string(), "network: no way out for workloads"),
     }
 }

@@ -42,6 +42,7 @@ fn role(args: &[String]) -> Option<i32> {
         "oci" => Some(container::oci::main(rest)),
         "shim" => Some(container::shim::main(rest)),
         "vmm" => Some(vmm::monitor::main(rest)),
+        "egress-relay" => Some(::network::relay::main(rest)),
         "function-host" => Some(::function::host::main(rest)),
         "lambda-runtime" => Some(::function::lambda::main(rest)),
         "function-compile" => Some(::function::compile::main(rest)),

@@ -4,7 +4,7 @@
 //! router's, and only then are threads started, so that all of them live there. What has to reach the outside (pulls)
 //! goes back to the host's namespace on a thread of its own.
 
-use crate::cli::{Failure, Outcome, Up, explain};
+use crate::cli::{Egress, Failure, Outcome, Up, explain};
 use crate::instance::{Instance, patiently};
 use crate::networks;
 use network::{DnsServer, Router};
@@ -55,7 +55,7 @@ pub fn run(options: &Up) -> Outcome {
     let host_netns = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router
         .set_egress(host_netns.as_fd(), options.egress.into())
-        .map_err(|error| Failure(format!("--egress: {}", explain(error))))?;
+        .map_err(|error| egress_failed(options.egress, &explain(error)))?;
     router.enter_thread().map_err(explain)?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -68,6 +68,14 @@ pub fn run(options: &Up) -> Outcome {
     let outcome = runtime.block_on(serve(options, &instance, listeners, router, host_netns, begun));
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     outcome
+}
+
+fn egress_failed(egress: Egress, why: &Failure) -> Failure {
+    let way_out = match egress {
+        Egress::Nat | Egress::Routed => "; --egress user lets workloads out too, and needs nothing of the host's",
+        Egress::None | Egress::User => "",
+    };
+    Failure(format!("--egress: {why}{way_out}"))
 }
 
 pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
@@ -175,7 +183,7 @@ async fn serve(
     server.write_kubeconfig(&instance.data_dir.join("kubeconfig")).map_err(explain)?;
     let client = server.client();
 
-    let upstreams = if router.has_uplink() { upstreams() } else { Vec::new() };
+    let upstreams = if router.leads_out() { upstreams() } else { Vec::new() };
     let dns_address = (router.config().dns_address, 53).into();
     let dns = DnsServer::start_with(&router, dns_address, upstreams, Some(host_netns.as_fd()));
     let dns = Arc::new(dns.map_err(explain)?);

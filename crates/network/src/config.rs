@@ -172,6 +172,8 @@ pub struct RouterConfig {
     /// The DNS server's address, inside `service_cidr`; its IPv6 address is as far into `service_cidr6`.
     pub dns_address: Ipv4Addr,
     pub limits: Limits,
+    /// The command that plays [`crate::relay::main`], without its last argument.
+    pub relay: Vec<String>,
 }
 
 impl RouterConfig {
@@ -186,6 +188,7 @@ impl RouterConfig {
             service_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x43, 0, 0, 0, 0, 0).to_bits(), prefix: 112 },
             dns_address: Ipv4Addr::new(10, 43, 0, 10),
             limits: Limits::default(),
+            relay: vec!["/proc/self/exe".to_owned(), "egress-relay".to_owned()],
         }
     }
     /// Whether Services may have this address.

@@ -2,7 +2,7 @@
 //! that every workload has, and one in family `arp`; all in the router's own namespace.
 //!
 //! ```text
-//! prerouting -450  sources       a frame comes from a link with that link's own MAC and IP address, or by the uplink with
+//! prerouting -450  sources       a frame comes from a link with that link's own MAC and IP address, or by the way out with
 //!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it.
 //!                                Fragments, questions to DNS, questions for an address: no more than `limits.rs` says
 //! prerouting -150  returns       answers to connections that the relay made for clients outside are led to its sockets
@@ -29,22 +29,23 @@ use crate::error::Result;
 use crate::limits::{self, Limits};
 use crate::netlink::Socket;
 use crate::netlink::nft::{
-    self, BaseChain, Element, Family, Field, Hook, Policy, R0, R4, R6, Rule, Transaction, Unreachable, Value, concat,
-    interface_name, octets,
+    self, AnonymousSet, BaseChain, Element, Family, Field, Hook, Policy, R0, R4, R6, Rule, Transaction, Unreachable,
+    Value, concat, interface_name, octets,
 };
 use crate::netlink::route::Mac;
-use crate::policy::{Block, Network, ranges};
+use crate::policy::{Block, Network, Ranges, ranges};
+use crate::relay::MARK;
 use crate::router::VOID;
-use crate::uplink::LINK as UPLINK;
+use crate::uplink::{LINK as UPLINK, RELAY};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 pub const TABLE: &str = "atoll";
-/// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
 /// Before parts of packets are put together, so that nobody sends parts of another's packets.
 const BEFORE_FRAGMENTS: i32 = -450;
 /// ICMPv6, which may be of neighbours.
 const DISCOVERY: &str = "discovery";
-const VERSION: u32 = 9;
+/// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
+const VERSION: u32 = 10;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -107,8 +108,8 @@ pub(crate) struct Side {
     pods: (IpAddr, u8),
     services: (IpAddr, u8),
     loopback: (IpAddr, u8),
-    /// What the uplink does not lead to; `None`: it leads nowhere.
-    inside: Option<Vec<(Ipv4Addr, Ipv4Addr)>>,
+    /// What the way out does not lead to.
+    inside: Ranges,
     pub dns: IpAddr,
     pub limits: Limits,
     router: IpAddr,
@@ -126,7 +127,7 @@ impl Side {
                 pods: (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
                 services: (config.service_cidr.base().into(), config.service_cidr.prefix()),
                 loopback: (Ipv4Addr::new(127, 0, 0, 0).into(), 8),
-                inside: Some(inside(config)),
+                inside: inside(config),
                 dns: config.dns_address.into(),
                 limits: config.limits,
                 router: config.router_address().into(),
@@ -139,7 +140,7 @@ impl Side {
                 pods: (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
                 services: (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
                 loopback: (Ipv6Addr::LOCALHOST.into(), 128),
-                inside: None,
+                inside: inside(config),
                 dns: config.dns_address6().into(),
                 limits: config.limits,
                 router: config.router_address6().into(),
@@ -151,6 +152,12 @@ impl Side {
     }
     pub fn rule(&self) -> Rule {
         Rule::of(self.family)
+    }
+    fn inside(&self, t: &mut Transaction) -> AnonymousSet {
+        match self.family {
+            Family::Ip | Family::Arp => t.add_anonymous_ranges(&self.inside.v4),
+            Family::Ip6 => t.add_anonymous_ranges6(&self.inside.v6),
+        }
     }
     /// Says what the table was made for. The `arp` table does not depend on anything.
     fn comment(&self) -> String {
@@ -310,10 +317,13 @@ fn sources(t: &mut Transaction, side: &Side) {
         t.add_rule("sources", side.rule().if_protocol(ICMP6).jump(DISCOVERY));
         t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
     }
-    if let Some(inside) = &side.inside {
-        let inside = t.add_anonymous_ranges(inside);
-        t.add_rule("sources", side.rule().if_input(UPLINK).load_source(R0).if_in(inside, R0).drop());
-        t.add_rule("sources", side.rule().if_input(UPLINK).accept());
+    // What the relay writes: workloads' own SYNs, which go to its listener, and answers from outside.
+    let written = side.rule().if_input(RELAY).if_protocol(TCP).load_source(R0).if_within(R0, side.pods.0, side.pods.1);
+    t.add_rule("sources", written.untracked().accept());
+    for link in [UPLINK, RELAY] {
+        let inside = side.inside(t);
+        t.add_rule("sources", side.rule().if_input(link).load_source(R0).if_in(inside, R0).drop());
+        t.add_rule("sources", side.rule().if_input(link).accept());
     }
     t.add_rule("sources", side.rule().if_fragment().goto(limits::FRAGMENTS));
     t.add_rule("sources", side.rule().if_destination(side.dns).goto(limits::QUESTIONS));
@@ -339,6 +349,7 @@ fn sources(t: &mut Transaction, side: &Side) {
 fn input(t: &mut Transaction, side: &Side) {
     t.add_rule("input", side.rule().if_input("lo").accept());
     t.add_rule("input", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
+    t.add_rule("input", side.rule().if_input(RELAY).if_mark(MARK).accept());
     let dns = |protocol| side.rule().if_destination(side.dns).if_protocol(protocol).if_destination_port(53);
     t.add_rule("input", dns(UDP).accept());
     t.add_rule("input", dns(TCP).goto(limits::COUNTED));
@@ -403,36 +414,59 @@ fn forward(t: &mut Transaction, side: &Side) {
         t.add_rule("output", side.rule().if_destination_in(base, prefix).accept());
     }
     t.add_rule("output", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
-    for link in [side.nowhere, UPLINK] {
+    for link in [side.nowhere, UPLINK, RELAY] {
         t.add_rule("output", side.rule().if_output(link).reject_unreachable(Unreachable::Prohibited));
     }
     t.add_rule("forward", itself(side).goto(limits::COUNTED).comment("a workload always reaches itself"));
     t.add_rule("forward", side.rule().if_input(UPLINK).if_output(UPLINK).goto(REFUSED));
+    t.add_rule("forward", side.rule().if_input(RELAY).goto(REFUSED));
     t.add_rule("forward", side.rule().if_input(UPLINK).goto(TO_INGRESS));
     t.add_rule("forward", side.rule().load_source(R0).verdict_map(EGRESS, R0));
     t.add_rule("forward", side.rule().goto(REFUSED));
     t.add_rule(TO_INGRESS, side.rule().load_destination(R0).verdict_map(INGRESS, R0));
-    if let Some(inside) = &side.inside {
-        let inside = t.add_anonymous_ranges(inside);
-        t.add_rule(TO_INGRESS, side.rule().load_destination(R0).if_in(inside, R0).goto(REFUSED));
-        t.add_rule(TO_INGRESS, side.rule().if_output(UPLINK).goto(limits::COUNTED));
+    let inside = side.inside(t);
+    t.add_rule(TO_INGRESS, side.rule().load_destination(R0).if_in(inside, R0).goto(REFUSED));
+    t.add_rule(TO_INGRESS, side.rule().if_output(RELAY).if_protocol(TCP).mark_connection(MARK));
+    for link in [UPLINK, RELAY] {
+        t.add_rule(TO_INGRESS, side.rule().if_output(link).goto(limits::COUNTED));
     }
     t.add_rule(TO_INGRESS, side.rule().goto(REFUSED));
     defaults(t, side.family, true);
 }
 
-/// What is never outside, sorted: what nobody has, workloads and Services, this machine, links, groups.
-pub(crate) fn inside(config: &RouterConfig) -> Vec<(Ipv4Addr, Ipv4Addr)> {
-    let network = |base: Ipv4Addr, prefix| Block { network: Network { base: base.into(), prefix }, except: Vec::new() };
-    let all = ranges(&[
-        network(Ipv4Addr::UNSPECIFIED, 8),
-        network(Ipv4Addr::LOCALHOST, 8),
-        network(Ipv4Addr::new(169, 254, 0, 0), 16),
-        network(Ipv4Addr::new(224, 0, 0, 0), 3),
-        network(config.pod_cidr.base(), config.pod_cidr.prefix()),
-        network(config.service_cidr.base(), config.service_cidr.prefix()),
-    ]);
-    all.v4
+/// Where clouds keep their machines' secrets, beside link-local addresses: Alibaba, Azure, Oracle; Amazon, Google.
+const METADATA: [(IpAddr, u8); 5] = [
+    (IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)), 32),
+    (IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)), 32),
+    (IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)), 32),
+    (IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0)), 32),
+    (IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)), 128),
+];
+
+/// What is never outside: what nobody has, workloads and Services, this machine, links, groups, clouds' secrets; and
+/// those IPv4 addresses in the clothes of IPv6 (RFC 4291, 2.5.5; RFC 6052).
+pub(crate) fn inside(config: &RouterConfig) -> Ranges {
+    let v4 = |a, b, c, d, prefix| (IpAddr::V4(Ipv4Addr::new(a, b, c, d)), prefix);
+    let v6 = |first, prefix| (IpAddr::V6(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, 0)), prefix);
+    let translated = |high, prefix| (IpAddr::V6(Ipv6Addr::new(0x64, 0xff9b, 0, 0, 0, 0, high, 0)), prefix);
+    let all = [
+        v4(0, 0, 0, 0, 8),
+        v4(127, 0, 0, 0, 8),
+        v4(169, 254, 0, 0, 16),
+        v4(224, 0, 0, 0, 3),
+        (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
+        (config.service_cidr.base().into(), config.service_cidr.prefix()),
+        v6(0, 64),
+        v6(LINK_LOCAL.0.segments()[0], LINK_LOCAL.1),
+        v6(MULTICAST.0.segments()[0], MULTICAST.1),
+        translated(0x7f00, 104),
+        translated(0xa9fe, 112),
+        (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
+        (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
+    ];
+    let network = |(base, prefix)| Block { network: Network { base, prefix }, except: Vec::new() };
+    let blocks: Vec<Block> = all.into_iter().chain(METADATA).map(network).collect();
+    ranges(&blocks)
 }
 
 /// What workloads that no policy isolates may do: reach their own namespace, or everything. The transaction is left at

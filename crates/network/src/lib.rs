@@ -6,7 +6,8 @@
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
-//! - [`Router::set_egress`] makes the way out; [`Router::set_bandwidth`] limits what a workload sends and receives.
+//! - [`Router::set_egress`] makes the way out ([`relay`] is the process of the one that touches nothing of the host);
+//!   [`Router::set_bandwidth`] limits what a workload sends and receives.
 //! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
 //! - [`GuestServer`] tells machines that ask the addresses that they have.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
@@ -33,6 +34,7 @@ pub mod policy;
 mod pool;
 mod probe;
 pub mod refused;
+pub mod relay;
 mod router;
 mod services;
 mod sys;
@@ -43,6 +45,7 @@ pub mod dns;
 /// Parsers of what machines send, for fuzz targets.
 pub mod fuzz {
     pub use crate::guests::{dhcp4, dhcp6};
+    pub use crate::relay::fuzz_packet;
 }
 /// Builders and parsers of the kernel's netlink messages; public so that fuzz targets reach the parsers.
 pub mod netlink;
@@ -57,7 +60,7 @@ pub use guests::GuestServer;
 pub use limits::{Cause, Limits};
 pub use ns::in_netns;
 pub use policy::{Isolation, Policies};
-pub use probe::probe;
+pub use probe::{probe, probe_relay};
 pub use router::{Leased, Router};
 pub use services::{Protocol, ServiceRule};
 pub use uplink::{Egress, NODE};

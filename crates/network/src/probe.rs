@@ -4,7 +4,7 @@ use crate::config::RouterConfig;
 use crate::error::Result;
 use crate::netlink::Socket;
 use crate::services::{Protocol, ServiceRule, Services};
-use crate::{firewall, ns};
+use crate::{firewall, ns, uplink};
 
 /// Loads the router's ruleset in a fresh network namespace that ends with the call.
 pub fn probe() -> Result<()> {
@@ -25,4 +25,9 @@ pub fn probe() -> Result<()> {
         // Both ways to choose an endpoint: they are modules of their own in the kernel.
         Services::none().sync(&mut socket, &[service(80, None), service(81, Some(10800))]).map(drop)
     })
+}
+
+/// Makes the relay's link and rules in a fresh network namespace that ends with the call.
+pub fn probe_relay() -> Result<()> {
+    ns::in_scratch(|| uplink::probe_relay(&RouterConfig::new("", "")))
 }

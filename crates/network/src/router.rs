@@ -14,7 +14,7 @@ use crate::ns;
 use crate::policy::{Changed, Policies, Programmed};
 use crate::pool::Pool;
 use crate::services::{ServiceRule, Services};
-use crate::uplink::{self, NODE, Uplink};
+use crate::uplink::{self, NODE, Relay, Uplink};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use std::collections::HashSet;
@@ -32,7 +32,7 @@ const VOID_PEER: &str = "void-peer";
 /// Routing table by which answers get to the relay's sockets.
 const RELAY_TABLE: u8 = 77;
 /// Routes no longer than this lead to nobody here: the default, and an uplink's. Networks of workloads are longer.
-const WIDE: u32 = 7;
+pub(crate) const WIDE: u32 = 7;
 
 /// Owns the router namespace while it lives. Dropping it leaves everything in the kernel as it is, so that workloads
 /// outlive the process; [`Router::teardown`] removes it.
@@ -53,6 +53,7 @@ pub struct Router {
     pub(crate) pool: Pool,
     pub(crate) bandwidths: Mutex<Limited>,
     pub(crate) uplink: Mutex<Option<Uplink>>,
+    pub(crate) relay: Mutex<Option<Relay>>,
     _lock: File,
 }
 
@@ -119,6 +120,7 @@ impl Router {
             pool: Pool::default(),
             bandwidths: Mutex::new(limited),
             uplink: Mutex::new(None),
+            relay: Mutex::new(None),
             _lock: lock,
         })
     }
@@ -294,6 +296,9 @@ fn sysctls() -> Result<()> {
     // Refusals of what the relay sent find the way back that its mark gives them.
     ns::sysctl("ipv4/fwmark_reflect", "1")?;
     ns::sysctl("ipv6/fwmark_reflect", "1")?;
+    // What is forwarded need not be looked for among sockets first; and the kernel drops a SYN that finds the rest of an
+    // earlier connection of the relay's that way.
+    ns::sysctl("ipv4/ip_early_demux", "0")?;
     ns::sysctl("ipv4/ip_forward", "1")
 }
 

@@ -272,12 +272,12 @@ impl Networks for RouterNetworks {
         self.router.leases()
     }
 
-    fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
+    fn outside(&self) -> network::policy::Ranges {
         self.router.outside()
     }
 
     async fn sync_egress_addresses(&self, sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {
-        if !self.router.has_uplink() {
+        if !self.router.leads_out() {
             return Ok(());
         }
         self.run("egress addresses", move |router| router.sync_egress_addresses(&sources)).await

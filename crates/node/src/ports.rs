@@ -125,9 +125,9 @@ pub trait Networks: Send + Sync + 'static {
     async fn leases(&self) -> Vec<Leased> {
         Vec::new()
     }
-    /// Where an uplink leads.
-    fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
-        Vec::new()
+    /// Where the way out leads.
+    fn outside(&self) -> network::policy::Ranges {
+        network::policy::Ranges::default()
     }
     /// Replaces the sources that workloads' connections leave by the uplink with, where it is not the host's choice.
     async fn sync_egress_addresses(&self, _sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {

@@ -9,20 +9,20 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command};
 
-pub const TESTS: &[Test] = &[("egress_nat_and_routed", egress)];
+pub const TESTS: &[Test] = &[("egress_nat_and_routed", egress), ("egress_user", egress_user)];
 
-const HOST: &str = "203.0.113.2";
+pub const HOST: &str = "203.0.113.2";
 const WORLD: &str = "203.0.113.1";
 
 /// A network namespace behind the host's link `wan`, with a web server that tells clients their address.
-struct World<'a> {
+pub struct World<'a> {
     c: &'a Cluster,
     netns: String,
     server: Option<Child>,
 }
 
 impl World<'_> {
-    fn new(c: &Cluster) -> World<'_> {
+    pub fn new(c: &Cluster) -> World<'_> {
         let netns = format!("atoll-e2e-world-{}", std::process::id());
         assert!(Command::new("ip").args(["netns", "add", &netns]).status().unwrap().success());
         let mut world = World { c, netns, server: None };
@@ -47,7 +47,7 @@ impl World<'_> {
         world
     }
 
-    fn command(&self, program: &str) -> Command {
+    pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/run/netns/{}", self.netns)).arg("--").arg(program);
         command
@@ -72,7 +72,7 @@ fn who(c: &Cluster, namespace: &str) -> String {
     c.kubectl(&["exec", "-n", namespace, "pod", "--", "sh", "-c", &line]).out.trim().to_owned()
 }
 
-fn let_out(namespace: &str, block: &str) -> String {
+pub fn let_out(namespace: &str, block: &str) -> String {
     format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: out, namespace: {namespace}}}\nspec:\n  \
          podSelector: {{}}\n  policyTypes: [Egress]\n  egress: [{{to: [{{ipBlock: {{cidr: {block}}}}}]}}]\n"
@@ -135,6 +135,72 @@ fn egress(c: &Cluster) -> Outcome {
     c.wait_ready(&ns, "pod/pod");
     assert_eq!(who(c, &ns), "", "without --egress nothing gets out");
     compare(&before, &host_state(c), "without --egress");
+    drop(world);
+    Outcome::Passed
+}
+
+/// The process of the relay that this instance started.
+fn relay(c: &Cluster) -> Option<u32> {
+    let inode = c.host("stat", &["-Lc", "%i", "/proc/self/ns/net"]).good();
+    let host = format!("\"host\":{},", inode.trim());
+    fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
+        let line = String::from_utf8_lossy(&fs::read(entry.path().join("cmdline")).ok()?).into_owned();
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        (line.contains("egress-relay") && line.contains(&host)).then_some(pid)
+    })
+}
+
+/// The same by a process of Atoll's: the host stays as it is, to the letter.
+fn egress_user(c: &Cluster) -> Outcome {
+    let world = World::new(c);
+    let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    c.stop(Signal::TERM);
+    down();
+    let before = host_state(c);
+    c.up_with(&["--egress", "user"], &[]);
+    let ns = c.namespace("t-egress-user");
+    c.apply(&sleeper("pod", &ns));
+    c.wait_ready(&ns, "pod/pod");
+    assert_eq!(who(c, &ns), "", "no policy lets it out");
+    c.apply(&let_out(&ns, "0.0.0.0/0"));
+    c.until("the policy lets it out", || who(c, &ns) == HOST);
+    compare(&before, &host_state(c), "with --egress user");
+    // Neither the host's own ports, Atoll's among them, nor where clouds keep their secrets.
+    for (address, port) in [(HOST, "7443"), (HOST, "5000"), ("169.254.169.254", "80"), ("169.254.1.1", "15001")] {
+        let tried = c.kubectl(&["exec", "-n", &ns, "pod", "--", "nc", "-w", "3", address, port]);
+        assert!(!tried.ok, "{address}:{port}: {}", tried.out);
+    }
+    let pid = relay(c).expect("the relay runs");
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    assert!(field("Uid:").split(' ').chain(field("Gid:").split(' ')).all(|id| id.starts_with("2098")));
+    assert_eq!(["CapEff:", "CapPrm:", "CapInh:", "CapAmb:"].map(field), ["0000000000000000"; 4].map(str::to_owned));
+    assert_eq!(["NoNewPrivs:", "Seccomp:", "Threads:"].map(field), ["1", "2", "1"].map(str::to_owned));
+    assert_eq!(fs::read_dir(format!("/proc/{pid}/root")).unwrap().count(), 0, "its root is empty");
+    c.host("ip", &["address", "add", "203.0.113.7/24", "dev", "wan"]).good();
+    c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address=203.0.113.7"]).good();
+    c.until("the namespace has its address outside", || who(c, &ns) == "203.0.113.7");
+    c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address-"]).good();
+    c.host("ip", &["address", "del", "203.0.113.7/24", "dev", "wan"]).good();
+    // The daemon killed: the relay goes on, and is found again. The relay killed: another comes.
+    c.stop(Signal::KILL);
+    c.up_with(&["--egress", "user"], &[]);
+    c.until("out again", || who(c, &ns) == HOST);
+    assert_eq!(relay(c), Some(pid));
+    let process = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    rustix::process::kill_process(process, Signal::KILL).unwrap();
+    c.until("another relay", || relay(c).is_some_and(|new| new != pid));
+    c.until("out again", || who(c, &ns) == HOST);
+    c.apply(&let_out(&ns, "192.0.2.0/24"));
+    c.until("the policy names other addresses", || who(c, &ns).is_empty());
+    c.stop(Signal::TERM);
+    down();
+    assert!(relay(c).is_none(), "the relay has ended");
+    compare(&before, &host_state(c), "after atoll down");
+    c.up();
     drop(world);
     Outcome::Passed
 }

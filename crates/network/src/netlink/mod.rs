@@ -6,6 +6,7 @@ pub mod nft;
 pub mod parse;
 pub mod qdisc;
 pub mod route;
+pub mod rules;
 mod writer;
 
 use crate::error::{Error, Result};

@@ -108,8 +108,8 @@ pub struct Policies {
     pub groups: BTreeMap<Arc<str>, BTreeSet<Ipv4Addr>>,
     pub profiles: BTreeMap<Arc<str>, Profile>,
     pub workloads: BTreeMap<Ipv4Addr, Workload>,
-    /// Where the uplink leads, sorted and disjoint; without one, nowhere.
-    pub outside: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// Where the way out leads; without one, nowhere.
+    pub outside: Ranges,
 }
 
 /// A connection to judge, by its first packet after a Service's address has been replaced by an endpoint's.
@@ -263,21 +263,20 @@ impl Policies {
     }
 
     pub fn is_outside(&self, address: IpAddr) -> bool {
-        let IpAddr::V4(address) = address else { return false };
-        self.outside.iter().any(|(first, last)| (*first..=*last).contains(&address))
+        self.outside.contains(address)
     }
 
     /// Whether there is a way out, and some rule lets the workload take it, to wherever.
     pub fn lets_out(&self, workload: &Workload) -> bool {
         let open = self.isolation == Isolation::Open;
-        let touches = |(first, last): &(Ipv4Addr, Ipv4Addr)| self.outside.iter().any(|(a, b)| a <= last && first <= b);
+        let somewhere = self.outside != Ranges::default();
         let mut key = workload.egress.as_ref();
         for _ in 0..TIERS {
             let Some(profile) = key.map(|key| self.profiles.get(key)) else { break };
-            let Some(profile) = profile.filter(|_| !self.outside.is_empty()) else { return false };
+            let Some(profile) = profile.filter(|_| somewhere) else { return false };
             for rule in &profile.rules {
                 match rule.action {
-                    Action::Allow if rule.anyone || rule.blocks.v4.iter().any(touches) => return true,
+                    Action::Allow if rule.anyone || rule.blocks.touches(&self.outside) => return true,
                     Action::Deny if rule.anyone && rule.ports.is_empty() => return false,
                     Action::Pass if rule.anyone && rule.ports.is_empty() => break,
                     Action::Allow | Action::Deny | Action::Pass => {}
@@ -289,7 +288,7 @@ impl Policies {
                 Otherwise::Profile(next) => key = Some(next),
             }
         }
-        open && !self.outside.is_empty()
+        open && somewhere
     }
 
     /// Every workload follows the default.
@@ -312,6 +311,13 @@ pub struct Ranges {
 }
 
 impl Ranges {
+    /// Whether some address is in both.
+    pub fn touches(&self, other: &Ranges) -> bool {
+        fn any<T: PartialOrd>(some: &[(T, T)], others: &[(T, T)]) -> bool {
+            some.iter().any(|(first, last)| others.iter().any(|(a, b)| a <= last && first <= b))
+        }
+        any(&self.v4, &other.v4) || any(&self.v6, &other.v6)
+    }
     pub fn contains(&self, address: IpAddr) -> bool {
         match address {
             IpAddr::V4(address) => self.v4.iter().any(|(first, last)| (*first..=*last).contains(&address)),

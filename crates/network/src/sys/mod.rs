@@ -3,6 +3,7 @@
 
 pub mod bpf;
 pub mod datagram;
+pub mod jail;
 
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::io;
@@ -59,6 +60,15 @@ pub fn speak_for_others(fd: BorrowedFd<'_>, v6: bool, mark: u32) -> io::Result<(
 /// Binds an open `/dev/net/tun` to the tap device `name` of the thread's network namespace, making it if absent.
 /// Frames carry a virtio-net header and no packet information.
 pub fn tap_bind(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    device_bind(fd, name, libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR)
+}
+
+/// The same for a device that carries IP packets and nothing around them.
+pub fn tun_bind(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
+    device_bind(fd, name, libc::IFF_TUN | libc::IFF_NO_PI)
+}
+
+fn device_bind(fd: BorrowedFd<'_>, name: &str, flags: libc::c_int) -> io::Result<()> {
     if name.len() >= libc::IFNAMSIZ || name.is_empty() || name.contains(['\0', '/']) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
@@ -67,7 +77,7 @@ pub fn tap_bind(fd: BorrowedFd<'_>, name: &str) -> io::Result<()> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
-    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes one `ifreq`, which `request` is and which outlives the call.
     if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } != 0 {
         return Err(io::Error::last_os_error());

@@ -1,4 +1,4 @@
-//! The way out, if an administrator asked for one: a veth pair between the router and the host's network namespace, and
+//! The way out, if an administrator asked for one: a process that connects for workloads ([`user`]), or a veth pair between the router and the host's network namespace, and
 //! on the host one nftables table of the instance's name, routes over that link, and `ip_forward`.
 //!
 //! ```text
@@ -12,6 +12,7 @@
 
 mod host;
 mod sysctls;
+mod user;
 
 use crate::attach::mac_of;
 use crate::config::{MTU, RouterConfig};
@@ -21,11 +22,13 @@ use crate::netlink::nft::{self, Family, Transaction};
 use crate::netlink::route::{self, Veth};
 use crate::netlink::{Batch, Socket};
 use crate::ns;
+use crate::policy::Ranges;
 use crate::router::{Router, guard};
 use crate::services::Protocol;
 use rustix::fd::BorrowedFd;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
+pub(crate) use user::{RELAY, Relay, probe as probe_relay};
 
 /// The router's end.
 pub(crate) const LINK: &str = "uplink";
@@ -39,10 +42,12 @@ pub enum Egress {
     /// Not at all; the host is not touched.
     #[default]
     None,
-    /// With an address of the host as their source.
+    /// With an address of the host as their source; in IPv6 as [`Egress::User`].
     Nat,
     /// With their own addresses; the world outside has routes back to this host.
     Routed,
+    /// Through a process that connects for them; the host is not touched.
+    User,
 }
 
 /// What the host's table holds beside its fixed rules.
@@ -58,43 +63,76 @@ impl Router {
     /// and used again. A failure leaves nothing behind.
     pub fn set_egress(&self, host: BorrowedFd<'_>, egress: Egress) -> Result<()> {
         *guard(&self.uplink) = None;
-        if egress == Egress::None {
-            return self.remove_uplink(host);
-        }
-        match self.make_uplink(host, egress) {
-            Ok(uplink) => *guard(&self.uplink) = Some(uplink),
-            Err(error) => {
-                let _ = self.remove_uplink(host);
-                return Err(error);
+        *guard(&self.relay) = None;
+        match egress {
+            Egress::None => self.remove_uplink(host).and(self.remove_relay()),
+            Egress::Nat | Egress::Routed => {
+                if egress == Egress::Routed || !self.ipv6 {
+                    self.remove_relay()?;
+                }
+                let made = self.make_uplink(host, egress);
+                let uplink = made.inspect_err(|_| drop(self.remove_uplink(host).and(self.remove_relay())))?;
+                *guard(&self.uplink) = Some(uplink);
+                if egress == Egress::Nat && self.ipv6 {
+                    self.lead_ipv6(host);
+                }
+                Ok(())
+            }
+            Egress::User => {
+                self.remove_uplink(host)?;
+                let relay = self.make_relay(host, true).inspect_err(|_| drop(self.remove_relay()))?;
+                *guard(&self.relay) = Some(relay);
+                Ok(())
             }
         }
-        Ok(())
     }
 
+    /// IPv6 gets out by the relay: to forward it the host would have to become an IPv6 router, which believes no router
+    /// advertisements any more.
+    fn lead_ipv6(&self, host: BorrowedFd<'_>) {
+        match self.make_relay(host, false) {
+            Ok(relay) => *guard(&self.relay) = Some(relay),
+            Err(error) => {
+                let _ = self.remove_relay();
+                tracing::warn!("IPv6 has no way out, IPv4 has: {error}");
+            }
+        }
+    }
+
+    /// Whether a link leads to the host.
     pub fn has_uplink(&self) -> bool {
         guard(&self.uplink).is_some()
     }
 
-    /// Where the uplink leads, sorted; without one, nowhere.
-    pub fn outside(&self) -> Vec<(Ipv4Addr, Ipv4Addr)> {
-        if !self.has_uplink() {
-            return Vec::new();
+    /// Whether there is any way out.
+    pub fn leads_out(&self) -> bool {
+        self.has_uplink() || guard(&self.relay).is_some()
+    }
+
+    /// Where the way out leads; without one, nowhere.
+    pub fn outside(&self) -> Ranges {
+        let inside = firewall::inside(&self.config);
+        let mut outside = Ranges::default();
+        if self.leads_out() {
+            let bits = |(first, last): (Ipv4Addr, Ipv4Addr)| (first.to_bits().into(), last.to_bits().into());
+            let v4 = |bits: u128| Ipv4Addr::from_bits(u32::try_from(bits).unwrap_or(u32::MAX));
+            let gaps = gaps(inside.v4.into_iter().map(bits), u32::MAX.into());
+            outside.v4 = gaps.into_iter().map(|(first, last)| (v4(first), v4(last))).collect();
         }
-        let mut from = Some(Ipv4Addr::UNSPECIFIED);
-        let mut all = Vec::new();
-        for (first, last) in firewall::inside(&self.config) {
-            if let Some(from) = from.filter(|from| *from < first) {
-                all.push((from, Ipv4Addr::from_bits(first.to_bits() - 1)));
-            }
-            from = last.to_bits().checked_add(1).map(Ipv4Addr::from_bits);
+        if guard(&self.relay).is_some() {
+            let bits = |(first, last): (Ipv6Addr, Ipv6Addr)| (first.to_bits(), last.to_bits());
+            let gaps = gaps(inside.v6.into_iter().map(bits), u128::MAX);
+            outside.v6 = gaps.into_iter().map(|(first, last)| (first.into(), last.into())).collect();
         }
-        all.extend(from.map(|from| (from, Ipv4Addr::BROADCAST)));
-        all
+        outside
     }
 
     /// Workloads whose connections leave with an address other than the one the host would choose; all others follow
     /// the host. Without a translating uplink, nothing.
     pub fn sync_egress_addresses(&self, sources: &BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<()> {
+        if let Some(relay) = &*guard(&self.relay) {
+            relay.sync_sources(sources)?;
+        }
         match &mut *guard(&self.uplink) {
             Some(uplink) => uplink.sync_sources(sources),
             None => Ok(()),
@@ -197,6 +235,20 @@ impl Router {
             sysctls::restore(&state)
         })?
     }
+}
+
+/// What sorted, disjoint ranges leave of the numbers up to `last`.
+fn gaps(ranges: impl Iterator<Item = (u128, u128)>, last: u128) -> Vec<(u128, u128)> {
+    let mut from = Some(0);
+    let mut all = Vec::new();
+    for (first, end) in ranges {
+        if let Some(from) = from.filter(|from| *from < first) {
+            all.push((from, first - 1));
+        }
+        from = end.checked_add(1);
+    }
+    all.extend(from.filter(|from| *from <= last).map(|from| (from, last)));
+    all
 }
 
 /// Of the host's end, and of the table there: `atoll-` and the instance.

@@ -3,6 +3,7 @@
 
 pub mod meter;
 mod nat;
+mod relay;
 mod rule;
 
 use super::parse::{Attributes, text};
