@@ -7,7 +7,7 @@ mod names;
 mod peers;
 mod ways;
 
-use network::{Router, RouterConfig};
+use network::{Limits, Router, RouterConfig};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -97,7 +97,10 @@ fn main() {
     let rounds = args.next().map_or(ways::ROUNDS, |rounds| rounds.parse().unwrap());
     let only: Vec<String> = args.collect();
     let dir = Path::new(&dir);
-    let router = Router::open(RouterConfig::new(dir.join("data"), dir.join("run"))).unwrap();
+    let mut config = RouterConfig::new(dir.join("data"), dir.join("run"));
+    // One workload asks and connects as fast as it can.
+    config.limits = Limits { connections: 1 << 20, questions: 1 << 20 };
+    let router = Router::open(config).unwrap();
     let mut all = json!({});
     let mut add = |figures: Value| all.as_object_mut().unwrap().extend(figures.as_object().unwrap().clone());
     if only.is_empty() || only == ["attach"] {
