@@ -1,5 +1,5 @@
 //! Services as the network sees them: rules for ClusterIPs and names for DNS, from Services and EndpointSlices. Pure
-//! functions and one task: a change acts at once, further ones within [`PAUSE`] are gathered.
+//! functions and one task: a change acts at once; further ones are gathered for as long as that took, at most for [`PAUSE`].
 
 use crate::ports::{Networks, Protocol, Records, ServiceRule};
 use api::informer::Informer;
@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::time::Instant;
 
 const PAUSE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(2);
@@ -24,6 +25,7 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
     services.synced().await;
     slices.synced().await;
     loop {
+        let begun = Instant::now();
         while service_changes.try_next().is_some() {}
         while slice_changes.try_next().is_some() {}
         let (rules, records) = compute(&node, &services.list(), &slices.list());
@@ -34,7 +36,7 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
             tracing::warn!("services are not up to date, trying again: {error}");
             failed = true;
         }
-        tokio::time::sleep(PAUSE).await;
+        tokio::time::sleep(begun.elapsed().min(PAUSE)).await;
         tokio::select! {
             _ = service_changes.next() => {}
             _ = slice_changes.next() => {}

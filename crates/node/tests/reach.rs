@@ -104,6 +104,48 @@ async fn services_reach_the_network_and_the_environment() {
     assert_eq!(node.boundary.spec("c").unwrap().args, ["echo", "10.43.0.7"]);
 }
 
+/// The way from a changed EndpointSlice to the network, with one Service and with 500. Printed, not judged.
+#[tokio::test]
+async fn how_long_a_changed_endpoint_takes() {
+    let node = Node::new();
+    let slices = api::kind::Resource::new("discovery.k8s.io", "v1", "endpointslices");
+    node.client.register(slices.clone(), api::kind::Scope::Namespaced, "EndpointSlice");
+    let slice = |index: usize, address: &str| {
+        json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": format!("s{index}-1"), "namespace": "ns", "labels": {"kubernetes.io/service-name": format!("s{index}")}},
+            "ports": [{"name": "http", "port": 8080}], "endpoints": [{"addresses": [address], "conditions": {"ready": true}}]})
+    };
+    let add = async |index: usize| {
+        let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{index}"), "namespace": "ns"},
+            "spec": {"clusterIP": format!("10.43.{}.{}", index / 200, index % 200 + 1), "ports": [{"name": "http", "port": 80}]}});
+        node.client.create(&core("services"), "ns", service).await.unwrap();
+        node.client.create(&slices, "ns", slice(index, "10.42.0.1")).await.unwrap();
+    };
+    add(0).await;
+    let _agent = node.start();
+    let first = || node.networks.services.lock().unwrap().first().and_then(|rule| rule.endpoints.first().copied());
+    let mut count = 1;
+    for services in [1, 500] {
+        while count < services {
+            add(count).await;
+            count += 1;
+        }
+        node.until_true("all are there", || node.networks.services.lock().unwrap().len() == services).await;
+        let mut times = Vec::new();
+        for turn in 0..30 {
+            let address = format!("10.42.1.{turn}");
+            let begin = std::time::Instant::now();
+            node.client.update(&slices, "ns", slice(0, &address)).await.unwrap();
+            while first().is_none_or(|(now, _)| now.to_string() != address) {
+                tokio::time::sleep(Duration::from_micros(100)).await;
+            }
+            times.push(begin.elapsed());
+        }
+        times.sort();
+        println!("an endpoint of one of {services} Services is changed after {:?} (median)", times[times.len() / 2]);
+    }
+}
+
 /// The way from a pod's creation to its process, without what the boundary itself takes. Printed, not judged.
 #[tokio::test]
 async fn how_long_a_start_takes() {
