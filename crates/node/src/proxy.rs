@@ -1,5 +1,6 @@
 //! Services as the network sees them: rules for ClusterIPs and names for DNS, from Services and EndpointSlices. Pure
 //! functions and one task: a change acts at once; further ones are gathered for as long as that took, at most for [`PAUSE`].
+//! Only Services that changed are read again.
 
 use crate::ports::{Networks, Protocol, Records, ServiceRule};
 use api::informer::Informer;
@@ -8,7 +9,7 @@ use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
 use api::object::{Meta, SharedObject};
 use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,11 +25,12 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
     let (mut service_changes, mut slice_changes) = (services.subscribe(), slices.subscribe());
     services.synced().await;
     slices.synced().await;
+    let mut known = Known::default();
     loop {
         let begun = Instant::now();
         while service_changes.try_next().is_some() {}
         while slice_changes.try_next().is_some() {}
-        let (rules, records) = compute(&node, &services.list(), &slices.list());
+        let (rules, records) = known.compute(&node, &services.list(), &slices.list());
         let mut failed = false;
         for error in
             [networks.sync_services(rules).await.err(), networks.sync_dns(records).await.err()].into_iter().flatten()
@@ -75,35 +77,98 @@ pub(crate) fn by_service(slices: &[SharedObject], of: impl Fn(&(String, String))
 
 /// Pure: rules and names of these objects.
 pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObject]) -> (Vec<ServiceRule>, Records) {
-    let by_service = by_service(slices, |_| true);
-    let (mut rules, mut records) = (Vec::new(), Records::default());
-    for object in services {
-        let Ok(service) = Service::deserialize(&**object) else { continue };
-        let Some(spec) = service.spec else { continue };
-        let key = (object.namespace().to_owned(), object.name().to_owned());
-        let none = Vec::new();
-        let slices = by_service.get(&key).unwrap_or(&none);
-        let addresses = cluster_ips(&spec);
-        let external = spec.type_.as_deref() == Some("ExternalName");
-        let headless = spec.cluster_ip.as_deref() == Some("None");
-        let kind = if external {
-            let name = spec.external_name.as_deref().unwrap_or_default().trim_end_matches('.').to_ascii_lowercase();
-            (!name.is_empty()).then_some(ServiceKind::External(name))
-        } else if headless {
-            Some(ServiceKind::Headless(headless_endpoints(&spec, slices)))
-        } else {
-            for address in &addresses {
-                rules.extend(rules_of(node, &key, &spec, *address, slices));
+    Known::default().compute(node, services, slices)
+}
+
+/// What Services came to, by namespace and name, with the objects that said so: one that changes is another object.
+#[derive(Default)]
+struct Known(HashMap<(String, String), One>);
+
+struct One {
+    service: SharedObject,
+    slices: Vec<SharedObject>,
+    rules: Vec<ServiceRule>,
+    record: Option<ServiceRecord>,
+}
+
+impl Known {
+    fn compute(
+        &mut self,
+        node: &str,
+        services: &[SharedObject],
+        slices: &[SharedObject],
+    ) -> (Vec<ServiceRule>, Records) {
+        let mut own: BTreeMap<(&str, &str), Vec<&SharedObject>> = BTreeMap::new();
+        for slice in slices {
+            if let Some(service) = slice.label("kubernetes.io/service-name") {
+                own.entry((slice.namespace(), service)).or_default().push(slice);
             }
-            (!addresses.is_empty()).then_some(ServiceKind::ClusterIp(addresses))
-        };
-        if let Some(kind) = kind {
-            let ports = dns_ports(&spec, slices, headless);
-            records.services.push(ServiceRecord { namespace: key.0, name: key.1, kind, ports });
         }
+        let mut before = std::mem::take(&mut self.0);
+        let (mut rules, mut records) = (Vec::new(), Records::default());
+        for service in services {
+            let key = (service.namespace().to_owned(), service.name().to_owned());
+            let slices = own.remove(&(service.namespace(), service.name())).unwrap_or_default();
+            let one = match before.remove(&key).filter(|one| one.is_of(service, &slices)) {
+                Some(one) => one,
+                None => One::read(node, service, &slices),
+            };
+            rules.extend(one.rules.iter().cloned());
+            records.services.extend(one.record.clone());
+            self.0.insert(key, one);
+        }
+        rules.sort_by_key(|r| (r.cluster_ip, r.protocol, r.port));
+        (rules, records)
     }
-    rules.sort_by_key(|r| (r.cluster_ip, r.protocol, r.port));
-    (rules, records)
+}
+
+impl One {
+    fn is_of(&self, service: &SharedObject, slices: &[&SharedObject]) -> bool {
+        Arc::ptr_eq(&self.service, service)
+            && self.slices.len() == slices.len()
+            && self.slices.iter().zip(slices).all(|(one, other)| Arc::ptr_eq(one, other))
+    }
+
+    fn read(node: &str, service: &SharedObject, slices: &[&SharedObject]) -> One {
+        let slices: Vec<SharedObject> = slices.iter().map(|slice| (*slice).clone()).collect();
+        let key = (service.namespace().to_owned(), service.name().to_owned());
+        let (rules, record) = match Service::deserialize(&**service).ok().and_then(|service| service.spec) {
+            Some(spec) => {
+                let parts = by_service(&slices, |_| true).remove(&key).unwrap_or_default();
+                rules_and_record(node, key, &spec, &parts)
+            }
+            None => (Vec::new(), None),
+        };
+        One { service: service.clone(), slices, rules, record }
+    }
+}
+
+fn rules_and_record(
+    node: &str,
+    key: (String, String),
+    spec: &ServiceSpec,
+    slices: &[EndpointSlice],
+) -> (Vec<ServiceRule>, Option<ServiceRecord>) {
+    let mut rules = Vec::new();
+    let addresses = cluster_ips(spec);
+    let external = spec.type_.as_deref() == Some("ExternalName");
+    let headless = spec.cluster_ip.as_deref() == Some("None");
+    let kind = if external {
+        let name = spec.external_name.as_deref().unwrap_or_default().trim_end_matches('.').to_ascii_lowercase();
+        (!name.is_empty()).then_some(ServiceKind::External(name))
+    } else if headless {
+        Some(ServiceKind::Headless(headless_endpoints(spec, slices)))
+    } else {
+        for address in &addresses {
+            rules.extend(rules_of(node, &key, spec, *address, slices));
+        }
+        (!addresses.is_empty()).then_some(ServiceKind::ClusterIp(addresses))
+    };
+    let record = kind.map(|kind| {
+        let ports = dns_ports(spec, slices, headless);
+        ServiceRecord { namespace: key.0, name: key.1, kind, ports }
+    });
+    (rules, record)
 }
 
 /// One for each of the Service's families.
@@ -261,6 +326,23 @@ mod tests {
         assert_eq!(rules[0].affinity_seconds, Some(10_800));
         assert_eq!(records.services[0].kind, ServiceKind::ClusterIp(vec![ip("10.43.0.5")]));
         assert_eq!(records.services[0].ports[0].port, 80);
+    }
+
+    #[test]
+    fn what_changes_is_read_again() {
+        let services = [service("web", json!({"clusterIP": "10.43.0.5", "ports": [{"port": 80}]}))];
+        let mut known = Known::default();
+        let mut endpoints = |addresses: &[&str]| {
+            let all = addresses.iter().map(|address| endpoint(address, true)).collect();
+            let slices = [slice("web", json!([{"name": "", "port": 80}]), Value::Array(all))];
+            let (rules, records) = known.compute("n", &services, &slices);
+            let again = known.compute("n", &services, &slices);
+            assert_eq!((&again.0, again.1.services.len()), (&rules, records.services.len()));
+            rules[0].endpoints.len()
+        };
+        assert_eq!((endpoints(&["10.42.0.3"]), endpoints(&["10.42.0.3", "10.42.0.4"]), endpoints(&[])), (1, 2, 0));
+        assert!(known.compute("n", &services, &[]).0[0].endpoints.is_empty());
+        assert!(known.compute("n", &[], &[]).0.is_empty() && known.0.is_empty());
     }
 
     #[test]
