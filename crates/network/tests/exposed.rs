@@ -330,6 +330,47 @@ fn whom_a_port_takes_and_what_it_cannot_be() {
 }
 
 #[test]
+fn a_port_that_is_full_takes_nothing_from_others() {
+    let Some(lab) = lab() else { return };
+    let (outside, pod) = (Outside::new(), lab.pod("a"));
+    greet(&pod, 8080, "a");
+    // Greets, and keeps every connection.
+    let keeper = in_netns(&netns(&pod), || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9)).unwrap()).unwrap();
+    std::thread::spawn(move || {
+        let mut kept = Vec::new();
+        for stream in keeper.incoming() {
+            let mut stream = stream.unwrap();
+            stream.write_all(b"k").unwrap();
+            kept.push(stream);
+        }
+    });
+    let mut exposer = outside.exposer(&lab);
+    let to = |port| [(IpAddr::from(pod.address), port)];
+    open(&lab, &mut exposer, vec![exposure(HOST, 30009, &to(9)), exposure(HOST, PORT, &to(8080))]);
+    let connect = || {
+        let mut stream = in_netns(&outside.world, || TcpStream::connect((HOST, 30009)).unwrap()).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream.read_exact(&mut [0]).map(|()| stream)
+    };
+    let mut held = Vec::new();
+    let why = loop {
+        match connect() {
+            Ok(stream) => held.push(stream),
+            Err(error) => break error,
+        }
+        assert!(held.len() <= 2048, "there is no bound");
+    };
+    assert_eq!(why.kind(), ErrorKind::ConnectionReset);
+    assert!(held.len() >= 4);
+    assert!(ask(&outside.world, HOST).is_ok());
+    // Broken off, not only done with speaking: the server's side may still have something to say.
+    let gone = held.pop().unwrap();
+    rustix::net::sockopt::set_socket_linger(&gone, Some(Duration::ZERO)).unwrap();
+    drop(gone);
+    eventually("there is room again", || connect().is_ok());
+}
+
+#[test]
 fn ipv6_ports_and_health() {
     let Some(lab) = lab() else { return };
     let (outside, pod) = (Outside::new(), lab.pod("a"));

@@ -22,9 +22,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Connections and sessions together, and each port's share.
+/// Connections and sessions together; one port gets a quarter.
 const MOST: usize = 8192;
-const SHARE: usize = MOST / 4;
 /// Descriptors left to the rest of the process.
 const RESERVED: u64 = 512;
 /// Connections accepted, or datagrams taken, before others get their turn.
@@ -103,6 +102,7 @@ pub fn spawn(mailbox: Arc<Mailbox>, config: RouterConfig) -> Result<JoinHandle<(
         .map_err(Error::errno("wait for an event descriptor"))?;
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     let affordable = usize::try_from(descriptors.saturating_sub(RESERVED) / 4).unwrap_or(MOST);
+    let most = affordable.clamp(16, MOST);
     let mut reactor = Reactor {
         epoll,
         slots: Slots::new(),
@@ -110,7 +110,8 @@ pub fn spawn(mailbox: Arc<Mailbox>, config: RouterConfig) -> Result<JoinHandle<(
         pool: Pool::default(),
         unfinished: VecDeque::new(),
         paused: Vec::new(),
-        most: affordable.clamp(16, MOST),
+        most,
+        share: most / 4,
         live: 0,
         now: Instant::now(),
         buffer: vec![0; 64 << 10],
@@ -134,6 +135,8 @@ struct Reactor {
     /// Ports that do not accept for a moment, for lack of descriptors.
     paused: Vec<Token>,
     most: usize,
+    /// Of one port.
+    share: usize,
     /// Connections, sessions and callers.
     live: usize,
     now: Instant,
@@ -307,7 +310,7 @@ impl Reactor {
         reset(&client);
         let local = rustix::net::getsockname(&client).ok().and_then(|own| SocketAddr::try_from(own).ok());
         let origin = Origin::of(&self.config, peer, local.map(|own| own.ip()));
-        let room = self.live < self.most && port.live < SHARE.min(self.most);
+        let room = self.live < self.most && port.live < self.share;
         if origin == Origin::Nobody || !room || !port.exposure.admits(peer) {
             return;
         }
@@ -411,7 +414,7 @@ impl Reactor {
         // A port of one address does not tell it with every datagram.
         let local = parties.1.unwrap_or_else(|| port.exposure.listen.ip());
         let origin = Origin::of(&self.config, peer, Some(local));
-        let room = self.live < self.most && port.sessions.len() < SHARE.min(self.most);
+        let room = self.live < self.most && port.sessions.len() < self.share;
         if origin == Origin::Nobody || !room || !port.exposure.admits(peer) {
             return None;
         }
