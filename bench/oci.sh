@@ -54,10 +54,11 @@ for name, peer in results.items():
 P
 
 # Load changes times; what is asked of the kernel repeats, and so do instructions where the machine counts them.
-perf stat -e instructions:u true 2>&1 | grep -q "not supported\|not found" && echo "  instructions: SKIPPED: no counters here"
 for call in "$work/whole/atoll-oci run bench-whole" "$work/atoll-oci run bench-small" "crun --cgroup-manager=disabled run bench-crun" "runc run bench-runc"; do
     command -v strace > /dev/null && command -v "${call%% *}" > /dev/null || continue
     strace -f -c -o counted $call > /dev/null 2>&1 || continue
-    echo "  $(tail -n 1 counted | awk '{print $4}') system calls: ${call##*/}"
-    perf stat -x, -e instructions:u $call 2>&1 > /dev/null | awk -F, '/^[0-9]/ {print "  " $1 " instructions of its own"}'
+    echo "  ${call##*/}: $(tail -n 1 counted | awk '{print $4}') system calls"
+    command -v perf > /dev/null || continue
+    perf stat -r 30 -x, -e task-clock,page-faults,instructions:u $call 2>&1 > /dev/null |
+        awk -F, '/^[0-9]/ {print "    " $1 " " ($2 == "msec" ? "ms of processor time" : $3)} /not supported/ {print "    instructions: SKIPPED: no counters here"}'
 done
