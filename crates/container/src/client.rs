@@ -107,8 +107,8 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        // Nothing where it has ended and been waited for.
-        let _ = self.child.kill();
+        // The end of its input is its own.
+        self.hang_up();
         let _ = self.child.wait();
     }
 }

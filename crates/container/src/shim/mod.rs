@@ -20,6 +20,7 @@ pub(crate) mod title;
 pub use log::MAX_LINE;
 pub use state::directory as container_directory;
 
+use crate::cgroup::Hierarchies;
 use crate::error::{During, Error, Result};
 use crate::sys::{self, Cloned, MountAttr, SingleThreaded, mount_setattr};
 use protocol::Sandbox;
@@ -49,12 +50,6 @@ fn run(args: &[String]) -> Result<()> {
     // What the daemon, or whoever started it, left open.
     sys::close_all_but(&[]).during(|| "closing descriptors".into())?;
     let alone = SingleThreaded::prove().during(|| "starting the shim".into())?;
-    let mut text = Vec::new();
-    io::stdin().take(crate::wire::MAX_FRAME as u64).read_to_end(&mut text).during(|| "reading the sandbox".into())?;
-    let sandbox: Sandbox =
-        serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))?;
-    drop(text);
-    title::set(&sandbox.title);
     let (mut ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
     match alone.clone(0, None).during(|| "detaching the shim".into())? {
         Cloned::Parent { .. } => {
@@ -69,8 +64,7 @@ fn run(args: &[String]) -> Result<()> {
         }
         Cloned::Child => {
             drop(ours);
-            let outcome = detach(&sandbox).and_then(|()| server::Server::new(alone, sandbox));
-            match outcome {
+            match become_shim(alone) {
                 Ok(mut server) => {
                     let _ = (&theirs).write_all(b"ready");
                     drop(theirs);
@@ -84,6 +78,18 @@ fn run(args: &[String]) -> Result<()> {
             }
         }
     }
+}
+
+/// All that does not depend on the sandbox comes before it is known.
+fn become_shim(alone: SingleThreaded) -> Result<server::Server> {
+    let hierarchies = Hierarchies::discover()?;
+    let mut text = Vec::new();
+    io::stdin().take(crate::wire::MAX_FRAME as u64).read_to_end(&mut text).during(|| "reading the sandbox".into())?;
+    let sandbox: Sandbox =
+        serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))?;
+    title::set(&sandbox.title);
+    detach(&sandbox)?;
+    server::Server::new(alone, sandbox, hierarchies)
 }
 
 /// Away from the daemon: a session, a working directory and standard streams of its own.

@@ -116,9 +116,9 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(alone: SingleThreaded, sandbox: Sandbox) -> Result<Self> {
+    pub fn new(alone: SingleThreaded, sandbox: Sandbox, hierarchies: Hierarchies) -> Result<Self> {
         let lock = lock(&sandbox)?;
-        let cgroup = Cgroup::new(Hierarchies::discover()?, &sandbox.cgroup)?;
+        let cgroup = Cgroup::new(hierarchies, &sandbox.cgroup)?;
         // What a shim that was killed has left behind.
         if cgroup.exists() && !(cgroup.kill(KILL_LIMIT) && cgroup.remove(KILL_LIMIT).is_ok()) {
             return Err(Error::Refused(format!("processes of an earlier sandbox in {:?} do not end", sandbox.cgroup)));
