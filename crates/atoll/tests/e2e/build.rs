@@ -62,7 +62,7 @@ impl Bench<'_> {
 }
 
 /// Of this instance: other ones on this machine may be building.
-fn run_dir(c: &Cluster) -> PathBuf {
+pub fn run_dir(c: &Cluster) -> PathBuf {
     use sha2::Digest;
     let real = c.data().canonicalize().unwrap();
     let hash = sha2::Sha256::digest(real.as_os_str().as_encoded_bytes());

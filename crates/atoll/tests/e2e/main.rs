@@ -8,12 +8,14 @@ mod cluster;
 mod crash;
 mod dual;
 mod egress;
+mod engines;
 mod exposed;
 mod functions;
 mod gateway;
 mod images;
 mod kubectl;
 mod lambda;
+mod leaks;
 mod life;
 mod limits;
 mod network;
@@ -54,6 +56,8 @@ const ALL: &[&[Test]] = &[
     vm::TESTS,
     snapshots::TESTS,
     oci::TESTS,
+    engines::TESTS,
+    leaks::TESTS,
     crash::TESTS,
     egress::TESTS,
     exposed::TESTS,
