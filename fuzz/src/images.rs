@@ -32,6 +32,10 @@ pub fn containerfile(data: &[u8]) {
     fuzz::containerfile(&String::from_utf8_lossy(data));
 }
 
+pub fn zip(data: &[u8]) {
+    fuzz::zip(data);
+}
+
 pub fn oci_config(data: &[u8]) {
     if let Ok(spec) = serde_json::from_slice::<container::spec::Spec>(data) {
         let _ = serde_json::to_vec(&spec);

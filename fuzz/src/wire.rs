@@ -73,3 +73,7 @@ pub fn vm_snapshot(data: &[u8]) {
     vmm::kvm::snapshot::fuzz(data);
     vmm::saved::fuzz(data);
 }
+
+pub fn invoke_request(data: &[u8]) {
+    invoke::fuzz::request(data);
+}

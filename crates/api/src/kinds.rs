@@ -249,6 +249,24 @@ fn functions() -> Vec<Entry> {
             "dev.knative.serving.v1.Route",
             route
         ),
+        entry!(
+            ("functions.atoll.dev", "v1alpha1", "messages", "Message"),
+            &[],
+            &[],
+            Namespaced,
+            Status,
+            "dev.atoll.functions.v1alpha1.Message",
+            message
+        ),
+        entry!(
+            ("functions.atoll.dev", "v1alpha1", "schedules", "Schedule"),
+            &[],
+            &[],
+            Namespaced,
+            Full,
+            "dev.atoll.functions.v1alpha1.Schedule",
+            schedule
+        ),
     ]
 }
 

@@ -8,6 +8,7 @@ pub mod balancing;
 pub mod bandwidth;
 pub mod client;
 pub mod crd;
+pub mod cron;
 pub mod demand;
 pub mod informer;
 pub mod intstr;

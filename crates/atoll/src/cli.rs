@@ -103,6 +103,9 @@ pub struct Up {
     /// The gateway's counters for Prometheus, at /metrics
     #[arg(long, value_name = "ADDR:PORT")]
     pub gateway_metrics_addr: Option<SocketAddr>,
+    /// Lambda's Invoke API, for AWS' clients and their signatures; not served without it
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub invoke_addr: Option<SocketAddr>,
     /// The image registry
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     pub registry_addr: SocketAddr,

@@ -4,9 +4,9 @@
 pub(crate) mod api;
 mod deploy;
 mod lambda;
+mod packager;
 mod project;
 mod watch;
-mod zip;
 
 use crate::cli::{DataDir, Failure, Outcome, explain};
 use crate::instance::Instance;
@@ -17,6 +17,7 @@ use clap::{Args, Subcommand};
 use http_body_util::Full;
 use hyper::Request;
 use hyper::body::Bytes;
+pub use packager::Packager;
 use serde_json::Value;
 use std::io::{Read, Write};
 use std::path::PathBuf;

@@ -26,6 +26,7 @@ struct Listeners {
     registry: TcpListener,
     /// Where others are opened for Services, as they come.
     exposing: node::Exposing,
+    invoke: Option<TcpListener>,
 }
 
 pub fn run(options: &Up) -> Outcome {
@@ -48,6 +49,7 @@ pub fn run(options: &Up) -> Outcome {
             .transpose()?,
         registry: listen("--registry-addr", options.registry_addr)?,
         exposing: options.exposed.exposing(options.gateway_addr)?,
+        invoke: options.invoke_addr.map(|address| listen("--invoke-addr", address)).transpose()?,
     };
     let mut network = networks::choose(&instance, &options.networks)?;
     network.limits.connections = options.workload_connections;
@@ -198,9 +200,23 @@ async fn serve(
     let boundaries = boundaries(instance, config.host_netns.clone())?;
     let agent = node::Agent::new(config, client.clone(), images.clone(), router.clone(), boundaries).with_dns(dns);
     server.set_streams(agent.streams());
+    // In the router's namespace, where no workload reaches it.
+    let inner = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(explain)?;
+    let packager = crate::function::Packager { images: images.clone(), registry: options.registry_addr.to_string() };
+    let keys = function::lambda::Keys::open(&instance.data_dir).map_err(explain)?;
+    let invoke = invoke::Config {
+        listener: listeners.invoke,
+        client: client.clone(),
+        streams: agent.streams(),
+        gateway: inner.local_addr().map_err(explain)?,
+        invoke_key: Arc::new(move |namespace, function| keys.of(namespace, function)),
+        packager: Arc::new(packager),
+        cluster_domain: CLUSTER_DOMAIN.into(),
+    };
     let demand: Arc<api::demand::Demand> = Arc::default();
     let gateway = gateway::Config {
         demand: demand.clone(),
+        inner_listener: Some(inner),
         tls_listener: Some(listeners.gateway_tls),
         proxy_protocol: options.gateway_proxy_protocol,
         metrics_listener: listeners.gateway_metrics,
@@ -223,6 +239,8 @@ async fn serve(
     tasks.spawn(async move { registry::serve(registry, until).await.map_err(explain) });
     let until = stopped();
     tasks.spawn(async move { gateway.run(until).await.map_err(explain) });
+    let until = stopping.clone();
+    tasks.spawn(async move { invoke::run(invoke, until).await.map_err(explain) });
     tasks.spawn(done(controllers::run(client, controllers, stopping.clone())));
     tasks.spawn(done(async move { agent.run(stopping).await }));
 

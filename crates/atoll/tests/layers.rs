@@ -8,7 +8,7 @@ const FLOORS: [(&str, &[&str]); 6] = [
     ("ground", &["api", "store"]),
     ("mechanism", &["container", "vmm", "function", "image", "network"]),
     ("node", &["node"]),
-    ("control", &["server", "controllers", "gateway", "registry"]),
+    ("control", &["server", "controllers", "gateway", "invoke", "registry"]),
     ("app", &["atoll"]),
 ];
 

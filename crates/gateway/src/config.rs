@@ -13,6 +13,8 @@ use std::time::Duration;
 pub struct Config {
     /// Bound by the caller (in the host's network namespace); one address serves all Gateways' HTTP listeners.
     pub listener: TcpListener,
+    /// Another one for HTTP, whose clients say nothing by PROXY protocol: the node's own.
+    pub inner_listener: Option<TcpListener>,
     /// The same for HTTPS and TLS listeners.
     pub tls_listener: Option<TcpListener>,
     /// Every client connection begins with a PROXY protocol header: a load balancer is in front.
@@ -62,6 +64,7 @@ impl Config {
     pub fn new(listener: TcpListener) -> Config {
         Config {
             listener,
+            inner_listener: None,
             tls_listener: None,
             proxy_protocol: false,
             metrics_listener: None,

@@ -83,9 +83,13 @@ impl Gateway {
             listener.set_nonblocking(true).map_err(GatewayError::Listener)?;
             tokio::net::TcpListener::from_std(listener).map_err(GatewayError::Listener)
         };
-        let mut doors = vec![Door { listener: open(config.listener)?, secure: false }];
+        let announced = config.proxy_protocol;
+        let mut doors = vec![Door { listener: open(config.listener)?, secure: false, announced }];
         if let Some(listener) = config.tls_listener {
-            doors.push(Door { listener: open(listener)?, secure: true });
+            doors.push(Door { listener: open(listener)?, secure: true, announced });
+        }
+        if let Some(listener) = config.inner_listener {
+            doors.push(Door { listener: open(listener)?, secure: false, announced: false });
         }
         let metrics_door = config.metrics_listener.map(open).transpose()?;
         let access = config.access_log.map(|sink| AccessLog::new(sink.format, sink.out, counters.clone()));

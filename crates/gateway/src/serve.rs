@@ -37,7 +37,6 @@ pub struct Limits {
     builder: Builder<TokioExecutor>,
     max_connections: usize,
     drain: Duration,
-    proxy_protocol: bool,
     handshake_timeout: Duration,
     body_timeout: Duration,
     pub head_timeout: Duration,
@@ -69,7 +68,6 @@ impl Limits {
             builder,
             max_connections: config.max_connections,
             drain: config.drain,
-            proxy_protocol: config.proxy_protocol,
             handshake_timeout: config.handshake_timeout,
             body_timeout: config.body_timeout,
             head_timeout: config.head_timeout,
@@ -82,8 +80,9 @@ impl Limits {
 /// A socket that clients come to.
 pub struct Door {
     pub listener: TcpListener,
-    /// For TLS.
     pub secure: bool,
+    /// Connections begin with a PROXY protocol header.
+    pub announced: bool,
 }
 
 /// Accepts until `shutdown`, then lets requests in flight end.
@@ -121,7 +120,7 @@ async fn accept(
             Ok((stream, client)) => {
                 let arrival = Arrival { shared: shared.clone(), limits: limits.clone(), ended: ended.clone() };
                 tokio::spawn(async move {
-                    arrival.admit(stream, client, door.secure).await;
+                    arrival.admit(stream, client, door.secure, door.announced).await;
                     drop(place);
                 });
             }
@@ -141,7 +140,7 @@ struct Arrival {
 }
 
 impl Arrival {
-    async fn admit(self, stream: TcpStream, client: SocketAddr, secure: bool) {
+    async fn admit(self, stream: TcpStream, client: SocketAddr, secure: bool, announced: bool) {
         let counters = self.shared.counters.clone();
         Counters::add(&counters.connections_total);
         let _open = Level::up(&counters.connections_open);
@@ -149,13 +148,13 @@ impl Arrival {
         let _ = stream.set_nodelay(true);
         let local = stream.local_addr().unwrap_or(client);
         let wire = Wire::new(stream, BytesMut::new(), self.limits.body_timeout);
-        if !secure && !self.limits.proxy_protocol {
+        if !secure && !announced {
             let peer = Peer::new(client, local, false);
             return self.serve(wire, peer).await;
         }
         let mut ended = self.ended.clone();
         let known = tokio::select! {
-            known = tokio::time::timeout(self.limits.handshake_timeout, self.know(wire, client, secure)) => known,
+            known = tokio::time::timeout(self.limits.handshake_timeout, self.know(wire, client, secure, announced)) => known,
             () = until(&mut ended) => return,
         };
         match known {
@@ -177,10 +176,16 @@ impl Arrival {
     }
 
     /// Finds out who is there: PROXY protocol, then TLS.
-    async fn know(&self, wire: Wire<TcpStream>, mut client: SocketAddr, secure: bool) -> io::Result<Known> {
+    async fn know(
+        &self,
+        wire: Wire<TcpStream>,
+        mut client: SocketAddr,
+        secure: bool,
+        announced: bool,
+    ) -> io::Result<Known> {
         let (mut stream, mut read) = wire.into_parts();
         let local = stream.local_addr()?;
-        if self.limits.proxy_protocol {
+        if announced {
             client = proxy_header(&mut stream, &mut read).await?.unwrap_or(client);
         }
         let patience = self.limits.body_timeout;

@@ -78,3 +78,13 @@ pub fn heads(bytes: &[u8], scratch: &Path) {
 pub fn containerfile(text: &str) {
     build::containerfile(text);
 }
+
+/// Archives as Lambda's packages are.
+pub fn zip(bytes: &[u8]) {
+    let Ok(zip) = crate::zip::Zip::read(bytes) else { return };
+    for entry in &zip.entries {
+        assert!(!entry.name.split('/').any(|part| matches!(part, "" | "." | "..")), "it stays where it is unpacked");
+        let mut content = Vec::new();
+        let _ = zip.copy(entry, &mut content);
+    }
+}

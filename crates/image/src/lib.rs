@@ -50,6 +50,7 @@ mod store;
 mod tar;
 mod unpack;
 mod upload;
+pub mod zip;
 
 pub use blob::{Blob, BlobWriter};
 pub use build::{BuildOptions, Built, Executor, MountSource, RunEnd, RunMount, RunSpec, Secret};

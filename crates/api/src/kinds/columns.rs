@@ -150,6 +150,28 @@ pub fn backend_policy() -> Vec<Column> {
     traffic_policy()
 }
 
+pub fn message() -> Vec<Column> {
+    paths(&[
+        ("Function", "string", 0, ".spec.function"),
+        ("State", "string", 0, ".status.state"),
+        ("Attempts", "integer", 0, ".status.attempts"),
+        ("Error", "string", 1, ".status.lastError"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
+pub fn schedule() -> Vec<Column> {
+    paths(&[
+        ("Schedule", "string", 0, ".spec.schedule"),
+        ("Function", "string", 0, ".spec.function"),
+        ("Suspend", "boolean", 0, ".spec.suspend"),
+        ("Last", "date", 0, ".status.lastScheduleTime"),
+        ("Next", "string", 0, ".status.nextScheduleTime"),
+        ("Ready", "string", 0, ".status.conditions[?(@.type=='Ready')].status"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
 pub fn ingress() -> Vec<Column> {
     paths(&[
         ("Class", "string", 0, ".spec.ingressClassName"),

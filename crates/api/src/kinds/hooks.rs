@@ -7,6 +7,7 @@ mod admin;
 mod bandwidth;
 mod config;
 mod custom;
+mod event;
 mod field;
 mod gateway;
 mod ingress;
@@ -135,6 +136,14 @@ pub fn traffic_policy() -> Hooks {
 
 pub fn backend_policy() -> Hooks {
     Hooks { validate: Some(policy::validate_backend), ..Default::default() }
+}
+
+pub fn message() -> Hooks {
+    Hooks { validate: Some(event::validate_message), ..Default::default() }
+}
+
+pub fn schedule() -> Hooks {
+    Hooks { validate: Some(event::validate_schedule), ..Default::default() }
 }
 
 pub fn ingress() -> Hooks {

@@ -25,6 +25,7 @@ pub const SOURCES: &[&str] = &[
     include_str!("gateway.types"),
     include_str!("policy.types"),
     include_str!("network.types"),
+    include_str!("functions.types"),
 ];
 
 /// Adds the types that `source` describes.

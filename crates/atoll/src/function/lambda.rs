@@ -1,9 +1,9 @@
 //! Lambda's packages: a zip becomes a layer at /var/task, over a base that its user names or over nothing at all.
 
-use super::zip::Zip;
 use crate::cli::{Failure, explain};
+use image::zip::Zip;
 use image::{BuildOptions, Digest, Executor, RunEnd, RunSpec, Store};
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -122,8 +122,8 @@ fn unpack(zip: &Zip, work: &Path) -> Result<(), Failure> {
         if entry.is_dir {
             continue;
         }
-        let content = zip.content(entry).map_err(Failure)?;
-        fs::write(&path, content).map_err(at(&path))?;
+        let mut file = File::create_new(&path).map_err(at(&path))?;
+        zip.copy(entry, &mut file).map_err(Failure)?;
         let mode = if entry.executable || entry.name == BOOTSTRAP { 0o755 } else { 0o644 };
         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(at(&path))?;
     }
@@ -152,6 +152,11 @@ impl Executor for Nothing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use base64::Engine as _;
+
+    /// Archives by Python's zipfile: an empty app.py, and a bootstrap in shell.
+    const APP: &str = "UEsDBBQAAAAAAAAAIVwAAAAAAAAAAAAAAAAGAAAAYXBwLnB5UEsBAhQDFAAAAAAAAAAhXAAAAAAAAAAAAAAAAAYAAAAAAAAAAAAAAKSBAAAAAGFwcC5weVBLBQYAAAAAAQABADQAAAAkAAAAAAA=";
+    const BOOT: &str = "UEsDBBQAAAAAAAAAIVyqeNEvCQAAAAkAAAAJAAAAYm9vdHN0cmFwIyEvYmluL3NoUEsBAhQDFAAAAAAAAAAhXKp40S8JAAAACQAAAAkAAAAAAAAAAAAAAO2BAAAAAGJvb3RzdHJhcFBLBQYAAAAAAQABADcAAAAwAAAAAAA=";
 
     #[test]
     fn packages_say_what_is_wrong_with_them() {
@@ -161,13 +166,14 @@ mod tests {
             let package = Package { zip, repository: "127.0.0.1:5000/f/n/a".into(), base, handler };
             package.into_image(&store)
         };
-        let empty = super::super::zip::tests::archive(&[("app.py", 0o100_644, b"")]);
+        let decoded = |text: &str| base64::engine::general_purpose::STANDARD.decode(text).unwrap();
+        let empty = decoded(APP);
         let complaint = |base, handler| of(&empty, base, handler).unwrap_err().0;
         assert!(complaint(None, None).contains("--base IMAGE"));
         assert!(complaint(Some("a\nRUN evil"), None).contains("not an image's name"));
         assert!(complaint(Some("a:1"), Some("a b")).contains("without spaces"));
         assert!(of(b"x", None, None).unwrap_err().0.contains("not a zip"));
-        let good = super::super::zip::tests::archive(&[(BOOTSTRAP, 0o100_755, b"#!/bin/sh")]);
+        let good = decoded(BOOT);
         let name = of(&good, None, None).unwrap();
         assert!(name.starts_with("127.0.0.1:5000/f/n/a:") && name == of(&good, None, None).unwrap());
     }

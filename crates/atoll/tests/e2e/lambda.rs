@@ -13,7 +13,7 @@ pub const TESTS: &[Test] = &[
     ("function_lambda_python_client", python),
 ];
 
-const BUSYBOX: &str = "127.0.0.1:5000/test/busybox:1";
+pub const BUSYBOX: &str = "127.0.0.1:5000/test/busybox:1";
 
 /// A runtime in shell: what to do stands in the event.
 const BOOTSTRAP: &str = r#"#!/bin/sh
@@ -38,14 +38,14 @@ while :; do
 done
 "#;
 
-fn function(c: &Cluster, ns: &str, args: &[&str]) -> Said {
+pub fn function(c: &Cluster, ns: &str, args: &[&str]) -> Said {
     let data = c.data().to_string_lossy().into_owned();
     let (command, rest) = args.split_first().unwrap();
     c.atoll(&[&["function", command, "--data-dir", &data, "-n", ns], rest].concat())
 }
 
 /// A zip of files, by Python's own writer of zips.
-fn zip(c: &Cluster, name: &str, files: &[(&str, &str, u32)]) -> PathBuf {
+pub fn zip(c: &Cluster, name: &str, files: &[(&str, &str, u32)]) -> PathBuf {
     let dir = c.scratch(&format!("{name}-files"));
     fs::create_dir_all(&dir).unwrap();
     for (file, content, mode) in files {

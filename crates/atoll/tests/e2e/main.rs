@@ -13,6 +13,7 @@ mod exposed;
 mod functions;
 mod gateway;
 mod images;
+mod invoke;
 mod kubectl;
 mod lambda;
 mod leaks;
@@ -42,6 +43,7 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 const ALL: &[&[Test]] = &[
     functions::TESTS,
     lambda::TESTS,
+    invoke::TESTS,
     gateway::TESTS,
     images::TESTS,
     build::TESTS,

@@ -418,13 +418,17 @@ impl Routes {
     fn is_superseded(&self, revision: &Object) -> bool {
         let owner = controller_name(revision, &KN_CONFIGURATIONS, "Configuration");
         let configuration = owner.and_then(|name| self.configurations.get(revision.namespace(), name));
-        configuration.is_some_and(|found| {
-            let newest = found.str_at("/status/latestCreatedRevisionName");
-            !newest.is_empty()
-                && newest != revision.name()
-                && self.revisions.get(revision.namespace(), newest).is_some()
-        })
+        let newest = configuration.and_then(|found| newer(&found, revision).map(str::to_owned));
+        newest.is_some_and(|newest| self.revisions.get(revision.namespace(), &newest).is_some())
     }
+}
+
+/// The newest revision, if a Configuration says that it is another one. What it said before it made this one says nothing.
+pub(super) fn newer<'a>(configuration: &'a Object, revision: &Object) -> Option<&'a str> {
+    let knows =
+        int(configuration, "/status/observedGeneration").unwrap_or(0) >= super::configuration::generation(revision);
+    let newest = configuration.str_at("/status/latestCreatedRevisionName");
+    (knows && !newest.is_empty() && newest != revision.name()).then_some(newest)
 }
 
 /// A short mark of another object's name.

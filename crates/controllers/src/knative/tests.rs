@@ -137,6 +137,18 @@ async fn each_template_is_a_revision() {
     assert_eq!(world.list(&KN_REVISIONS).await.len(), 2);
 }
 
+#[test]
+fn only_a_configuration_that_knows_a_revision_says_it_is_superseded() {
+    let revision = |generation: &str| json!({"metadata": {"name": "fn-00002", "labels": {"serving.knative.dev/configurationGeneration": generation}}});
+    let says = |observed: i64, newest: &str| json!({"status": {"observedGeneration": observed, "latestCreatedRevisionName": newest}});
+    let newer = |configuration: Value| super::route::newer(&configuration, &revision("2")).map(str::to_owned);
+    assert_eq!(newer(says(1, "fn-00001")), None, "it was just made");
+    assert_eq!(newer(says(2, "fn-00002")), None);
+    assert_eq!(newer(says(3, "fn-00003")), Some("fn-00003".to_owned()));
+    // Back to an earlier one, by its name.
+    assert_eq!(newer(says(3, "fn-00001")), Some("fn-00001".to_owned()));
+}
+
 #[tokio::test]
 async fn a_bad_revision_gets_no_requests() {
     let world = world().await;

@@ -4,7 +4,7 @@
 use super::broker::{Answer, Broker, Chunks, Event, Failure, Refusal, request_id};
 use super::event::{self, About};
 use super::http_server::{Body, full, json_answer};
-use super::{INVOKE_KEY, PAYLOAD};
+use super::{INVOKE_KEY, PAYLOAD, POD};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -86,6 +86,9 @@ async fn raw(broker: &Broker, id: String, trace: String, headers: &HeaderMap, bo
     };
     if let Ok(id) = HeaderValue::from_str(&id) {
         answer.headers_mut().insert("x-amzn-requestid", id);
+    }
+    if let Ok(pod) = HeaderValue::from_str(&broker.spec.pod) {
+        answer.headers_mut().insert(POD, pod);
     }
     answer
 }

@@ -35,6 +35,8 @@ pub(crate) const ROLE: &str = "lambda-runtime";
 pub(super) const PAYLOAD: usize = 6 << 20;
 /// The header whose value shows that a request is an event already.
 pub const INVOKE_KEY: &str = "atoll-invoke-key";
+/// The header of an answer to such a request that names the pod.
+pub const POD: &str = "atoll-pod";
 /// In names that have to have an account's number.
 pub const ACCOUNT: &str = "000000000000";
 const LIMITS: jail::Limits = jail::Limits { processes: 64, descriptors: 1024, address_space: Some(2 << 30), cpu: None };
@@ -49,6 +51,8 @@ const PAUSE: Duration = Duration::from_millis(50);
 #[serde(rename_all = "camelCase", default)]
 pub struct LambdaSpec {
     pub name: String,
+    /// The pod's name, told to who knows the key.
+    pub pod: String,
     pub arn: String,
     /// Of one invocation, milliseconds.
     pub timeout_ms: u64,

@@ -188,6 +188,7 @@ impl Lambdas {
             arn: format!("arn:aws:lambda:{REGION}:{ACCOUNT}:function:{name}"),
             timeout_ms: timeout(sandbox)? * 1000,
             invoke_key: keys.of(&sandbox.namespace, &name),
+            pod: sandbox.name.clone(),
             name,
         })
     }
