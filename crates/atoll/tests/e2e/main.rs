@@ -2,6 +2,7 @@
 //! instance serves all tests; each has a Kubernetes namespace of its own. `cargo test --test e2e -- FILTER` runs those
 //! whose name contains FILTER; `--list` lists them.
 
+mod attacks;
 mod bad_input;
 mod build;
 mod cluster;
@@ -63,6 +64,7 @@ const ALL: &[&[Test]] = &[
     crash::TESTS,
     egress::TESTS,
     exposed::TESTS,
+    attacks::TESTS,
     life::TESTS,
 ];
 
