@@ -73,6 +73,17 @@ pub struct LogOptions {
 pub enum MachineAction {
     Pause,
     Unpause,
+    /// Its power button is pressed, and it starts again when it has shut down.
+    SoftReboot,
+}
+
+/// What of a running virtual machine a stream leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineStream {
+    /// The serial line.
+    Console,
+    /// Screen, keyboard and pointer, in the RFB protocol.
+    Display,
 }
 
 /// A byte stream both ways: one forwarded connection.
@@ -92,6 +103,11 @@ pub trait PodStreams: Send + Sync + 'static {
 
     /// `target.pod` may be empty when its uid is known.
     async fn machine(&self, target: &Target, _action: MachineAction) -> StatusResult<()> {
+        Err(crate::Status::bad_request(format!("pod {} is no virtual machine here", target.pod_uid)))
+    }
+
+    /// `target.pod` may be empty when its uid is known.
+    async fn machine_stream(&self, target: &Target, _stream: MachineStream) -> StatusResult<Box<dyn Duplex>> {
         Err(crate::Status::bad_request(format!("pod {} is no virtual machine here", target.pod_uid)))
     }
 }

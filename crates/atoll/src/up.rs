@@ -84,7 +84,7 @@ pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Ve
     let exe = executable()?;
     Ok(vec![
         Arc::new(ContainerBoundary::new(exe.clone(), instance.data_dir.clone(), host_netns)),
-        Arc::new(MicrovmBoundary::new(exe.clone())),
+        Arc::new(MicrovmBoundary::new(exe.clone(), instance.run_dir.join("kvm"))),
         Arc::new(WasmBoundary::new(exe, instance.data_dir.clone(), instance.run_dir.clone())),
     ])
 }

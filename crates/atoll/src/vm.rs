@@ -3,6 +3,7 @@
 
 mod console;
 mod snapshots;
+mod vnc;
 
 use crate::cli::{Failure, Outcome, explain};
 use crate::function::api::Api;
@@ -23,6 +24,8 @@ pub enum Vm {
     Stop(One),
     /// Stop a machine and start it again
     Restart(One),
+    /// Press a machine's power button, and start it again when it has shut down
+    Softreboot(One),
     /// Hold a running machine's processors; its memory stays
     Pause(One),
     /// Let a paused machine go on
@@ -51,6 +54,11 @@ pub enum Vm {
         at: At,
         name: String,
     },
+    /// Open a machine's screen in a viewer
+    #[command(
+        after_help = "Examples:\n  atoll vm vnc windows -n shop\n  atoll vm vnc windows --proxy-only --port 5901 -n shop   # then any viewer on 127.0.0.1:5901"
+    )]
+    Vnc(vnc::Vnc),
 }
 
 #[derive(clap::Args)]
@@ -77,12 +85,14 @@ pub fn run(command: Vm) -> Outcome {
             Vm::Start(one) => one.ask("virtualmachines", "start", "Running").await,
             Vm::Stop(one) => one.ask("virtualmachines", "stop", "Stopped").await,
             Vm::Restart(one) => one.ask("virtualmachines", "restart", "Running").await,
+            Vm::Softreboot(one) => one.ask("virtualmachineinstances", "softreboot", "Running").await,
             Vm::Pause(one) => one.ask("virtualmachineinstances", "pause", "Paused").await,
             Vm::Unpause(one) => one.ask("virtualmachineinstances", "unpause", "Running").await,
             Vm::Snapshot(command) => command.run().await,
             Vm::Snapshots(wide) => snapshots::list(wide).await,
             Vm::Restore(command) => command.run().await,
             Vm::Clone(command) => command.run().await,
+            Vm::Vnc(command) => command.run().await,
             Vm::Console { at, name } => console::run(&at, &name).await,
         }
     })

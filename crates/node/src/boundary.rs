@@ -9,7 +9,7 @@ pub mod container;
 pub mod microvm;
 pub mod wasm;
 
-use api::streams::{Duplex, Session, Wanted};
+use api::streams::{Duplex, MachineStream, Session, Wanted};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -161,6 +161,8 @@ pub struct MachineSpec {
     pub cloud_init: Option<CloudInit>,
     #[serde(default)]
     pub go_on: Option<GoOn>,
+    #[serde(default)]
+    pub display: bool,
 }
 
 /// Where a machine goes on instead of booting.
@@ -281,6 +283,16 @@ pub trait Boundary: Send + Sync + 'static {
     async fn stats(&self, sandbox: &SandboxSpec, container: &str) -> Result<Stats>;
     async fn pause(&self, sandbox: &SandboxSpec) -> Result<()>;
     async fn resume(&self, sandbox: &SandboxSpec) -> Result<()>;
+    /// Presses a machine's power button and starts it again when it has shut down.
+    async fn soft_reboot(&self, _: &SandboxSpec) -> Result<()> {
+        let why = "only machines can".into();
+        Err(BoundaryError::Unsupported { boundary: self.name(), what: "soft reboot", why })
+    }
+    /// A machine's serial line or screen.
+    async fn machine_stream(&self, _: &SandboxSpec, _: MachineStream) -> Result<Box<dyn Duplex>> {
+        let why = "only machines have them".into();
+        Err(BoundaryError::Unsupported { boundary: self.name(), what: "a console or screen", why })
+    }
     /// Kills what is left and removes every trace but the pod's directory itself.
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()>;
 }

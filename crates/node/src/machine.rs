@@ -81,9 +81,10 @@ struct DomainResources {
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default)]
+#[serde(rename_all = "camelCase", default)]
 struct Devices {
     disks: Vec<DiskDevice>,
+    autoattach_graphics_device: Option<bool>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -324,11 +325,13 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
         ));
     }
     let (vcpus, memory_bytes) = (instance.vcpus()?, instance.memory()?);
+    // as KubeVirt has it, but for machines that say nothing and boot a kernel, which has its console
+    let display = instance.domain.devices.autoattach_graphics_device.unwrap_or(kernel.is_none());
     let go_on = input.origin.filter(|origin| origin.go_on).and_then(|origin| {
         let from = origin.saved.restore(&origin.dir)?;
         Some(GoOn { state: from.state, memory: from.memory, engine: from.engine })
     });
-    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init, go_on })
+    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init, go_on, display })
 }
 
 impl Origin {

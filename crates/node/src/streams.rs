@@ -5,7 +5,7 @@ use crate::config::log_path;
 use crate::logs;
 use crate::views::{ContainerView, Live, PodView, ViewState, Views};
 use api::status::{Reason, Status, StatusResult};
-use api::streams::{Duplex, LogOptions, MachineAction, PodStreams, Session, Target, Wanted};
+use api::streams::{Duplex, LogOptions, MachineAction, MachineStream, PodStreams, Session, Target, Wanted};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
@@ -21,6 +21,13 @@ impl Streams {
     fn pod(&self, target: &Target) -> StatusResult<Arc<PodView>> {
         let found = self.views.find(&target.namespace, &target.pod, &target.pod_uid);
         found.ok_or_else(|| Status::not_found("", "pods", &target.pod))
+    }
+
+    /// The pod of a machine, found by its uid.
+    fn machine_pod(&self, target: &Target) -> StatusResult<Live> {
+        let missing = || Status::not_found("", "pods", &target.pod_uid);
+        let pod = self.views.get(&target.pod_uid).filter(|pod| pod.namespace == target.namespace);
+        pod.ok_or_else(missing)?.live.clone().ok_or_else(missing)
     }
 
     /// The container meant, where it runs.
@@ -154,15 +161,18 @@ impl PodStreams for Streams {
     }
 
     async fn machine(&self, target: &Target, action: MachineAction) -> StatusResult<()> {
-        let missing = || Status::not_found("", "pods", &target.pod_uid);
-        let pod =
-            self.views.get(&target.pod_uid).filter(|pod| pod.namespace == target.namespace).ok_or_else(missing)?;
-        let live = pod.live.clone().ok_or_else(missing)?;
+        let live = self.machine_pod(target)?;
         let done = match action {
             MachineAction::Pause => live.boundary.pause(&live.sandbox).await,
             MachineAction::Unpause => live.boundary.resume(&live.sandbox).await,
+            MachineAction::SoftReboot => live.boundary.soft_reboot(&live.sandbox).await,
         };
         done.map_err(translate)
+    }
+
+    async fn machine_stream(&self, target: &Target, stream: MachineStream) -> StatusResult<Box<dyn Duplex>> {
+        let live = self.machine_pod(target)?;
+        live.boundary.machine_stream(&live.sandbox, stream).await.map_err(translate)
     }
 }
 

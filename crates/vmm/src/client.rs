@@ -31,6 +31,10 @@ pub enum Request {
     /// See [`Client::hold`].
     Hold,
     Release,
+    /// The power button, and a reset in place of the power-off that the guest answers it with.
+    SoftReboot,
+    /// See [`Client::display`].
+    Display,
 }
 
 /// Times are unix nanoseconds.
@@ -149,6 +153,13 @@ impl Client {
     /// [`Held::release`], or the end of the connection, whatever ends it. Refused while another connection holds it.
     pub fn hold(mut self) -> Result<Held> {
         self.request(Request::Hold).map(|_| Held(self))
+    }
+
+    /// The machine's screen, keyboard and pointer: a new connection of the RFB protocol (RFC 6143).
+    pub fn display(mut self) -> Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair().map_err(Error::io("make channel", "display"))?;
+        self.ask(Request::Display, &[theirs.as_fd()])?;
+        Ok(ours)
     }
 
     /// Returns when the monitor is gone.

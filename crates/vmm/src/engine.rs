@@ -48,6 +48,12 @@ pub trait Control: Send {
     fn resume(&mut self) -> Result<()>;
     /// The guest shall give up this many pages of 4 KiB in all.
     fn balloon(&mut self, pages: u32) -> Result<()>;
+    /// Presses the power button; should the guest power off within [`REBOOT_GRACE`], it is reset instead.
+    fn soft_reboot(&mut self) -> Result<()>;
+    /// Looks whether a soft reboot goes on; true until it is done or was given up.
+    fn rebooting(&mut self) -> Result<bool>;
+    /// One more client of the screen.
+    fn display(&mut self, client: OwnedFd) -> Result<()>;
     /// Writes all that the machine is at one moment, its disks aside; it goes on then, or stays paused if it was.
     fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()>;
 }
@@ -59,6 +65,9 @@ pub struct SnapshotFiles {
     /// The memory of an earlier full snapshot: only what differs from it is written.
     pub base: Option<File>,
 }
+
+/// How long a guest may take to power off where it is to start again.
+pub const REBOOT_GRACE: Duration = Duration::from_secs(180);
 
 /// How long the memory may take to be written.
 pub const SNAPSHOT_DEADLINE: Duration = Duration::from_secs(600);

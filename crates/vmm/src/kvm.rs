@@ -29,7 +29,7 @@ mod vcpu;
 pub mod virtio;
 mod vm;
 
-pub use probe::{Support, probe};
+pub use probe::{Support, probe, probe_once};
 
 use std::sync::mpsc::SyncSender;
 

@@ -62,6 +62,12 @@ pub struct Machine {
     /// It goes on from here instead of booting.
     #[serde(default)]
     pub restore: Option<Restore>,
+    /// The file that keeps what KVM was measured to be, so that it is measured once a boot.
+    #[serde(default)]
+    pub kvm_cache: Option<PathBuf>,
+    /// A screen, as far as the engine has any ([`crate::Client::display`]).
+    #[serde(default)]
+    pub display: bool,
 }
 
 /// A snapshot to go on from, with the description it was taken with; its link alone may be another. [`Machine::engine`]
@@ -228,6 +234,8 @@ pub(crate) fn sample() -> Machine {
         console: Console { log_path: "/var/log/x".into(), log_max_bytes: 1 << 20 },
         engine: Choice::Best,
         restore: None,
+        kvm_cache: None,
+        display: false,
     }
 }
 

@@ -84,7 +84,10 @@ fn run(run_dir: &Path, tell: &mut UnixStream) -> Result<()> {
     rustix::process::setsid().ok();
     quiet_descriptors(run_dir)?;
 
-    let engine = engine::choose(&machine, kvm::probe)?;
+    let engine = engine::choose(&machine, || match &machine.kvm_cache {
+        Some(cache) => kvm::probe_once(cache),
+        None => kvm::probe(),
+    })?;
     let plan = engine.plan(&machine)?;
     let console =
         Console::open(&machine.console, machine.uid, plan.console.try_clone().map_err(Error::io("clone", run_dir))?)?;
@@ -213,6 +216,11 @@ impl Monitor {
             Request::Resume => {
                 self.not_held().and_then(|mut control| control.resume().inspect(|()| lock(&self.state).paused = false))
             }
+            Request::SoftReboot => self.not_held().and_then(|mut control| control.soft_reboot()),
+            Request::Display => match files.into_iter().next() {
+                Some(client) => control().display(client),
+                None => Err(Error::Monitor("a display needs a socket".into())),
+            },
             Request::Hold => self.hold(),
             Request::Release => self.release(),
             Request::Balloon(pages) => control().balloon(*pages),
@@ -235,6 +243,14 @@ fn snapshot_files(files: Vec<OwnedFd>) -> Result<SnapshotFiles> {
         return Err(Error::Monitor("a snapshot needs files for state and memory".into()));
     };
     Ok(SnapshotFiles { state, memory, base: files.next() })
+}
+
+/// Follows a soft reboot to its end.
+fn see_through(monitor: &Monitor) {
+    const LOOK: std::time::Duration = std::time::Duration::from_millis(50);
+    while matches!(lock(&monitor.control).rebooting(), Ok(true)) {
+        std::thread::sleep(LOOK);
+    }
 }
 
 const MOST_CLIENTS: usize = 64;
@@ -291,6 +307,9 @@ fn converse(monitor: &Monitor, stream: UnixStream, holds: &mut bool) {
         text.push(b'\n');
         if writer.write_all(&text).is_err() {
             return;
+        }
+        if matches!(request, Request::SoftReboot) && reply.is_ok() {
+            return see_through(monitor);
         }
         if matches!(request, Request::Console) {
             return monitor.console.attach(reader, writer);

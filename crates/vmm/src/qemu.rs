@@ -110,7 +110,7 @@ impl Engine for Qemu {
 
     fn control(&self, machine: &Machine, channel: UnixStream) -> Result<Box<dyn Control>> {
         let mut qmp = Qmp::greet(channel)?;
-        qmp.describe(outline(machine));
+        qmp.describe(outline(machine), machine.display);
         if machine.restore.is_some() {
             qmp.arrive()?;
         }
@@ -123,10 +123,18 @@ impl Qemu {
         let accel = if self.kvm { "kvm" } else { "tcg,thread=multi,tb-size=256" };
         let cpu = if self.kvm { "host,migratable=off" } else { "max" };
         b.arg("-name").arg(machine.id.replace(',', "-"));
-        for flag in ["-nodefaults", "-no-user-config", "-nographic"] {
+        for flag in ["-nodefaults", "-no-user-config"] {
             b.arg(flag);
         }
-        b.arg("-machine").arg("q35,usb=off,vmport=off,smm=off,graphics=off").arg("-accel").arg(accel);
+        if machine.display {
+            // clients come as open sockets; it listens nowhere
+            b.arg("-vnc").arg("none,share=allow-exclusive");
+            b.arg("-device").arg("VGA,vgamem_mb=16");
+        } else {
+            b.arg("-nographic");
+        }
+        let graphics = if machine.display { "on" } else { "off" };
+        b.arg("-machine").arg(format!("q35,usb=off,vmport=off,smm=off,graphics={graphics}")).arg("-accel").arg(accel);
         b.arg("-cpu").arg(cpu);
         b.arg("-smp").arg(machine.vcpus.to_string());
         b.arg("-m").arg(format!("{}M", machine.memory_bytes.div_ceil(1 << 20)));

@@ -2,13 +2,13 @@
 //! end may be a taken-over QEMU: lines are bounded and nothing it says is trusted.
 
 use crate::channel;
-use crate::engine::{Control, SNAPSHOT_DEADLINE, SnapshotFiles};
+use crate::engine::{Control, REBOOT_GRACE, SNAPSHOT_DEADLINE, SnapshotFiles};
 use crate::kvm::snapshot::{self, Outline};
 use crate::machine::{Error, Result};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
@@ -22,6 +22,10 @@ pub struct Qmp {
     writer: UnixStream,
     /// Written beside a snapshot.
     outline: Option<Outline>,
+    /// It has a screen.
+    screen: bool,
+    /// A power-off before this is a reset.
+    reboot_until: Option<Instant>,
 }
 
 impl Qmp {
@@ -30,7 +34,7 @@ impl Qmp {
         stream.set_read_timeout(Some(Duration::from_secs(30))).map_err(fail)?;
         stream.set_write_timeout(Some(Duration::from_secs(5))).map_err(fail)?;
         let writer = stream.try_clone().map_err(fail)?;
-        let mut qmp = Qmp { reader: BufReader::new(stream), writer, outline: None };
+        let mut qmp = Qmp { reader: BufReader::new(stream), writer, outline: None, screen: false, reboot_until: None };
         qmp.read()?;
         qmp.execute("qmp_capabilities")?;
         Ok(qmp)
@@ -83,13 +87,18 @@ impl Qmp {
         self.execute("cont").map(drop)
     }
 
-    pub fn describe(&mut self, outline: Outline) {
-        self.outline = Some(outline);
+    pub fn describe(&mut self, outline: Outline, screen: bool) {
+        (self.outline, self.screen) = (Some(outline), screen);
     }
 
     fn status(&mut self) -> Result<String> {
         let status = self.execute("query-status")?;
         Ok(status.get("status").and_then(Value::as_str).unwrap_or_default().to_owned())
+    }
+
+    /// `poweroff`: QEMU ends; `pause`: it waits.
+    fn on_power_off(&mut self, action: &str) -> Result<()> {
+        self.execute_with("set-action", json!({ "shutdown": action }), &[]).map(drop)
     }
 
     fn past(&self, until: Instant) -> Result<()> {
@@ -126,6 +135,9 @@ impl Qmp {
 
 impl Control for Qmp {
     fn power_button(&mut self) -> Result<()> {
+        if self.reboot_until.take().is_some() {
+            self.on_power_off("poweroff")?;
+        }
         self.execute("system_powerdown").map(drop)
     }
     fn reset(&mut self) -> Result<()> {
@@ -139,6 +151,35 @@ impl Control for Qmp {
     }
     fn balloon(&mut self, _pages: u32) -> Result<()> {
         Err(Error::Monitor("machines in QEMU have no balloon".into()))
+    }
+    fn soft_reboot(&mut self) -> Result<()> {
+        self.on_power_off("pause")?;
+        self.reboot_until = Some(Instant::now() + REBOOT_GRACE);
+        self.execute("system_powerdown").map(drop)
+    }
+    fn rebooting(&mut self) -> Result<bool> {
+        let Some(until) = self.reboot_until else { return Ok(false) };
+        let off = self.status()? == "shutdown";
+        if !off && Instant::now() < until {
+            return Ok(true);
+        }
+        self.reboot_until = None;
+        if off {
+            self.execute("system_reset")?;
+        }
+        self.on_power_off("poweroff")?;
+        if off {
+            self.execute("cont")?;
+        }
+        Ok(false)
+    }
+    fn display(&mut self, client: OwnedFd) -> Result<()> {
+        if !self.screen {
+            return Err(Error::Monitor("has no screen (spec.domain.devices.autoattachGraphicsDevice)".into()));
+        }
+        self.execute_with("getfd", json!({ "fdname": "display" }), &[client.as_fd()])?;
+        let arguments = json!({ "protocol": "vnc", "fdname": "display", "skipauth": true });
+        self.execute_with("add_client", arguments, &[]).map(drop)
     }
     fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()> {
         if files.base.is_some() {

@@ -41,6 +41,22 @@ fn boot_sector() -> Vec<u8> {
     code
 }
 
+/// Prints `obeys`, waits for the power button and powers off, by q35's ACPI registers.
+fn obedient_sector() -> Vec<u8> {
+    let mut code = vec![0xfa]; // cli
+    for byte in b"\nobeys\n" {
+        code.extend([0xba, 0xf8, 0x03, 0xb0, *byte, 0xee]); // mov dx, 0x3f8; mov al, byte; out dx, al
+    }
+    code.extend([0xba, 0x02, 0x06, 0xb8, 0x00, 0x01, 0xef]); // mov dx, 0x602; mov ax, 0x100; out dx, ax
+    code.extend([0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf7]); // again: mov dx, 0x600; in ax, dx; test ah, 1; jz again
+    code.extend([0xb8, 0x00, 0x01, 0xef]); // mov ax, 0x100; out dx, ax
+    code.extend([0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xf4, 0xeb, 0xfd]); // mov dx, 0x604; mov ax, 0x2000; out dx, ax; hlt
+    code.resize(510, 0);
+    code.extend([0x55, 0xaa]);
+    code.resize(1 << 20, 0);
+    code
+}
+
 fn role() -> Option<PathBuf> {
     let exe = std::env::current_exe().ok()?.parent()?.parent()?.join("examples/vmm");
     exe.exists().then_some(exe)
@@ -83,6 +99,8 @@ fn machine(dir: &Path) -> Machine {
         console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
         engine: vmm::Choice::Best,
         restore: None,
+        kvm_cache: None,
+        display: false,
     }
 }
 
@@ -145,12 +163,89 @@ fn counts(machine: &Machine, at_least: u8) -> Vec<u8> {
     let mut answers = Vec::new();
     wait_for("an answer", || {
         let text = std::fs::read_to_string(&machine.console.log_path).unwrap_or_default();
-        answers = text.lines().filter_map(|l| l.rsplit_once(" F ")?.1.bytes().next()?.checked_sub(b'0')).collect();
+        // the firmware prints lines, too, but longer ones
+        let answer = |line: &str| {
+            let said = line.rsplit_once(" F ")?.1.as_bytes();
+            if let [digit] = said { digit.checked_sub(b'0') } else { None }
+        };
+        answers = text.lines().filter_map(answer).collect();
         let there = answers.last().is_some_and(|last| *last >= at_least);
         let _ = if there { Ok(()) } else { typed.write_all(b"+") };
         there
     });
     answers
+}
+
+#[test]
+fn a_soft_reboot_starts_it_again_and_the_power_button_ends_it() {
+    let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
+    if !Path::new("/usr/bin/qemu-system-x86_64").exists() || !rustix::process::getuid().is_root() {
+        println!("SKIPPED: needs root and qemu-system-x86");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path());
+    machine.engine = vmm::Choice::Qemu;
+    std::fs::write(&machine.disks[0].path, obedient_sector()).unwrap();
+    let _running = start(&exe, &machine);
+    let ups = || std::fs::read_to_string(&machine.console.log_path).unwrap_or_default().matches("F obeys").count();
+    wait_for("it is up", || ups() == 1);
+    for times in 2..4 {
+        Client::connect(&machine.run_dir).unwrap().request(Request::SoftReboot).unwrap();
+        wait_for("it is up again", || ups() == times);
+    }
+    // a power button after it means what it says
+    let mut client = Client::connect(&machine.run_dir).unwrap();
+    client.request(Request::SoftReboot).unwrap();
+    wait_for("the end", || {
+        let ended = client::recorded(&machine.state_dir).is_some_and(|s| s.exit.is_some());
+        if !ended && let Ok(mut client) = Client::connect(&machine.run_dir) {
+            let _ = client.request(Request::PowerButton);
+        }
+        ended
+    });
+    assert_eq!(client::recorded(&machine.state_dir).unwrap().exit.unwrap().code, 0);
+}
+
+#[test]
+fn a_screen_is_seen_over_rfb_and_listens_nowhere() {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
+    if !Path::new("/usr/bin/qemu-system-x86_64").exists() || !rustix::process::getuid().is_root() {
+        println!("SKIPPED: needs root and qemu-system-x86");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path());
+    (machine.engine, machine.display) = (vmm::Choice::Qemu, true);
+    let running = start(&exe, &machine);
+    for _ in 0..2 {
+        let mut screen = Client::connect(&machine.run_dir).unwrap().display().unwrap();
+        let read = |mut screen: &UnixStream, bytes: usize| {
+            let mut buffer = vec![0; bytes];
+            screen.read_exact(&mut buffer).unwrap();
+            buffer
+        };
+        assert_eq!(read(&screen, 12), b"RFB 003.008\n");
+        screen.write_all(b"RFB 003.008\n").unwrap();
+        // one kind of security: none
+        assert_eq!(read(&screen, 2), [1, 1]);
+        screen.write_all(&[1]).unwrap();
+        assert_eq!(read(&screen, 4), [0; 4]);
+        screen.write_all(&[1]).unwrap();
+        let size = read(&screen, 4);
+        let (width, height) = (u16::from_be_bytes([size[0], size[1]]), u16::from_be_bytes([size[2], size[3]]));
+        assert!(width >= 320 && height >= 200, "{width} x {height}");
+    }
+    let listening = std::fs::read_to_string(format!("/proc/{}/net/tcp", running.state.engine_pid)).unwrap();
+    assert_eq!(listening.lines().count(), 1, "{listening}");
+    drop(running);
+    machine.display = false;
+    (machine.run_dir, machine.state_dir) = (dir.path().join("b/run"), dir.path().join("b/state"));
+    let _blind = start(&exe, &machine);
+    let error = Client::connect(&machine.run_dir).unwrap().display().unwrap_err().to_string();
+    assert!(error.contains("has no screen"), "{error}");
 }
 
 #[test]

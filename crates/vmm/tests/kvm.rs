@@ -101,6 +101,8 @@ fn machine(dir: &Path, kernel: &Path, args: &str) -> Machine {
         console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
         engine: Choice::Kvm,
         restore: None,
+        kvm_cache: None,
+        display: false,
     }
 }
 

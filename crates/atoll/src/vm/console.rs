@@ -7,6 +7,7 @@ use ::api::object::Meta;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use serde_json::Value;
 use std::io::{Read, Write};
+use std::path::PathBuf;
 
 /// Ctrl-], as virtctl and telnet have it.
 const LEAVE: u8 = 0x1d;
@@ -35,8 +36,8 @@ impl Drop for Raw {
     }
 }
 
-/// The API says which pod the machine is; its monitor's socket is on this node.
-pub async fn run(at: &At, name: &str) -> Outcome {
+/// Where the machine's monitor is: the API says which pod the machine is, and its monitor's socket is on this node.
+pub(super) async fn run_dir(at: &At, name: &str) -> Result<PathBuf, Failure> {
     let api = at.api()?;
     let namespace = at.namespace(&api);
     let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachineinstances/{name}");
@@ -46,7 +47,11 @@ pub async fn run(at: &At, name: &str) -> Outcome {
     }
     let pods = instance.pointer("/status/activePods").and_then(Value::as_object);
     let uid = pods.and_then(|pods| pods.keys().next()).ok_or_else(|| Failure(format!("{name}: has no pod yet")))?;
-    let run_dir = Instance::open(&at.data.data_dir)?.run_dir.join("pods").join(uid);
+    Ok(Instance::open(&at.data.data_dir)?.run_dir.join("pods").join(uid))
+}
+
+pub async fn run(at: &At, name: &str) -> Outcome {
+    let run_dir = run_dir(at, name).await?;
     let mut stream = vmm::Client::connect(&run_dir).and_then(vmm::Client::console).map_err(explain)?;
     let mut input = stream.try_clone().map_err(explain)?;
     eprintln!("console of {name}; Ctrl-] leaves");

@@ -11,6 +11,8 @@ pub const TESTS: &[Test] = &[
     ("vm_console_is_the_serial_line", console),
     ("vm_machines_are_held_in_their_control_group", held),
     ("vm_subresources_refuse_what_makes_no_sense", refused),
+    ("vm_console_and_screen_are_websockets", websockets),
+    ("vm_softreboot_starts_the_guest_again", soft_reboot),
 ];
 
 const IMAGE: &str = "test/bootsector:1";
@@ -23,6 +25,22 @@ fn boot_sector() -> Vec<u8> {
     }
     // again: mov dx, 0x3fd; in al, dx; test al, 1; jz again; mov dx, 0x3f8; in al, dx; out dx, al; jmp again
     code.extend([0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xf8, 0xba, 0xf8, 0x03, 0xec, 0xee, 0xeb, 0xf1]);
+    code.resize(510, 0);
+    code.extend([0x55, 0xaa]);
+    code.resize(1 << 20, 0);
+    code
+}
+
+/// Says `obeys` on COM1, waits for the power button and powers off, by q35's ACPI registers.
+fn obedient_sector() -> Vec<u8> {
+    let mut code = vec![0xfa]; // cli
+    for byte in b"\nobeys\n" {
+        code.extend([0xba, 0xf8, 0x03, 0xb0, *byte, 0xee]); // mov dx, 0x3f8; mov al, byte; out dx, al
+    }
+    code.extend([0xba, 0x02, 0x06, 0xb8, 0x00, 0x01, 0xef]); // mov dx, 0x602; mov ax, 0x100; out dx, ax
+    code.extend([0xba, 0x00, 0x06, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf7]); // again: mov dx, 0x600; in ax, dx; test ah, 1; jz again
+    code.extend([0xb8, 0x00, 0x01, 0xef]); // mov ax, 0x100; out dx, ax
+    code.extend([0xba, 0x04, 0x06, 0xb8, 0x00, 0x20, 0xef, 0xf4, 0xeb, 0xfd]); // mov dx, 0x604; mov ax, 0x2000; out dx, ax; hlt
     code.resize(510, 0);
     code.extend([0x55, 0xaa]);
     code.resize(1 << 20, 0);
@@ -195,5 +213,121 @@ fn refused(c: &Cluster) -> Outcome {
     assert!(said.contains("not found"), "{said}");
     let said = c.atoll(&["vm", "console", "m", "-n", &ns]).bad();
     assert!(said.contains("not found") || said.contains("does not run"), "{said}");
+    Outcome::Passed
+}
+
+/// A client of KubeVirt's websockets with nothing but Python's sockets: `client.py KUBECONFIG PATH PROTOCOL`. What it is given in hex
+/// goes into one message; all that comes is printed in hex, until as many bytes came as asked for.
+const CLIENT: &str = r#"
+import base64, os, re, socket, ssl, struct, sys, tempfile
+config, path, protocol, send, want = sys.argv[1:]
+text = open(config).read()
+field = lambda name: re.search(name + r":\s*(\S+)", text).group(1)
+def file(name):
+    handle, path = tempfile.mkstemp()
+    os.write(handle, base64.b64decode(field(name)))
+    return path
+host, port = re.search(r"https://([^:]+):(\d+)", text).groups()
+context = ssl.create_default_context(cafile=file("certificate-authority-data"))
+context.load_cert_chain(file("client-certificate-data"), file("client-key-data"))
+stream = context.wrap_socket(socket.create_connection((host, int(port))), server_hostname=host)
+stream.settimeout(60)
+key = base64.b64encode(os.urandom(16)).decode()
+head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+if protocol: head += f"Sec-WebSocket-Protocol: {protocol}\r\n"
+stream.sendall((head + "\r\n").encode())
+data = b""
+def take(n):
+    global data
+    while len(data) < n:
+        more = stream.recv(4096)
+        if not more: sys.exit("closed early: " + repr(data))
+        data += more
+    out, data = data[:n], data[n:]
+    return out
+answer = b""
+while not answer.endswith(b"\r\n\r\n"): answer += take(1)
+print(answer.decode().split("\r\n")[0])
+chosen = re.search(rb"(?i)sec-websocket-protocol: (\S+)", answer)
+print(chosen.group(1).decode() if chosen else "")
+if b" 101 " not in answer.split(b"\r\n")[0]: sys.exit(take(20).decode())
+def message(payload):
+    mask = os.urandom(4)
+    stream.sendall(bytes([0x82, 0x80 | len(payload)]) + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload)))
+if send: message(bytes.fromhex(send))
+got = b""
+while len(got) < int(want):
+    first, length = take(2)
+    if length == 126: length = struct.unpack(">H", take(2))[0]
+    payload = take(length)
+    if first & 15 == 2: got += payload
+print(got.hex())
+"#;
+
+fn websockets(c: &Cluster) -> Outcome {
+    if !c.host("sh", &["-c", "command -v python3"]).ok {
+        return Outcome::Skipped("needs python3".into());
+    }
+    let ns = prepared!(c, "t-vm-ws", "Always");
+    c.until("the machine runs", || status(c, &ns) == "Running");
+    let pod = c.kubectl(&["get", "pods", "-n", &ns, "-o", "name"]).good().trim().to_owned();
+    c.until("its first line is logged", || c.kubectl(&["logs", "-n", &ns, &pod]).good().contains("up"));
+    let client = c.scratch("client.py");
+    std::fs::write(&client, CLIENT).unwrap();
+    let config = c.data().join("kubeconfig").to_string_lossy().into_owned();
+    let call = |stream: &str, protocol: &str, send: &str, want: &str| {
+        let path = format!("/apis/subresources.kubevirt.io/v1/namespaces/{ns}/virtualmachineinstances/m/{stream}");
+        c.host("python3", &[&client.to_string_lossy(), &config, &path, protocol, send, want])
+    };
+    // "ping" is echoed by the guest
+    let said = call("console", "plain.kubevirt.io", "70696e67", "4").good();
+    assert_eq!(lines(&said), ["HTTP/1.1 101 Switching Protocols", "plain.kubevirt.io", "70696e67"]);
+    // "RFB 003.008", as QEMU says
+    let said = call("vnc", "plain.kubevirt.io", "", "12").good();
+    assert!(said.trim_end().ends_with("524642203030332e3030380a"), "{said}");
+    let other = call("console", "v4.channel.k8s.io", "", "0");
+    assert!(!other.ok && other.out.contains(" 403 "), "{}{}", other.out, other.err);
+
+    let mut proxy = c
+        .inside(env!("CARGO_BIN_EXE_atoll"))
+        .args(["vm", "vnc", "m", "-n", &ns, "--proxy-only", "--data-dir"])
+        .arg(c.data())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(proxy.stdout.take().unwrap()), &mut line).unwrap();
+    let port = json(&line)["port"].to_string();
+    let hear = format!(
+        "import socket\ns = socket.create_connection(('127.0.0.1', {port}), 60)\nb = b''\n\
+         while len(b) < 11: b += s.recv(11 - len(b))\nprint(b.decode(), end='')"
+    );
+    let said = c.host("python3", &["-c", &hear]).good();
+    proxy.kill().unwrap();
+    proxy.wait().unwrap();
+    assert_eq!(said, "RFB 003.008");
+    c.kubectl(&["delete", "vm", "m", "-n", &ns]).good();
+    Outcome::Passed
+}
+
+fn soft_reboot(c: &Cluster) -> Outcome {
+    let ns = prepared!(c, "t-vm-soft", "Halted");
+    let disk = c.scratch("obedient.raw");
+    std::fs::write(&disk, obedient_sector()).unwrap();
+    let (data, disk) = (c.data().to_string_lossy().into_owned(), disk.to_string_lossy().into_owned());
+    c.atoll(&["image", "import", "--data-dir", &data, &disk, "--tag", "test/obedient:1"]).good();
+    c.apply(&machine(&ns, "m", "Always").replace(IMAGE, "test/obedient:1"));
+    c.until("the machine runs", || status(c, &ns) == "Running");
+    let (before, pod) = (pod_uid(c, &ns), c.kubectl(&["get", "pods", "-n", &ns, "-o", "name"]).good());
+    let ups = || c.kubectl(&["logs", "-n", &ns, pod.trim()]).good().matches("obeys").count();
+    c.until("the guest is up", || ups() == 1);
+    vm(c, &ns, "softreboot").good();
+    c.until("the guest is up again", || ups() == 2);
+    assert_eq!((pod_uid(c, &ns), status(c, &ns)), (before, "Running".to_owned()));
+    vm(c, &ns, "pause").good();
+    let why = vm(c, &ns, "softreboot").bad();
+    assert!(why.contains("paused"), "{why}");
+    c.kubectl(&["delete", "vm", "m", "-n", &ns]).good();
     Outcome::Passed
 }

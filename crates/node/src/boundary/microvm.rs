@@ -19,6 +19,7 @@ const MOST_PROCESSES: u64 = 512;
 
 pub struct MicrovmBoundary {
     exe: PathBuf,
+    kvm_cache: PathBuf,
 }
 
 /// What was started, kept beside the machine's state: a restarted agent reads the attempt from here.
@@ -30,9 +31,10 @@ struct Started {
 }
 
 impl MicrovmBoundary {
-    /// `exe` is this program, whose role `vmm` is the monitor.
-    pub fn new(exe: PathBuf) -> Self {
-        MicrovmBoundary { exe }
+    /// `exe` is this program, whose role `vmm` is the monitor; `kvm_cache` a file that lasts until the next boot, in a
+    /// directory of root's.
+    pub fn new(exe: PathBuf, kvm_cache: PathBuf) -> Self {
+        MicrovmBoundary { exe, kvm_cache }
     }
 
     async fn request(&self, sandbox: &SandboxSpec, request: Request) -> Result<State> {
@@ -131,6 +133,8 @@ fn describe(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<vmm::Mac
             verify: false,
             engine: from.engine.clone(),
         }),
+        kvm_cache: None,
+        display: spec.display,
     })
 }
 
@@ -217,7 +221,8 @@ impl Boundary for MicrovmBoundary {
         {
             return Ok(state_of(&before, &state));
         }
-        let machine = describe(sandbox, container)?;
+        let mut machine = describe(sandbox, container)?;
+        machine.kvm_cache = Some(self.kvm_cache.clone());
         let cloud = sandbox.machine.as_ref().and_then(|m| m.cloud_init.clone());
         let (exe, sandbox) = (self.exe.clone(), sandbox.clone());
         let note = state_dir(&sandbox).join("started.json");
@@ -334,6 +339,25 @@ impl Boundary for MicrovmBoundary {
 
     async fn resume(&self, sandbox: &SandboxSpec) -> Result<()> {
         self.request(sandbox, Request::Resume).await.map(drop)
+    }
+
+    async fn soft_reboot(&self, sandbox: &SandboxSpec) -> Result<()> {
+        self.request(sandbox, Request::SoftReboot).await.map(drop)
+    }
+
+    async fn machine_stream(&self, sandbox: &SandboxSpec, stream: MachineStream) -> Result<Box<dyn Duplex>> {
+        let run_dir = sandbox.run_dir.clone();
+        let connected = blocking(move || {
+            let client = Client::connect(&run_dir)?;
+            match stream {
+                MachineStream::Console => client.console(),
+                MachineStream::Display => client.display(),
+            }
+        });
+        let connected = connected.await?;
+        let fail = |e: std::io::Error| BoundaryError::Failed { operation: "machine's stream", message: e.to_string() };
+        connected.set_nonblocking(true).map_err(fail)?;
+        Ok(Box::new(tokio::net::UnixStream::from_std(connected).map_err(fail)?))
     }
 
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()> {

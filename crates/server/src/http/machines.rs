@@ -1,6 +1,7 @@
 //! What virtual machines can be asked to do, under KubeVirt's own group, so that its clients work:
 //! `PUT /apis/subresources.kubevirt.io/v1/namespaces/N/virtualmachines/X/{start,stop,restart}` and
-//! `.../virtualmachineinstances/X/{pause,unpause,softreboot}` (<https://kubevirt.io/api-reference/main/operations.html>).
+//! `.../virtualmachineinstances/X/{pause,unpause,softreboot}`, and as WebSockets `GET .../X/{console,vnc}`
+//! (<https://kubevirt.io/api-reference/main/operations.html>).
 //!
 //! Starting and stopping is a change of the machine's `runStrategy`, or a request in its status that its controller
 //! carries out; pausing is done to the running machine at once.
@@ -12,8 +13,9 @@ use crate::rest::WriteOptions;
 use api::client::Patch;
 use api::object::{Meta, Object};
 use api::status::{Status, StatusResult};
-use api::streams::{self, MachineAction};
+use api::streams::{self, Duplex, MachineAction, MachineStream};
 use http::{Method, StatusCode};
+use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
 pub const GROUP: &str = "subresources.kubevirt.io";
@@ -46,16 +48,25 @@ pub async fn handle(
     if change && request.method() != Method::PUT {
         return Err(method_not_allowed());
     }
+    let stream = match (plural, action) {
+        (INSTANCES, "console") => Some(MachineStream::Console),
+        (INSTANCES, "vnc") => Some(MachineStream::Display),
+        _ => None,
+    };
+    if let Some(stream) = stream {
+        if request.method() != Method::GET {
+            return Err(method_not_allowed());
+        }
+        let response = crate::stream::plain(request, asked.stream(stream)).await;
+        return Ok(response.map(|body| body.map_err(|never| match never {}).boxed_unsync()));
+    }
     match (plural, action) {
         (MACHINES, "start") => asked.start().await?,
         (MACHINES, "stop") => asked.stop().await?,
         (MACHINES, "restart") => asked.restart().await?,
         (INSTANCES, "pause") => asked.pause(MachineAction::Pause).await?,
         (INSTANCES, "unpause") => asked.pause(MachineAction::Unpause).await?,
-        (INSTANCES, "softreboot") => {
-            let why = "a soft reboot needs an agent in the guest; restart the VirtualMachine instead";
-            return Err(asked.conflict(why));
-        }
+        (INSTANCES, "softreboot") => asked.soft_reboot().await?,
         _ => return Err(no_such_path()),
     }
     Ok(respond::text(StatusCode::ACCEPTED, ""))
@@ -152,21 +163,39 @@ impl Asked<'_> {
         self.request(&machine, json!([{"action": "Stop", "uid": instance.uid()}, {"action": "Start"}])).await
     }
 
+    async fn soft_reboot(&self) -> StatusResult<()> {
+        let instance = self.core.get(&self.target(INSTANCES)?).await?;
+        if instance.str_at("/status/phase") != "Running" {
+            return Err(self.conflict("VMI is not running"));
+        }
+        if is_paused(&instance) {
+            return Err(self.conflict("VMI is paused"));
+        }
+        self.core.streams()?.machine(&self.pod(&instance)?, MachineAction::SoftReboot).await
+    }
+
+    async fn stream(&self, stream: MachineStream) -> StatusResult<Box<dyn Duplex>> {
+        let instance = self.core.get(&self.target(INSTANCES)?).await?;
+        if instance.str_at("/status/phase") != "Running" {
+            return Err(self.conflict("VMI is not running"));
+        }
+        self.core.streams()?.machine_stream(&self.pod(&instance)?, stream).await
+    }
+
     async fn pause(&self, action: MachineAction) -> StatusResult<()> {
         let target = self.target(INSTANCES)?;
         let instance = self.core.get(&target).await?;
         if instance.str_at("/status/phase") != "Running" {
             return Err(self.conflict("VMI is not running"));
         }
-        let is_paused = |c: &Value| c.str_at("/type") == "Paused" && c.str_at("/status") == "True";
-        let conditions = instance.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default();
-        match (action, conditions.iter().any(is_paused)) {
+        match (action, is_paused(&instance)) {
             (MachineAction::Pause, true) => return Err(self.conflict("VMI is already paused")),
             (MachineAction::Unpause, false) => return Err(self.conflict("VMI is not paused")),
-            (MachineAction::Pause, false) | (MachineAction::Unpause, true) => {}
+            (MachineAction::Pause, false) | (MachineAction::Unpause, true) | (MachineAction::SoftReboot, _) => {}
         }
-        let pod = self.pod(&instance).await?;
+        let pod = self.pod(&instance)?;
         self.core.streams()?.machine(&pod, action).await?;
+        let conditions = instance.pointer("/status/conditions").and_then(Value::as_array).cloned().unwrap_or_default();
         let mut kept: Vec<Value> = conditions.into_iter().filter(|c| c.str_at("/type") != "Paused").collect();
         if action == MachineAction::Pause {
             let now = api::time::rfc3339(now());
@@ -177,13 +206,19 @@ impl Asked<'_> {
     }
 
     /// The pod that an instance runs in.
-    async fn pod(&self, instance: &Object) -> StatusResult<streams::Target> {
+    fn pod(&self, instance: &Object) -> StatusResult<streams::Target> {
         let pods = instance.pointer("/status/activePods").and_then(Value::as_object);
         let uid = pods.and_then(|pods| pods.keys().next()).cloned();
         let uid = uid.ok_or_else(|| self.conflict("VMI has no pod yet"))?;
         let (namespace, container) = (self.path.namespace.clone(), "compute".to_owned());
         Ok(streams::Target { namespace, pod: String::new(), pod_uid: uid, container })
     }
+}
+
+fn is_paused(instance: &Object) -> bool {
+    let conditions = instance.pointer("/status/conditions").and_then(Value::as_array);
+    let is = |c: &Value| c.str_at("/type") == "Paused" && c.str_at("/status") == "True";
+    conditions.is_some_and(|all| all.iter().any(is))
 }
 
 fn now() -> i64 {

@@ -20,6 +20,7 @@
 //! |---|---|---|
 //! | kubectl from 1.31 | WebSocket `v5.channel.k8s.io` | WebSocket `SPDY/3.1+portforward.k8s.io`: SPDY in messages |
 //! | older, Go clients | SPDY `v4.channel.k8s.io` | SPDY `portforward.k8s.io` |
+//! | KubeVirt's console and VNC ([`plain`]) | WebSocket, messages are the bytes | |
 //! | Python, JavaScript, browsers | WebSocket `v4.channel.k8s.io`, base64 | WebSocket `v4.channel.k8s.io`, `?ports=` |
 
 mod forward;
@@ -29,7 +30,7 @@ pub mod spdy;
 mod websocket;
 
 use api::status::{Reason, Status};
-use api::streams::{PodStreams, Target, Wanted};
+use api::streams::{Duplex, PodStreams, Target, Wanted};
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
@@ -121,6 +122,40 @@ async fn remote<B>(mut request: Request<B>, mut wanted: Wanted, purpose: Purpose
                 Offer::WebSocket { .. } => remote.over_websocket(TokioIo::new(upgraded)).await,
                 Offer::Spdy { .. } => remote.over_spdy(TokioIo::new(upgraded)).await,
             },
+            Err(error) => tracing::debug!(%error, "the client left before the stream began"),
+        }
+    });
+    response
+}
+
+/// KubeVirt's name for a WebSocket whose messages are a byte stream.
+const PLAIN: &str = "plain.kubevirt.io";
+
+/// A byte stream both ways, begun with `open` once the request is seen to be a WebSocket's. Names of subprotocols that are not
+/// known here are passed over, as browsers' clients of RFB send some (`binary`).
+pub async fn plain<B>(
+    mut request: Request<B>,
+    open: impl Future<Output = Result<Box<dyn Duplex>, Status>>,
+) -> Response {
+    let offer = or_refuse!(Offer::read(request.headers(), request.version()));
+    if matches!(offer, Offer::Spdy { .. }) {
+        return refuse(&Status::bad_request("unable to upgrade: only websocket is spoken here"));
+    }
+    let protocol = match offer.choose(&[PLAIN, "binary", "binary.kubevirt.io"], Some("")) {
+        Ok(protocol) => protocol,
+        Err(response) => return *response,
+    };
+    let place = or_refuse!(place());
+    let mut stream = or_refuse!(open.await);
+    let upgrade = hyper::upgrade::on(&mut request);
+    let response = offer.accept(protocol);
+    tokio::spawn(async move {
+        let _place = place;
+        match upgrade.await {
+            Ok(upgraded) => {
+                let mut tunnel = websocket::Tunnel::new(websocket::server(TokioIo::new(upgraded)).await);
+                let _ = tokio::io::copy_bidirectional(&mut tunnel, &mut stream).await;
+            }
             Err(error) => tracing::debug!(%error, "the client left before the stream began"),
         }
     });

@@ -22,6 +22,9 @@ impl KvmEngine {
         if machine.kernel.is_none() {
             return Err("it boots through firmware");
         }
+        if machine.display {
+            return Err("it has a screen");
+        }
         if machine.disks.iter().any(|d| d.bus != "virtio") {
             return Err("it has a disk that is not on virtio");
         }
@@ -177,6 +180,18 @@ impl Control for Channel {
     }
     fn balloon(&mut self, pages: u32) -> Result<()> {
         self.ask(Command::Balloon(pages))
+    }
+    fn soft_reboot(&mut self) -> Result<()> {
+        self.ask(Command::SoftReboot)
+    }
+    fn rebooting(&mut self) -> Result<bool> {
+        // the engine sees to it
+        Ok(false)
+    }
+    fn display(&mut self, _: std::os::fd::OwnedFd) -> Result<()> {
+        Err(Error::Monitor(
+            "has no screen: Atoll's own monitor has none; machines that boot through firmware have".into(),
+        ))
     }
     fn snapshot(&mut self, files: &SnapshotFiles) -> Result<()> {
         let fail = |e: std::io::Error| Error::Monitor(format!("control channel: {e}"));

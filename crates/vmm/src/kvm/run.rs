@@ -8,6 +8,7 @@ use super::vm::Vm;
 use super::{End, Event, seccomp};
 use crate::channel::Lines;
 use crate::disk;
+use crate::engine::REBOOT_GRACE;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -15,12 +16,15 @@ use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Instant;
 
 /// What the monitor may ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Command {
     PowerButton,
+    /// The power button; a power-off soon after it is a reset.
+    SoftReboot,
     Reset,
     Pause,
     Resume,
@@ -126,8 +130,23 @@ fn serve(mut parts: Parts, pagemap: Option<Pagemap>) -> Result<(), String> {
         .map_err(say("control thread"))?;
     answer(&control, &Ok(()))?;
     vm.start(&parts)?;
+    let mut reboot_until: Option<Instant> = None;
     loop {
-        match events.recv() {
+        let event = events.recv();
+        let rebooting = reboot_until.is_some_and(|until| Instant::now() < until);
+        match event {
+            Ok(Event::Command(Command::SoftReboot, _)) => {
+                reboot_until = Some(Instant::now() + REBOOT_GRACE);
+                answer(&control, &vm.command(Command::PowerButton))?;
+            }
+            Ok(Event::Command(Command::PowerButton, _)) => {
+                reboot_until = None;
+                answer(&control, &vm.command(Command::PowerButton))?;
+            }
+            Ok(Event::Guest(End::PowerOff)) if rebooting => {
+                reboot_until = None;
+                vm = restart(vm, &parts, &sender)?;
+            }
             Ok(Event::Command(Command::Reset, _)) => {
                 vm = restart(vm, &parts, &sender)?;
                 answer(&control, &Ok(()))?;

@@ -170,7 +170,9 @@ impl Vm {
                 Ok(())
             }
             Command::Balloon(pages) => self.balloon(pages),
-            Command::Reset | Command::Snapshot => Err("needs more than the machine as it is".into()),
+            Command::Reset | Command::Snapshot | Command::SoftReboot => {
+                Err("needs more than the machine as it is".into())
+            }
         }
     }
 

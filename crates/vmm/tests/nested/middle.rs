@@ -71,6 +71,8 @@ fn machine(name: &str, args: &str) -> Machine {
         console: Console { log_path: dir.join("logs/0.log"), log_max_bytes: 1 << 20 },
         engine: Choice::Best,
         restore: None,
+        kvm_cache: None,
+        display: false,
     }
 }
 
