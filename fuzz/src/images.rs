@@ -28,6 +28,10 @@ pub fn heads(data: &[u8]) {
     fuzz::heads(data, scratch());
 }
 
+pub fn foreign_disks(data: &[u8]) {
+    fuzz::foreign(data, scratch());
+}
+
 pub fn containerfile(data: &[u8]) {
     fuzz::containerfile(&String::from_utf8_lossy(data));
 }

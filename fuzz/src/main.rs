@@ -15,6 +15,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("image_names", images::names),
     ("image_layer", images::layer),
     ("image_heads", images::heads),
+    ("foreign_disks", images::foreign_disks),
     ("containerfile", images::containerfile),
     ("zip", images::zip),
     ("oci_config", images::oci_config),

@@ -59,6 +59,11 @@ pub fn layer(bytes: &[u8], scratch: &Path) {
     let _ = tree.finish();
 }
 
+/// A disk as another hypervisor keeps it.
+pub fn foreign(bytes: &[u8], scratch: &Path) {
+    crate::foreign::fuzz(bytes, scratch);
+}
+
 /// A disk's header, a component's header.
 pub fn heads(bytes: &[u8], scratch: &Path) {
     let path = scratch.join("head");

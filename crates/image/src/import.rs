@@ -110,6 +110,10 @@ impl Store {
             self.refuse_run_options(path, options, "a component")?;
             return self.import_component(path, &file, options, progress);
         }
+        if let Some(format) = crate::foreign::detect(&file, &head) {
+            self.refuse_run_options(path, options, "a disk")?;
+            return self.import_foreign(path, &file, format, options, progress);
+        }
         match sniff(&mut file).map_err(io("read", path))?.map_err(|why| unrecognised(why.into()))? {
             Compression::None if crate::tar::is_tar(&head) => {
                 self.import_tar(file, path, Compression::None, options, progress)
@@ -259,6 +263,24 @@ impl Store {
         self.store_manifest(&names, media::WASM_CONFIG, None, &to_json(&config)?, vec![layer])
     }
 
+    /// Another hypervisor's disk becomes a qcow2 image first.
+    fn import_foreign(
+        &self,
+        path: &Path,
+        file: &File,
+        format: crate::foreign::Format,
+        options: &ImportOptions,
+        progress: ProgressFn,
+    ) -> Result<Imported> {
+        let (temporary, to) = self.temporary_file()?;
+        let _remove = RemoveOnDrop(temporary.clone());
+        crate::foreign::convert(file, format, path, to, progress)?;
+        let converted = File::open(&temporary).map_err(io("open", &temporary))?;
+        let tag = self.names_for(options, path, Vec::new())?.first().map(Reference::to_string);
+        let options = ImportOptions { tag, ..options.clone() };
+        self.import_disk(&temporary, converted, &options, progress)
+    }
+
     fn import_disk(&self, path: &Path, file: File, options: &ImportOptions, progress: ProgressFn) -> Result<Imported> {
         let disk = DiskImage::probe(path)?;
         let total = file.metadata().map_err(io("stat", path))?.len();
@@ -333,10 +355,13 @@ impl Store {
             return Ok(said);
         }
         let file_name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        let stem = [".tar.gz", ".tar.zst", ".tgz", ".tar", ".wasm", ".qcow2", ".img", ".raw", ".oci", ".gz", ".zst"]
-            .iter()
-            .find_map(|end| file_name.strip_suffix(end))
-            .unwrap_or(&file_name);
+        let stem = [
+            ".tar.gz", ".tar.zst", ".tgz", ".tar", ".wasm", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".img", ".raw", ".oci",
+            ".gz", ".zst",
+        ]
+        .iter()
+        .find_map(|end| file_name.strip_suffix(end))
+        .unwrap_or(&file_name);
         let cleaned: String = stem.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let cleaned = cleaned.trim_matches('-');
         Reference::parse(cleaned, self.local_hosts()).map(|r| vec![r]).map_err(|_| Error::Unrecognised {

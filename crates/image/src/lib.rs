@@ -32,6 +32,7 @@ mod digest;
 mod disk;
 mod error;
 mod export;
+mod foreign;
 #[doc(hidden)]
 pub mod fuzz;
 mod gc;
