@@ -183,9 +183,14 @@ impl Addresses {
         }
         self.tidy()
     }
-    /// Ends a key's reservation; while a workload has the address, that goes on.
+    /// Keys whose address no workload has.
+    pub fn idle(&self) -> Vec<String> {
+        let idle = |address: &Ipv4Addr| self.book.used.get(address) == Some(&None);
+        self.book.keys.iter().filter(|(_, address)| idle(address)).map(|(key, _)| key.clone()).collect()
+    }
+    /// Ends a key's reservation, unless a workload has the address.
     pub fn forget(&mut self, key: &str) -> Result<()> {
-        if self.book.keys.contains_key(key) {
+        if self.book.keys.get(key).is_some_and(|address| self.book.used.get(address) == Some(&None)) {
             self.write(Record::Forget { key: key.to_owned() }, true)?;
         }
         Ok(())
@@ -246,8 +251,12 @@ mod tests {
         assert_eq!(book.lease("vm-2", "a", Some("a/vm"), Kind::Tap, None).unwrap().address, vm);
         book.release("pod-1").unwrap();
         assert_ne!(book.lease("pod-2", "a", None, Kind::Namespace, None).unwrap().address, pod);
-        book.release("vm-2").unwrap();
         book.forget("a/vm").unwrap();
+        assert!(book.idle().is_empty());
+        book.release("vm-2").unwrap();
+        assert_eq!(book.idle(), ["a/vm"]);
+        book.forget("a/vm").unwrap();
+        assert!(book.idle().is_empty());
         assert_eq!(book.iter().count(), 1);
         assert_eq!(book.book.used.len(), 1);
     }

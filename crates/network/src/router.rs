@@ -211,7 +211,12 @@ impl Router {
         guard(&self.addresses).iter().map(|(uid, _)| uid.clone()).collect()
     }
 
-    /// Ends the reservation that [`crate::AttachRequest::address_key`] made; when its owner is deleted for good.
+    /// Keys ([`crate::AttachRequest::address_key`]) whose address no workload has at present.
+    pub fn idle_addresses(&self) -> Vec<String> {
+        guard(&self.addresses).idle()
+    }
+
+    /// Ends the reservation of an idle key; when its owner is deleted for good. One that is not idle is left alone.
     pub fn release_address(&self, key: &str) -> Result<()> {
         guard(&self.addresses).forget(key)
     }

@@ -268,6 +268,15 @@ impl Networks for RouterNetworks {
         Ok(())
     }
 
+    async fn idle_addresses(&self) -> Vec<String> {
+        self.router.idle_addresses()
+    }
+
+    async fn release_address(&self, key: &str) -> Result<(), NetworkError> {
+        let key = key.to_owned();
+        self.run("release the address", move |router| router.release_address(&key)).await
+    }
+
     async fn leases(&self) -> Vec<Leased> {
         self.router.leases()
     }

@@ -7,6 +7,7 @@ use crate::down;
 use crate::etc_files::Resolver;
 use crate::events::Recorder;
 use crate::exposed;
+use crate::kept;
 use crate::pod::{self, Update};
 use crate::policy::inspect::Inspector;
 use crate::policy::{Enforced, Enforcer};
@@ -187,6 +188,7 @@ impl Running {
         let events = Recorder::spawn(client.clone(), &config.name);
         let exposed = exposed::Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
         helpers.spawn(exposed.run((services.clone(), slices.clone()), agent.networks.clone(), events.clone()));
+        helpers.spawn(kept::run(client.clone(), agent.networks.clone()));
         helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));
         let registration = Registration {
             config: config.clone(),

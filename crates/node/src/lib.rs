@@ -23,6 +23,7 @@ mod env;
 mod etc_files;
 mod events;
 mod exposed;
+mod kept;
 mod layers;
 mod logs;
 mod machine;

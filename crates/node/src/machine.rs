@@ -15,7 +15,6 @@ use std::path::{Path, PathBuf};
 
 pub(crate) const ANNOTATION: &str = "atoll.dev/machine";
 /// A machine keeps its address by this key.
-pub(crate) const ADDRESS_KEY: &str = "atoll.dev/address-key";
 const MIN_MEMORY: u64 = 16 << 20;
 const MAX_VCPUS: u64 = 256;
 

@@ -121,6 +121,14 @@ pub trait Networks: Send + Sync + 'static {
     }
     /// Replaces all DNS records.
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError>;
+    /// Keys whose address no pod has at present.
+    async fn idle_addresses(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// Ends an idle key's hold on its address; one that a pod has again is left alone.
+    async fn release_address(&self, _key: &str) -> Result<(), NetworkError> {
+        Ok(())
+    }
     /// Everything that is attached.
     async fn leases(&self) -> Vec<Leased> {
         Vec::new()

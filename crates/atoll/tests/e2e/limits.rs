@@ -1,9 +1,10 @@
-//! What a workload may take of the network: bandwidth.
+//! What a workload may take of the network, and what is its own: bandwidth, its address.
 
 use crate::cluster::Cluster;
 use crate::{Outcome, Test};
 
-pub const TESTS: &[Test] = &[("network_bandwidth_by_annotation", bandwidth)];
+pub const TESTS: &[Test] =
+    &[("network_bandwidth_by_annotation", bandwidth), ("network_addresses_are_kept_by_name", kept)];
 
 fn pod(namespace: &str, name: &str, annotations: &str, command: &str) -> String {
     format!(
@@ -61,5 +62,31 @@ fn bandwidth(c: &Cluster) -> Outcome {
     c.until("nothing is limited any more", || rate(c, &ns, "slow", &to) > 60e6);
     let bad = c.kubectl(&["annotate", "pod", "-n", &ns, "slow", "kubernetes.io/egress-bandwidth=10"]);
     assert!(!bad.ok && bad.err.contains("unreasonably small"), "{}", bad.err);
+    Outcome::Passed
+}
+
+fn kept(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-net-kept");
+    let start = |name: &str, annotations: &str| {
+        c.apply(&pod(&ns, name, annotations, "sleep 1000000"));
+        c.wait_ready(&ns, &format!("pod/{name}"));
+        c.kubectl(&["get", "pod", "-n", &ns, name, "-o", "jsonpath={.status.podIP}"]).good()
+    };
+    let remove = |name: &str| c.kubectl(&["delete", "pod", "-n", &ns, name, "--wait=true"]).good();
+    let keep = "atoll.dev/keep-address: \"true\"";
+    let first = start("db-0", keep);
+    remove("db-0");
+    // Others come in between, so that it is not by chance.
+    assert_ne!(start("other", ""), first);
+    assert_eq!(start("db-0", keep), first);
+    let other = c.namespace("t-net-kept-other");
+    for key in [format!("vm/{ns}/db"), format!("pod/{ns}/db-0")] {
+        c.apply(&pod(&other, "thief", &format!("atoll.dev/address-key: {key}"), "sleep 1000000"));
+        c.until("nobody takes over another's address", || {
+            let events = c.kubectl(&["get", "events", "-n", &other]).good();
+            events.contains("atoll.dev/address-key") && events.contains(&key)
+        });
+        c.kubectl(&["delete", "pod", "-n", &other, "thief", "--wait=true"]).good();
+    }
     Outcome::Passed
 }

@@ -93,6 +93,10 @@ fn instance(c: &Cluster, ns: &str) -> serde_json::Value {
     json(&c.kubectl(&["get", "vmi", "m", "-n", ns, "-o", "json"]).good())
 }
 
+fn address(c: &Cluster, ns: &str) -> String {
+    instance(c, ns)["status"]["interfaces"][0]["ipAddress"].as_str().unwrap_or_default().to_owned()
+}
+
 fn pod_uid(c: &Cluster, ns: &str) -> String {
     let pods = instance(c, ns)["status"]["activePods"].clone();
     pods.as_object().and_then(|pods| pods.keys().next()).expect("a pod").clone()
@@ -112,11 +116,23 @@ fn life(c: &Cluster) -> Outcome {
     vm(c, &ns, "unpause").good();
     assert_eq!(status(c, &ns), "Running");
     let before = instance(c, &ns)["metadata"]["uid"].clone();
+    let kept = address(c, &ns);
+    assert!(kept.contains('.'), "{kept}");
     vm(c, &ns, "restart").good();
     assert_ne!(instance(c, &ns)["metadata"]["uid"], before);
+    assert_eq!(address(c, &ns), kept, "one address for life");
+    vm(c, &ns, "stop").good();
+    c.until("it has stopped", || status(c, &ns) == "Stopped");
+    vm(c, &ns, "start").good();
+    assert_eq!(address(c, &ns), kept, "and over a stop");
     vm(c, &ns, "stop").good();
     c.until("nothing is left of it", || {
         c.kubectl(&["get", "pods,vmi", "-n", &ns, "-o", "name"]).good().trim().is_empty()
+    });
+    c.kubectl(&["delete", "vm", "m", "-n", &ns]).good();
+    let given_back = format!("{{\"forget\":{{\"key\":\"vm/{ns}/m\"}}}}");
+    c.until("the address of a machine that is gone is free again", || {
+        std::fs::read_to_string(c.data().join("network/addresses")).unwrap().contains(&given_back)
     });
     Outcome::Passed
 }

@@ -9,7 +9,7 @@ use crate::ports::{Attach, NetworkError};
 use crate::record::Record;
 use crate::sources::{self, Sources};
 use crate::volumes::{self, Tokens, VolumeError, chain, tree};
-use crate::{etc_files, resources, security};
+use crate::{etc_files, kept, resources, security};
 use api::k8s::api::core::v1 as core;
 use api::kind::Resource;
 use api::object::Meta;
@@ -318,7 +318,7 @@ impl Worker {
                 ..SandboxNetwork::default()
             }
         } else {
-            let key = self.object.annotation(machine::ADDRESS_KEY).map(str::to_owned);
+            let key = kept::key(&self.object, tap).map_err(SetupError::Unsupported)?;
             let bandwidth = wanted(&self.object).map_err(SetupError::Unsupported)?;
             let request =
                 Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap, bandwidth };
