@@ -118,6 +118,18 @@ pub struct Up {
     /// Blobs that the registry receives at once; more wait
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub registry_max_uploads: u16,
+    /// Pods' images of a registry are asked for here first: HOST=MIRROR[/PREFIX]; may be repeated, the first is asked first
+    #[arg(long, value_name = "HOST=MIRROR")]
+    pub pull_mirror: Vec<String>,
+    /// Credentials for pods' images besides imagePullSecrets, as docker keeps them; default: ~/.docker/config.json
+    #[arg(long, value_name = "FILE")]
+    pub pull_authfile: Option<PathBuf>,
+    /// A registry that pods' images are pulled from without TLS; loopback needs no mention; may be repeated
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub pull_insecure: Vec<String>,
+    /// PEM certificates of registries trusted besides the system's
+    #[arg(long, value_name = "FILE")]
+    pub pull_ca: Option<PathBuf>,
     /// This machine's name as a Node; the host name if left out
     #[arg(long, value_name = "NAME")]
     pub node_name: Option<String>,

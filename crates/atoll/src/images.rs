@@ -43,8 +43,10 @@ fn open(data: &DataDir) -> Result<Store, Failure> {
     open_with(&Instance::open(&data.data_dir)?)
 }
 
-fn open_with(instance: &Instance) -> Result<Store, Failure> {
-    Store::open(instance.data_dir.join("images")).map_err(explain)
+/// The image store of an instance; foreign bytes are unpacked in roles of this very program.
+pub fn open_with(instance: &Instance) -> Result<Store, Failure> {
+    let store = Store::open(instance.data_dir.join("images")).map_err(explain)?;
+    Ok(store.with_roles("/proc/self/exe".into()))
 }
 
 fn import(options: &Import) -> Outcome {
@@ -107,15 +109,31 @@ fn pull_options(registry: &Registry) -> Result<PullOptions, Failure> {
         docker_config: registry.authfile.clone(),
         insecure_hosts: registry.insecure.clone(),
         ca_certificates: registry.ca.clone(),
-        mirrors: registry.mirror.iter().map(|text| mirror(text)).collect::<Result<_, _>>()?,
+        mirrors: registry.mirror.iter().map(|text| mirror("--mirror", text)).collect::<Result<_, _>>()?,
         ..PullOptions::default()
     })
 }
 
-fn mirror(text: &str) -> Result<(String, String), Failure> {
+/// How pods' images are pulled. Files are looked at now: a daemon that cannot read them should say so when it starts.
+pub fn pods_pull(options: &crate::cli::Up) -> Result<PullOptions, Failure> {
+    for (flag, file) in [("--pull-authfile", &options.pull_authfile), ("--pull-ca", &options.pull_ca)] {
+        if let Some(path) = file {
+            std::fs::File::open(path).map_err(|e| Failure(format!("{flag} {}: {e}", path.display())))?;
+        }
+    }
+    Ok(PullOptions {
+        docker_config: options.pull_authfile.clone(),
+        insecure_hosts: options.pull_insecure.clone(),
+        ca_certificates: options.pull_ca.clone(),
+        mirrors: options.pull_mirror.iter().map(|text| mirror("--pull-mirror", text)).collect::<Result<_, _>>()?,
+        ..PullOptions::default()
+    })
+}
+
+fn mirror(flag: &str, text: &str) -> Result<(String, String), Failure> {
     match text.split_once('=') {
         Some((host, mirror)) if !host.is_empty() && !mirror.is_empty() => Ok((host.to_owned(), mirror.to_owned())),
-        _ => Err(Failure(format!("--mirror {text:?}: write it as HOST=MIRROR, such as docker.io=mirror.example"))),
+        _ => Err(Failure(format!("{flag} {text:?}: write it as HOST=MIRROR, such as docker.io=mirror.example"))),
     }
 }
 

@@ -45,6 +45,8 @@ fn role(args: &[String]) -> Option<i32> {
         "egress-relay" => Some(::network::relay::main(rest)),
         "function-host" => Some(::function::host::main(rest)),
         "lambda-runtime" => Some(::function::lambda::main(rest)),
+        image::jailed::UNPACK => Some(image::jailed::unpack(rest)),
+        image::jailed::DECOMPRESS => Some(image::jailed::decompress(rest)),
         "function-compile" => Some(::function::compile::main(rest)),
         _ => None,
     }

@@ -37,6 +37,7 @@ pub fn run(options: &Up) -> Outcome {
         ));
     }
     logging();
+    let pull = crate::images::pods_pull(options)?;
     let instance = Instance::open(&options.data.data_dir)?;
     let _lock = instance.lock()?;
     let listeners = Listeners {
@@ -67,7 +68,7 @@ pub fn run(options: &Up) -> Outcome {
         .enable_all()
         .build()
         .map_err(explain)?;
-    let outcome = runtime.block_on(serve(options, &instance, listeners, router, host_netns, begun));
+    let outcome = runtime.block_on(serve(options, &instance, listeners, router, host_netns, pull, begun));
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     outcome
 }
@@ -150,6 +151,7 @@ async fn serve(
     listeners: Listeners,
     router: Arc<Router>,
     host_netns: std::fs::File,
+    pull: image::PullOptions,
     begun: Instant,
 ) -> Outcome {
     let (stop, stopping) = watch::channel(false);
@@ -165,7 +167,7 @@ async fn serve(
     let store = patiently(|error| matches!(error, store::Error::InUse { .. }), open).map_err(explain)?;
     let store = Arc::new(store);
     let local = [options.registry_addr.to_string(), format!("localhost:{}", options.registry_addr.port())];
-    let images = image::Store::open(instance.data_dir.join("images")).map_err(explain)?.with_local_hosts(local);
+    let images = crate::images::open_with(instance)?.with_local_hosts(local);
     let images = images.with_limits(image_limits(options)?).with_collection(options.budget.collection()?);
     let images = Arc::new(images);
     let registry = registry_config(options, listeners.registry, images.clone())?;
@@ -192,6 +194,7 @@ async fn serve(
     let _guests = network::GuestServer::start(&router).map_err(explain)?;
     let mut config = agent_config(instance, node_name(options))?;
     config.registry_addr = options.registry_addr.to_string();
+    config.pull = pull;
     config.isolation = options.network_default.into();
     config.snapshot_space = crate::images::bytes("--snapshot-space", &options.snapshot_space)?;
     config.exposing = listeners.exposing.clone();

@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 
 const FLOORS: [(&str, &[&str]); 6] = [
-    ("footing", &["clock"]),
+    ("footing", &["clock", "jail"]),
     ("ground", &["api", "store"]),
     ("mechanism", &["container", "vmm", "function", "image", "network"]),
     ("node", &["node"]),

@@ -87,7 +87,7 @@ fn start(role: &str, run_dir: &Path, uid: u32) -> Result<()> {
         .mode(0o600)
         .open(&log_path)
         .map_err(io("create", &log_path))?;
-    crate::sys::unshare(UnshareFlags::NEWPID).map_err(io("leave the PID namespace of", "the host"))?;
+    ::jail::unshare(UnshareFlags::NEWPID).map_err(io("leave the PID namespace of", "the host"))?;
     let exe = Path::new("/proc/self/exe");
     let mut child = Command::new(exe)
         .args([role, SERVE])

@@ -1,6 +1,7 @@
 //! What `fuzz/` gives foreign bytes to: the parsers of this crate, and no more of it than they need. Not an interface.
 
 use crate::build::fuzz as build;
+use crate::jailed::Input;
 use crate::spec::{Document, ImageConfig, Platform};
 use crate::store::{Limits, make_dir, open_dir};
 use crate::tar::Archive;
@@ -43,20 +44,15 @@ pub fn names(text: &str) {
 pub fn layer(bytes: &[u8], scratch: &Path) {
     let limits = Limits { layer_bytes: 4 << 20, layer_entries: 200, ratio_floor: 1 << 20, ..Limits::default() };
     let Ok(compression) = Compression::detect(bytes.get(..6).unwrap_or(bytes)) else { return };
-    let Ok(guard) = guarded(bytes, compression, &limits) else { return };
+    let source = Input::Stream(Box::new(std::io::Cursor::new(bytes.to_vec())));
+    let Ok(guard) = guarded(source, compression, &limits, None) else { return };
     let root = scratch.join("fs");
     let _ = std::fs::remove_dir_all(&root);
     let Ok(directory) = make_dir(&root, 0o755).and_then(|()| open_dir(&root)) else { return };
     let mut archive = Archive::new(guard);
-    let mut tree = Tree::new(directory, "x");
-    let mut entries = 0;
-    while let Ok(Some(entry)) = archive.next() {
-        entries += 1;
-        if entries > limits.layer_entries || tree.add(&entry, &mut archive).is_err() {
-            break;
-        }
+    if let Ok(opaque) = Tree::new(directory, "x").fill(&mut archive, limits.layer_entries) {
+        assert!(opaque.iter().all(|path| !path.starts_with(b"/") && path.split(|b| *b == b'/').all(|p| p != b"..")));
     }
-    let _ = tree.finish();
 }
 
 /// A disk as another hypervisor keeps it.

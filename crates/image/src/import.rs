@@ -8,6 +8,7 @@ mod layout;
 use crate::digest::Digest;
 use crate::disk::{self, DiskImage};
 use crate::error::{Error, Result, io};
+use crate::jailed::Input;
 use crate::manifest::{Demand, now};
 use crate::reference::{Reference, Selector};
 use crate::spec::{Descriptor, ImageConfig, Manifest, Platform, RootFs, RunConfig, media};
@@ -16,7 +17,7 @@ use crate::unpack::{Compression, guarded, sniff};
 use archive::TarSource;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -132,7 +133,8 @@ impl Store {
                 progress(Progress::Step("decompressing".into()));
                 let (temporary, plain) = self.temporary_file()?;
                 let _remove = RemoveOnDrop(temporary.clone());
-                let reader = guarded(BufReader::new(file), compression, self.limits()).map_err(io("read", path))?;
+                let reader =
+                    guarded(Input::File(file), compression, self.limits(), self.roles()).map_err(io("read", path))?;
                 let mut writer = BufWriter::with_capacity(1 << 20, plain);
                 std::io::copy(&mut { reader }, &mut writer).map_err(io("decompress", path))?;
                 let mut plain = writer.into_inner().map_err(|e| io("write", &temporary)(e.into_error()))?;

@@ -38,6 +38,7 @@ pub mod fuzz;
 mod gc;
 mod import;
 mod inspect;
+pub mod jailed;
 mod links;
 mod lookup;
 mod manifest;

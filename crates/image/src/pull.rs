@@ -71,6 +71,8 @@ pub struct PullOptions {
     pub mirrors: Vec<(String, String)>,
     /// How long a registry may send or take nothing. Default: a minute.
     pub silence: Option<std::time::Duration>,
+    /// How often one thing is asked for when a connection or the registry fails. Default (0): four times.
+    pub tries: u32,
 }
 
 /// Begins to unpack a layer that is on its way.
@@ -80,6 +82,8 @@ type Unpack<'a> = &'a dyn Fn(Descriptor, Digest) -> Arc<Watch>;
 const PARALLEL: usize = 3;
 /// Tries to continue one blob after the connection broke.
 pub(crate) const TRIES: u32 = 4;
+/// Without a byte for so long, a mirror is left for the next one.
+const MIRROR_SILENCE: std::time::Duration = std::time::Duration::from_secs(10);
 /// Between looks at a blob that another process is downloading.
 const LOCK_POLL: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -134,12 +138,14 @@ impl Store {
         for (_, mirror) in options.mirrors.iter().filter(|(of, _)| *of == host) {
             let (at, prefix) = mirror.split_once('/').unwrap_or((mirror, ""));
             let path = format!("{prefix}/{}", remote.repository.path);
-            // The registry's credentials are not the mirror's.
-            let options = PullOptions { credentials: None, ..options.clone() };
+            // The registry's credentials are not the mirror's, and the registry is there if it stands still.
+            let silence = options.silence.unwrap_or(MIRROR_SILENCE).min(MIRROR_SILENCE);
+            let options = PullOptions { credentials: None, silence: Some(silence), tries: 1, ..options.clone() };
             let client = Client::new(at, path.trim_start_matches('/'), &options, "pull")?;
             match self.pull_async(&client, at, remote, &options, progress, unpack).await {
                 Ok(pulled) => return Ok(pulled),
-                Err(error @ (Error::Io { .. } | Error::Platform { .. } | Error::TooLarge { .. })) => return Err(error),
+                // This machine's own trouble is the same with any registry.
+                Err(error @ Error::Io { .. }) => return Err(error),
                 Err(error) => progress(Progress::Step(format!("mirror {at}: {}", error.chain()))),
             }
         }
@@ -158,7 +164,8 @@ impl Store {
     ) -> Result<(Manifest, Digest)> {
         progress(Progress::Step(format!("asking {host} for {remote}")));
         let selector = remote.selector();
-        let top = retried("manifest", progress, || self.fetch_manifest(client, &selector, remote)).await?;
+        let top =
+            retried(client.tries, "manifest", progress, || self.fetch_manifest(client, &selector, remote)).await?;
         let wanted = options.platform.clone().unwrap_or_else(Platform::host);
         let (document, _) = Document::parse(Some(&top.media_type), &top.bytes)?;
         let (manifest, child) = match document {
@@ -166,7 +173,9 @@ impl Store {
             Document::Index(index) => {
                 let chosen = choose(&remote.to_string(), &index.manifests, &wanted)?;
                 let selector = Selector::Digest(chosen.digest);
-                let fetched = retried("manifest", progress, || self.fetch_manifest(client, &selector, remote)).await?;
+                let fetched =
+                    retried(client.tries, "manifest", progress, || self.fetch_manifest(client, &selector, remote))
+                        .await?;
                 match Document::parse(Some(&fetched.media_type), &fetched.bytes)?.0 {
                     Document::Manifest(manifest) => (manifest, Some(fetched)),
                     Document::Index(_) => return Err(Error::invalid(remote.to_string(), "an index within an index")),
@@ -278,7 +287,8 @@ impl Store {
                 _ => Arc::default(),
             };
             let _ends = EndOnDrop(&watch);
-            retried(label, progress, || self.fetch_into_partial(client, blob, label, progress, &watch)).await?;
+            retried(client.tries, label, progress, || self.fetch_into_partial(client, blob, label, progress, &watch))
+                .await?;
             watch.end(true);
         }
         self.forget_lock(&name, lock);
@@ -355,6 +365,7 @@ impl Store {
 
 /// Tries again, each time after twice the pause, what may go better then.
 pub(crate) async fn retried<T, F: Future<Output = Result<T>>>(
+    most: u32,
     what: &str,
     progress: ProgressFn<'_>,
     mut work: impl FnMut() -> F,
@@ -362,7 +373,7 @@ pub(crate) async fn retried<T, F: Future<Output = Result<T>>>(
     let mut tries = 0;
     loop {
         match work().await {
-            Err(error) if error.is_transient() && tries + 1 < TRIES => {
+            Err(error) if error.is_transient() && tries + 1 < most => {
                 tries += 1;
                 progress(Progress::Step(format!("{what}: {}; trying again", error.chain())));
                 tokio::time::sleep(std::time::Duration::from_millis(300 << tries)).await;

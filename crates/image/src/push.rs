@@ -90,16 +90,16 @@ impl Pushing<'_> {
             .enumerate()
             .map(|(number, blob)| async move {
                 let label = format!("blob {} of {count}", number + 1);
-                retried(&label, self.progress, || self.blob(blob, &label)).await
+                retried(self.client.tries, &label, self.progress, || self.blob(blob, &label)).await
             })
             .collect();
         stream(tasks, PARALLEL).await?;
         for manifest in manifests.iter().rev().filter(|m| m.digest != root.digest) {
             let name = manifest.digest.to_string();
-            retried("manifest", self.progress, || self.manifest(manifest, &name)).await?;
+            retried(self.client.tries, "manifest", self.progress, || self.manifest(manifest, &name)).await?;
         }
         let name = remote.tag.clone().unwrap_or_else(|| "latest".into());
-        retried("manifest", self.progress, || self.manifest(&root, &name)).await?;
+        retried(self.client.tries, "manifest", self.progress, || self.manifest(&root, &name)).await?;
         Ok(root.digest)
     }
 

@@ -3,6 +3,7 @@
 use crate::digest::Digest;
 use crate::disk::DiskImage;
 use crate::error::{Error, Result, io};
+use crate::jailed::Input;
 use crate::lookup::Found;
 use crate::spec::{ImageConfig, Manifest, Platform, media};
 use crate::store::Store;
@@ -163,7 +164,8 @@ impl Store {
             let mut opened = self.blob_open(blob)?.ok_or(Error::BlobUnknown(*blob))?;
             let bad = |why: String| Error::Archive { layer: blob.to_string(), why };
             let compression = sniff(&mut opened.file).map_err(io("read", &path))?.map_err(|why| bad(why.to_owned()))?;
-            let reader = guarded(opened.file, compression, self.limits()).map_err(|e| bad(e.to_string()))?;
+            let reader = guarded(Input::File(opened.file), compression, self.limits(), self.roles())
+                .map_err(|e| bad(e.to_string()))?;
             let mut writer = self.blob_writer()?;
             std::io::copy(&mut { reader }, &mut writer).map_err(|e| bad(e.to_string()))?;
             let (content, _) = writer.commit(None)?;

@@ -68,6 +68,7 @@ pub struct Store {
     local_hosts: Vec<String>,
     limits: Limits,
     collection: crate::gc::GcOptions,
+    roles: Option<crate::jailed::Roles>,
     /// Hash states of uploads under way, so that an upload in many pieces is read once.
     pub(crate) upload_hashers: Mutex<HashMap<String, Hasher>>,
 }
@@ -118,6 +119,7 @@ impl Store {
             local_hosts: vec!["127.0.0.1:5000".into(), "localhost:5000".into(), "localhost".into()],
             limits: Limits::default(),
             collection: crate::gc::GcOptions::default(),
+            roles: None,
             upload_hashers: Mutex::default(),
         })
     }
@@ -126,6 +128,16 @@ impl Store {
     pub fn with_local_hosts(mut self, hosts: impl IntoIterator<Item = String>) -> Store {
         self.local_hosts = hosts.into_iter().collect();
         self
+    }
+
+    /// Decompresses and unpacks in processes of their own. Without it (tests, fuzz targets) this process does it.
+    pub fn with_roles(mut self, exe: PathBuf) -> Store {
+        self.roles = Some(crate::jailed::Roles { exe });
+        self
+    }
+
+    pub(crate) fn roles(&self) -> Option<&crate::jailed::Roles> {
+        self.roles.as_ref()
     }
 
     pub fn with_limits(mut self, limits: Limits) -> Store {

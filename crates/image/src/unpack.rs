@@ -1,17 +1,21 @@
 //! From a layer blob to a directory that overlayfs can have as a lower one.
 //!
 //! The stream passes, in this order: a counter of compressed bytes, the decompressor, a guard that hashes (the diff id)
-//! and stops bombs, the tar reader, the [`tree::Tree`] that makes files beneath one directory descriptor.
+//! and stops bombs, the tar reader, the [`tree::Tree`] that makes files beneath one directory descriptor. Decompressor and
+//! everything from the tar reader on are processes of their own ([`crate::jailed`]) where the store was told of a program
+//! that has the roles.
 
 pub(crate) mod tree;
 
 use crate::blob::touch;
 use crate::digest::{Digest, Hasher};
 use crate::error::{Error, Result, io};
+use crate::jailed::{Input, Plain, Roles, Unpacker};
 use crate::store::{Limits, Store, sync_dir};
 use crate::tar::Archive;
 use std::fs::{self, File};
 use std::io::{self as stdio, BufReader, Read};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tree::Tree;
@@ -86,16 +90,43 @@ impl<R: Read> Read for Guard<R> {
     }
 }
 
-/// Decompresses under the store's limits.
-pub(crate) fn guarded<'a>(
-    reader: impl Read + 'a,
+/// Decompresses under limits, in a process of its own if there is a program for it.
+pub(crate) fn guarded(
+    source: Input,
     compression: Compression,
     limits: &Limits,
-) -> stdio::Result<Guard<Box<dyn Read + 'a>>> {
+    roles: Option<&Roles>,
+) -> stdio::Result<Guard<Box<dyn Read>>> {
     let count = Arc::new(AtomicU64::new(0));
-    let counting = Counting { inner: reader, count: count.clone() };
-    let inner = compression.decoder(counting)?;
+    let source = match source {
+        Input::File(file) => {
+            count.store(file.metadata()?.len(), Ordering::Relaxed);
+            Input::File(file)
+        }
+        Input::Stream(inner) => Input::Stream(Box::new(Counting { inner, count: count.clone() })),
+    };
+    let inner: Box<dyn Read> = match (roles, source) {
+        (Some(roles), source) if compression != Compression::None => {
+            Box::new(Plain::start(roles, compression, source)?)
+        }
+        (_, Input::File(file)) => compression.decoder(BufReader::with_capacity(256 << 10, file))?,
+        (_, Input::Stream(stream)) => compression.decoder(BufReader::with_capacity(256 << 10, stream))?,
+    };
     Ok(Guard { inner, hasher: Hasher::default(), compressed: count, limits: limits.clone() })
+}
+
+/// Reads until the buffer is full or nothing is left.
+pub(crate) fn fill(reader: &mut impl Read, buffer: &mut [u8]) -> stdio::Result<usize> {
+    let mut done = 0;
+    while let Some(rest) = buffer.get_mut(done..).filter(|r| !r.is_empty()) {
+        match reader.read(rest) {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(e) if e.kind() == stdio::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
 }
 
 impl<R> Guard<R> {
@@ -155,18 +186,17 @@ impl Store {
         let layer = blob.to_string();
         let archive_error = |why: String| Error::Archive { layer: layer.clone(), why };
         let compression = sniff(&mut file).map_err(io("read", &layer))?.map_err(|why| archive_error(why.to_owned()))?;
-        let reader = BufReader::with_capacity(256 * 1024, file);
-        let diff_id = self.unpack_reader(&layer, compression, reader, temporary, expected)?;
+        let diff_id = self.unpack_source(&layer, compression, Input::File(file), temporary, expected)?;
         self.layer_adopt(temporary, &diff_id)?;
         Ok(diff_id)
     }
 
     /// Unpacks into a directory that has no final name yet; all of it is on the disk then.
-    pub(crate) fn unpack_reader(
+    pub(crate) fn unpack_source(
         &self,
         layer: &str,
         compression: Compression,
-        reader: impl Read,
+        source: Input,
         temporary: &std::path::Path,
         expected: Option<&Digest>,
     ) -> Result<Digest> {
@@ -177,22 +207,20 @@ impl Store {
         // Modes are set explicitly, but `mkdir` above obeyed the umask.
         rustix::fs::fchmod(&root, rustix::fs::Mode::from_raw_mode(0o755)).map_err(io("chmod", &content))?;
 
-        let guard = guarded(reader, compression, self.limits()).map_err(|e| archive_error(e.to_string()))?;
-        let mut archive = Archive::new(guard);
-        let mut tree = Tree::new(root, layer);
-        let mut entries = 0u64;
-        while let Some(entry) = archive.next().map_err(|e| archive_error(chain(&e)))? {
-            entries += 1;
-            if entries > self.limits().layer_entries {
-                return Err(archive_error(format!("it has more than {} entries", self.limits().layer_entries)));
+        let guard =
+            guarded(source, compression, self.limits(), self.roles()).map_err(|e| archive_error(e.to_string()))?;
+        let (opaque, diff_id) = match self.roles() {
+            Some(roles) => self.unpack_jailed(roles, layer, guard, &root)?,
+            None => {
+                let mut archive = Archive::new(guard);
+                let own = root.try_clone().map_err(io("open", &content))?;
+                let opaque = Tree::new(own, layer).fill(&mut archive, self.limits().layer_entries)?;
+                // The diff id covers what follows the end mark too.
+                let mut guard = archive.into_inner();
+                stdio::copy(&mut guard, &mut stdio::sink()).map_err(|e| archive_error(e.to_string()))?;
+                (opaque, guard.into_hasher().finish())
             }
-            tree.add(&entry, &mut archive)?;
-        }
-        let root = tree.finish()?;
-        // The diff id covers what follows the end mark too.
-        let mut guard = archive.into_inner();
-        stdio::copy(&mut guard, &mut stdio::sink()).map_err(|e| archive_error(e.to_string()))?;
-        let diff_id = guard.into_hasher().finish();
+        };
         if let Some(expected) = expected
             && *expected != diff_id
         {
@@ -202,8 +230,29 @@ impl Store {
                 actual: diff_id,
             });
         }
+        tree::mark_opaque(&root, layer, &opaque)?;
         rustix::fs::syncfs(&root).map_err(io("sync", &content))?;
         Ok(diff_id)
+    }
+
+    fn unpack_jailed(
+        &self,
+        roles: &Roles,
+        layer: &str,
+        mut plain: Guard<Box<dyn Read>>,
+        root: &OwnedFd,
+    ) -> Result<(Vec<Vec<u8>>, Digest)> {
+        let mut unpacker = Unpacker::start(roles, layer, root, self.limits())?;
+        let mut buffer = vec![0u8; 256 << 10];
+        loop {
+            let n = fill(&mut plain, &mut buffer)
+                .map_err(|e| Error::Archive { layer: layer.to_owned(), why: e.to_string() })?;
+            if n == 0 || !unpacker.feed(buffer.get(..n).unwrap_or_default())? {
+                break;
+            }
+        }
+        let opaque = unpacker.finish()?;
+        Ok((opaque, plain.into_hasher().finish()))
     }
 
     pub(crate) fn layer_adopt(&self, temporary: &std::path::Path, diff_id: &Digest) -> Result<()> {
@@ -236,7 +285,7 @@ pub(crate) fn sniff(file: &mut File) -> stdio::Result<std::result::Result<Compre
     Ok(Compression::detect(head.get(..done).unwrap_or_default()))
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

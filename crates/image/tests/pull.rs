@@ -233,3 +233,61 @@ fn tls_is_checked() {
     let options = PullOptions { ca_certificates: Some(trusted), ..Default::default() };
     store.pull(&name, &options, &silent).unwrap();
 }
+
+/// A mirror is a stranger: whatever it does, the image comes, and it is the right one.
+#[test]
+fn mirrors_that_stall_break_or_lie_are_left_for_the_next() {
+    let whole = Arc::new(artifact());
+    let is_blob = |asked: &Asked| asked.path.ends_with(&Digest::of(&artifact().blob).to_string());
+    let of = |change: fn(&Artifact, common::Answer) -> common::Answer| {
+        let image = whole.clone();
+        Server::start(move |asked| {
+            let answer = image.answer(asked);
+            if is_blob(asked) { change(&image, answer) } else { answer }
+        })
+    };
+    let silent_from_the_start = Server::start(|_| common::Answer { stall: true, ..answer(200, "") });
+    let stalls_at_the_blob = of(|_, answer| common::Answer { stall: true, ..answer });
+    let hangs_up = of(|_, answer| common::Answer { cut: Some(answer.body.len() / 2), ..answer });
+    let lies = of(|image, _| answer(200, vec![7; image.blob.len()]));
+    let sends_more = of(|_, mut answer| {
+        answer.body.push(0);
+        answer
+    });
+    let refuses = Server::start(|_| answer(403, "no"));
+    let nonsense = Server::start(|_| answer(200, "[").with("content-type", image::media::OCI_MANIFEST));
+    let huge = Server::start(|_| {
+        let descriptor = format!(r#"{{"mediaType":"a/b","digest":"{}","size":9000000000000000}}"#, Digest::of(b""));
+        let text = format!(r#"{{"schemaVersion":2,"config":{descriptor},"layers":[{descriptor}]}}"#);
+        answer(200, text).with("content-type", image::media::OCI_MANIFEST)
+    });
+    let bad = [&silent_from_the_start, &stalls_at_the_blob, &hangs_up, &lies, &sends_more, &refuses, &nonsense, &huge];
+    let origin = {
+        let image = whole.clone();
+        Server::start(move |asked| image.answer(asked))
+    };
+    let host = origin.address.to_string();
+    let mirrors = bad.iter().map(|m| (host.clone(), m.address.to_string()));
+    let options = PullOptions {
+        mirrors: mirrors.chain([(host.clone(), "127.0.0.1:1/nobody".into())]).collect(),
+        silence: Some(std::time::Duration::from_millis(300)),
+        ..PullOptions::default()
+    };
+    let (_dir, store) = store();
+    assert_eq!(pull(&store, &origin, &options).unwrap(), Digest::of(&whole.manifest));
+    for mirror in bad {
+        assert!(!mirror.asked().is_empty(), "{}", mirror.address);
+    }
+    assert_eq!(store.blob_read(&Digest::of(&whole.blob), 10 << 20).unwrap(), whole.blob);
+    // A good one is enough, and none after it is asked.
+    let (_dir, store) = self::store();
+    let asked = origin.asked().len();
+    let good = {
+        let image = whole.clone();
+        Server::start(move |asked| image.answer(asked))
+    };
+    let options = PullOptions { mirrors: vec![(host.clone(), format!("{}/deep/er", good.address))], ..options };
+    pull(&store, &origin, &options).unwrap();
+    assert!(good.asked().iter().all(|a| a.path.starts_with("/v2/deep/er/a/b/")));
+    assert_eq!(origin.asked().len(), asked);
+}

@@ -20,11 +20,12 @@ const OWNERS: [&str; 2] = ["agent-a", "agent-b"];
 pub(crate) struct StoreImages {
     store: Arc<Store>,
     host_netns: Option<PathBuf>,
+    pull: PullOptions,
 }
 
 impl StoreImages {
-    pub fn new(store: Arc<Store>, host_netns: Option<PathBuf>) -> Self {
-        StoreImages { store, host_netns }
+    pub fn new(store: Arc<Store>, host_netns: Option<PathBuf>, pull: PullOptions) -> Self {
+        StoreImages { store, host_netns, pull }
     }
 
     async fn run<T: Send + 'static>(
@@ -51,6 +52,7 @@ fn translate(reference: &str, error: &image::Error) -> ImageError {
         | E::Platform { .. }
         | E::Registry { .. }
         | E::RegistryNotFound { .. }
+        | E::Refused { .. }
         | E::Unauthorized { .. }
         | E::DigestMismatch { .. }
         | E::SizeMismatch { .. } => ImageError::Pull { reference, message },
@@ -119,7 +121,7 @@ impl Images for StoreImages {
         let options = PullOptions {
             credentials: matching
                 .map(|c| image::Credentials { username: c.username.clone(), password: c.password.clone() }),
-            ..PullOptions::default()
+            ..self.pull.clone()
         };
         let netns = self.host_netns.clone();
         let work = move |store: &Store, name: &str| {
@@ -316,7 +318,7 @@ mod tests {
     async fn what_is_in_use_is_pinned() {
         let dir = tempfile::tempdir().unwrap();
         let store = Arc::new(Store::open(dir.path().join("images")).unwrap());
-        let images = StoreImages::new(store.clone(), None);
+        let images = StoreImages::new(store.clone(), None, PullOptions::default());
         let one = format!("sha256:{}", "1".repeat(64));
         let two = format!("sha256:{}", "2".repeat(64));
         images.collect(&BTreeSet::from([one.clone(), "nonsense".to_owned()])).await.unwrap();

@@ -65,7 +65,7 @@ impl Agent {
         config.pod_cidrs = vec![router.config().pod_cidr.to_string()];
         config.pod_cidrs.extend(router.has_ipv6().then(|| router.config().pod_cidr6.to_string()));
         let router = Arc::new(RouterNetworks::new(router, config.host_netns.clone()));
-        let images = Arc::new(StoreImages::new(images, config.host_netns.clone()));
+        let images = Arc::new(StoreImages::new(images, config.host_netns.clone(), config.pull.clone()));
         let mut agent = Agent::with_ports(config, client, images, router.clone(), boundaries);
         agent.router = Some(router);
         agent

@@ -25,6 +25,8 @@ pub struct Config {
     pub pod_cidrs: Vec<String>,
     /// `127.0.0.1:5000`.
     pub registry_addr: String,
+    /// Mirrors, certificates and credentials that pulls have; `credentials` come from each pod's `imagePullSecrets`.
+    pub pull: image::PullOptions,
     /// Address under which the node is known (`status.hostIP`). Unspecified: the router's towards pods.
     pub node_ip: Ipv4Addr,
     pub node_ip6: Option<Ipv6Addr>,
@@ -72,6 +74,7 @@ impl Config {
             service_cidr: "10.43.0.0/16".into(),
             pod_cidrs: vec!["10.42.0.0/16".into()],
             registry_addr: "127.0.0.1:5000".into(),
+            pull: image::PullOptions::default(),
             node_ip: Ipv4Addr::UNSPECIFIED,
             node_ip6: None,
             host_netns: None,

@@ -4,7 +4,7 @@ use super::api::{Api, Refusal};
 use super::{Deploy, lambda, services, wait_ready};
 use crate::cli::{Failure, Outcome, explain};
 use crate::instance::Instance;
-use image::{Digest, ImportOptions, Store};
+use image::{Digest, ImportOptions};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -69,7 +69,7 @@ fn local(source: &str) -> Result<Option<PathBuf>, Failure> {
 fn package(options: &Deploy, namespace: &str, file: &Path) -> Result<String, Failure> {
     let bytes = std::fs::read(file).map_err(|e| Failure(format!("{}: {e}", file.display())))?;
     let instance = Instance::existing(&options.at.data.data_dir)?;
-    let store = Store::open(instance.data_dir.join("images")).map_err(explain)?;
+    let store = crate::images::open_with(&instance)?;
     let store = store.with_local_hosts([options.registry.clone()]);
     let package = lambda::Package {
         zip: &bytes,
@@ -95,7 +95,7 @@ fn import(options: &Deploy, namespace: &str, file: &Path) -> Result<String, Fail
     let tag: String = Digest::of(&bytes).hex().chars().take(SHORT).collect();
     let name = format!("{}/functions/{namespace}/{}:{tag}", options.registry, options.name);
     let instance = Instance::existing(&options.at.data.data_dir)?;
-    let store = Store::open(instance.data_dir.join("images")).map_err(explain)?;
+    let store = crate::images::open_with(&instance)?;
     let import = ImportOptions { tag: Some(name.clone()), ..ImportOptions::default() };
     store.import(file, &import, &|_| {}).map_err(explain)?;
     Ok(name)

@@ -6,6 +6,7 @@ use super::{open_with, show};
 use crate::cli::{Failure, Outcome, explain};
 use crate::instance::Instance;
 use image::{BuildOptions, Platform, Secret};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -28,6 +29,8 @@ pub fn run(options: &Build) -> Outcome {
         args: pairs,
         target: options.target.clone(),
         secrets: options.secret.iter().map(|s| Secret::parse(s)).collect::<Result<_, _>>().map_err(Failure)?,
+        ssh: options.ssh.iter().map(|text| agent(text)).collect::<Result<_, _>>()?,
+        memory: options.memory.as_deref().map(memory).transpose()?,
         no_cache: options.no_cache,
         platform: options.platform.as_deref().map(Platform::parse).transpose().map_err(explain)?,
         network: options.network == BuildNetwork::Host,
@@ -47,6 +50,27 @@ fn argument(text: &str) -> Result<(String, String), Failure> {
             Failure(format!("--build-arg {text}: the environment has no such variable; write NAME=value"))
         }),
     }
+}
+
+/// `NAME=SOCKET`, or a name alone for the agent of the environment.
+fn agent(text: &str) -> Result<(String, PathBuf), Failure> {
+    match text.split_once('=') {
+        Some((name, socket)) if !name.is_empty() && !socket.is_empty() => Ok((name.to_owned(), socket.into())),
+        None if !text.is_empty() => match std::env::var_os("SSH_AUTH_SOCK") {
+            Some(socket) => Ok((text.to_owned(), socket.into())),
+            None => Err(Failure(format!(
+                "--ssh {text}: SSH_AUTH_SOCK names no agent (sudo drops it); write {text}=/path/of/the/agent's/socket"
+            ))),
+        },
+        _ => Err(Failure(format!("--ssh {text:?}: write it as default, or as NAME=SOCKET"))),
+    }
+}
+
+fn memory(text: &str) -> Result<u64, Failure> {
+    let bytes = api::quantity::Quantity::parse(text).ok().and_then(|q| u64::try_from(q.value()).ok());
+    bytes
+        .filter(|b| *b >= 4 << 20)
+        .ok_or_else(|| Failure(format!("--memory {text:?}: write it as 512Mi or 4Gi; nothing runs in less than 4Mi")))
 }
 
 /// <https://reproducible-builds.org/specs/source-date-epoch/>: a build argument, else the environment.

@@ -160,6 +160,12 @@ pub struct Build {
     /// For RUN --mount=type=secret: id=NAME,src=FILE or id=NAME,env=VARIABLE; may be repeated
     #[arg(long, value_name = "SECRET")]
     pub secret: Vec<String>,
+    /// For RUN --mount=type=ssh: default (the agent of SSH_AUTH_SOCK), or NAME=SOCKET; may be repeated
+    #[arg(long, value_name = "NAME[=SOCKET]")]
+    pub ssh: Vec<String>,
+    /// What one RUN may use of memory, such as 4Gi; without it there is no bound
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<String>,
     /// Do every step anew
     #[arg(long)]
     pub no_cache: bool,

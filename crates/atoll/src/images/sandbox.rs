@@ -4,7 +4,9 @@
 use container::client::{self, Client};
 use container::process::Confinement;
 use container::shim::protocol::{Network, Phase, Sandbox, Start};
-use container::spec::{self as oci, Capabilities, IdMapping, Linux, Pids, Process, Resources, Root, Spec, User};
+use container::spec::{
+    self as oci, Capabilities, IdMapping, Linux, Memory, Pids, Process, Resources, Root, Spec, User,
+};
 use image::{Error, Executor, MountSource, Result, RunEnd, RunSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FlockOperation, Gid, Mode, OFlags, Uid, flock};
@@ -253,7 +255,13 @@ fn sandbox(run: &RunSpec, held: &Held) -> Sandbox {
         network: if run.host_network { Network::Host } else { Network::New },
         host_network: run.host_network,
         cgroup: held.cgroup.clone(),
-        resources: Resources { pids: Some(Pids { limit: Some(PIDS) }), ..Default::default() },
+        resources: Resources {
+            pids: Some(Pids { limit: Some(PIDS) }),
+            memory: run
+                .memory
+                .map(|bytes| Memory { limit: Some(i64::try_from(bytes).unwrap_or(i64::MAX)), ..Default::default() }),
+            ..Default::default()
+        },
         sysctl: Default::default(),
         share_pid: false,
         scoped: true,

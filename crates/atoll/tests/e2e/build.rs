@@ -9,6 +9,8 @@ pub const TESTS: &[Test] = &[
     ("build_an_image_and_run_it", build_and_run),
     ("build_sandbox_holds", sandbox_holds),
     ("build_mounts_secrets_and_cache", mounts),
+    ("build_memory_is_bounded", memory),
+    ("build_reaches_the_callers_ssh_agent", agent),
     ("build_killed_leaves_nothing", killed),
 ];
 
@@ -174,5 +176,73 @@ fn killed(c: &Cluster) -> Outcome {
     let left =
         fs::read_dir(run_dir(c)).unwrap().flatten().filter(|e| e.file_name().to_string_lossy().starts_with("build-"));
     assert_eq!(left.count(), 0);
+    Outcome::Passed
+}
+
+fn memory(c: &Cluster) -> Outcome {
+    let b = Bench::new(c, "memory");
+    let text = "RUN dd if=/dev/zero of=/dev/null bs=64M count=1 2>/dev/null && echo fits > /seen\n";
+    b.build("built/memory:1", text, &["--no-cache"]).good();
+    let why = b.build("built/memory:2", text, &["--no-cache", "--memory", "24Mi"]).bad();
+    assert!(why.contains("Containerfile:2"), "{why}");
+    assert!(b.build("built/memory:2", text, &["--memory", "1Mi"]).bad().contains("--memory"));
+    b.nothing_is_left();
+    Outcome::Passed
+}
+
+/// The agent checks who asks: a user of the sandbox must come through, and only to use keys.
+fn agent(c: &Cluster) -> Outcome {
+    let ssh_add = std::path::Path::new("/usr/bin/ssh-add");
+    if !ssh_add.exists() || !std::path::Path::new("/usr/bin/ssh-keygen").exists() {
+        return Outcome::Skipped("openssh-client is not here".into());
+    }
+    let b = Bench::new(c, "agent");
+    // The program and what it is linked with.
+    let linked = std::process::Command::new("ldd").arg(ssh_add).output().unwrap();
+    let linked = String::from_utf8(linked.stdout).unwrap();
+    for path in linked.split_whitespace().filter(|w| w.starts_with('/')).chain(["/usr/bin/ssh-add"]) {
+        let to = b.context.join("root").join(&path[1..]);
+        fs::create_dir_all(to.parent().unwrap()).unwrap();
+        fs::copy(path, to).unwrap();
+    }
+    let (socket, key) = (b.context.join("agent"), b.context.join("key"));
+    let mut agent = std::process::Command::new("ssh-agent")
+        .arg("-D")
+        .arg("-a")
+        .arg(&socket)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    while !socket.exists() {
+        assert!(agent.try_wait().unwrap().is_none(), "ssh-agent ended");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    let run = |program: &str, args: &[&str]| {
+        let out = std::process::Command::new(program).args(args).env("SSH_AUTH_SOCK", &socket).output().unwrap();
+        assert!(out.status.success(), "{program}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let key = key.to_string_lossy();
+    run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", "build", "-f", &key]);
+    run("ssh-add", &["-q", &key]);
+    b.file(".dockerignore", "key*\nagent\n");
+    let text = "COPY root/ /\n\
+        RUN echo 'web:x:1000:1000::/:/bin/sh' > /etc/passwd\nUSER web\n\
+        RUN --mount=type=ssh,uid=1000,required /usr/bin/ssh-add -l > /tmp/seen; if /usr/bin/ssh-add -D; then exit 1; fi\n\
+        CMD [\"cat\", \"/tmp/seen\"]\n";
+    let text = format!("RUN mkdir -p /tmp && chmod 1777 /tmp\n{text}");
+    let said = b.build("built/agent:1", &text, &["--ssh", &format!("default={}", socket.display())]);
+    let listed = run("ssh-add", &["-l"]);
+    agent.kill().unwrap();
+    agent.wait().unwrap();
+    said.good();
+    assert!(listed.contains("build"), "a build emptied the agent: {listed}");
+    assert_eq!(b.says("agent", "built/agent:1").trim(), listed.trim());
+    assert!(
+        b.build("built/agent:1", &text, &["--ssh", "default=/nothing", "--no-cache"])
+            .bad()
+            .contains("no agent answers")
+    );
+    b.nothing_is_left();
     Outcome::Passed
 }

@@ -3,8 +3,12 @@
 use crate::cluster::Cluster;
 use crate::{Outcome, Test};
 
-pub const TESTS: &[Test] =
-    &[("image_push_pull_with_skopeo", skopeo), ("image_commands", commands), ("image_push_and_prune", push)];
+pub const TESTS: &[Test] = &[
+    ("image_push_pull_with_skopeo", skopeo),
+    ("image_commands", commands),
+    ("image_push_and_prune", push),
+    ("image_mirrors_serve_pods", mirrors),
+];
 
 fn skopeo(c: &Cluster) -> Outcome {
     if c.inside("skopeo").arg("--version").output().is_err() {
@@ -68,5 +72,34 @@ fn push(c: &Cluster) -> Outcome {
     assert!(prune(&["--image-size", "0", "--grace", "0s"]).good().contains("1 images"));
     assert!(!c.atoll(&["image", "ls", "--data-dir", &other]).good().contains("test/copy"));
     assert!(prune(&["--image-age", "soon"]).bad().contains("--image-age \"soon\""));
+    Outcome::Passed
+}
+
+/// The registry itself is not to be reached, the first mirror says nothing, the second is nobody, the third has it.
+fn mirrors(c: &Cluster) -> Outcome {
+    let stall = "import socket, time\ns = socket.socket()\ns.bind((\"127.0.0.1\", 5999))\ns.listen()\nprint(\"up\", flush=True)\n\
+                 held = []\nwhile True: held.append(s.accept())\n";
+    let mut stalling =
+        c.inside("python3").args(["-c", stall]).stdout(std::process::Stdio::piped()).spawn().expect("python3 runs");
+    let mut up = [0u8; 2];
+    std::io::Read::read_exact(stalling.stdout.as_mut().unwrap(), &mut up).unwrap();
+    c.stop(rustix::process::Signal::TERM);
+    let mirrors =
+        ["127.0.0.1:5999", "127.0.0.1:5998/none", "127.0.0.1:5000/test"].map(|m| format!("images.invalid={m}"));
+    let args: Vec<&str> = mirrors.iter().flat_map(|m| ["--pull-mirror", m]).collect();
+    c.up_with(&args, &[]);
+    let ns = c.namespace("t-mirrors");
+    c.apply(&crate::cluster::sleeper("p", &ns).replace("127.0.0.1:5000/test/busybox:1", "images.invalid/busybox:1"));
+    c.wait_ready(&ns, "pod/p");
+    let image = c.kubectl(&["get", "-n", &ns, "pod/p", "-o", "jsonpath={.status.containerStatuses[0].image}"]).good();
+    stalling.kill().unwrap();
+    stalling.wait().unwrap();
+    c.kubectl(&["delete", "-n", &ns, "pod/p", "--now"]).good();
+    c.stop(rustix::process::Signal::TERM);
+    c.up();
+    assert_eq!(image, "images.invalid/busybox:1");
+    let data = c.scratch("nothing");
+    let wrong = c.atoll(&["up", "--data-dir", &data.to_string_lossy(), "--pull-mirror", "here"]).bad();
+    assert!(wrong.contains("--pull-mirror \"here\""), "{wrong}");
     Outcome::Passed
 }

@@ -1,10 +1,13 @@
 //! `COPY`, `ADD` and `WORKDIR`: which entries their layer has.
 
+use super::chmod::Chmod;
 use super::entries::{Content, Entry, of_stat};
 use super::ignore::Ignore;
 use super::layer::Item;
 use super::pattern::Pattern;
+use super::remote::Fetched;
 use super::view::{Node, View};
+use crate::jailed::Input;
 use crate::store::Store;
 use crate::tar::{Archive, EntryKind};
 use crate::unpack::{Compression, guarded, sniff};
@@ -37,9 +40,15 @@ pub(crate) struct Copy<'a> {
     pub workdir: &'a str,
     /// `None`: as at the source.
     pub owner: Option<(u32, u32)>,
-    pub mode: Option<u32>,
+    pub mode: Option<Chmod>,
     /// Unpack archives (`ADD`).
     pub unpack: bool,
+    /// Files that were fetched.
+    pub fetched: Vec<Fetched>,
+    /// Unpack those too.
+    pub unpack_fetched: bool,
+    /// Keep the directories that a source lies in, from `/./` on.
+    pub parents: bool,
 }
 
 /// Collects entries above what the image has already.
@@ -112,30 +121,40 @@ impl Copy<'_> {
         let destination = absolute(self.workdir, &self.destination);
         let mut found = Vec::new();
         for source in &self.sources {
-            found.extend(self.find(source)?);
+            let pivot = if self.parents { self.pivot(source)? } else { None };
+            found.extend(self.find(source)?.into_iter().map(|path| (path, pivot.clone())));
         }
-        let several = found.len() + self.inline.len() > 1;
+        let several = found.len() + self.inline.len() + self.fetched.len() > 1;
         let ends_as_directory = self.destination.ends_with('/')
             || matches!(destination.components().next_back(), Some(Component::CurDir | Component::ParentDir))
             || [".", ".."].contains(&self.destination.as_str())
             || self.destination.ends_with("/.");
         let resolved = target.resolve(&destination)?;
-        let is_directory = ends_as_directory || plan.is_directory(&resolved) || resolved.as_os_str().is_empty();
+        let is_directory =
+            self.parents || ends_as_directory || plan.is_directory(&resolved) || resolved.as_os_str().is_empty();
         if several && !is_directory {
             return Err(format!(
                 "several sources need a directory as destination; write {:?}",
                 format!("{}/", self.destination)
             ));
         }
-        for path in &found {
+        for (path, pivot) in &found {
             let node = self.from.node(path).ok_or_else(|| self.missing(path))?;
+            if let Some(pivot) = pivot {
+                self.with_parents(&mut plan, path, pivot, &node, &destination)?;
+                continue;
+            }
             if node.is_dir() {
                 let into = plan.directory(&destination)?;
                 self.tree(&mut plan, path, &into)?;
             } else {
                 let into = place(&mut plan, &destination, is_directory, path.file_name().unwrap_or_default())?;
-                if self.unpack && self.archive(&mut plan, store, path, &node, &destination)? {
-                    continue;
+                if self.unpack && node.kind() == FileType::RegularFile {
+                    let shown = path.display().to_string();
+                    let file = node.tree.read(path).map_err(|e| format!("{shown}: {e}"))?;
+                    if self.archive(&mut plan, store, &shown, file, &destination)? {
+                        continue;
+                    }
                 }
                 self.one(&mut plan, path, &node, &into)?;
             }
@@ -146,7 +165,7 @@ impl Copy<'_> {
             let item = Item {
                 path: into.as_os_str().as_bytes().to_vec(),
                 kind: b'0',
-                mode: self.mode.unwrap_or(0o644),
+                mode: self.mode_of(0o644, false),
                 uid: owner.0,
                 gid: owner.1,
                 size: content.len() as u64,
@@ -154,7 +173,81 @@ impl Copy<'_> {
             };
             plan.push(Entry { item, content: Content::Bytes(content.clone().into_bytes()) })?;
         }
+        for fetched in &self.fetched {
+            self.fetched(&mut plan, store, fetched, &destination, is_directory)?;
+        }
         Ok(plan.entries)
+    }
+
+    fn mode_of(&self, mode: u32, directory: bool) -> u32 {
+        self.mode.as_ref().map_or(mode, |chmod| chmod.apply(mode, directory))
+    }
+
+    /// As BuildKit has it: readable by its owner alone, as old as the server said.
+    fn fetched<'a>(
+        &'a self,
+        plan: &mut Plan<'a>,
+        store: &Store,
+        fetched: &Fetched,
+        destination: &Path,
+        is_directory: bool,
+    ) -> Done {
+        if self.unpack_fetched {
+            let file = fetched.file.try_clone().map_err(|e| e.to_string())?;
+            if self.archive(plan, store, &fetched.name, file, destination)? {
+                return Ok(());
+            }
+        }
+        if is_directory && fetched.name.is_empty() {
+            return Err("the URL names no file; give the destination a file's name".into());
+        }
+        let into = place(plan, destination, is_directory, OsStr::new(&fetched.name))?;
+        let owner = self.owner.unwrap_or((0, 0));
+        let item = Item {
+            path: into.as_os_str().as_bytes().to_vec(),
+            kind: b'0',
+            mode: self.mode_of(0o600, false),
+            uid: owner.0,
+            gid: owner.1,
+            size: fetched.size,
+            mtime: fetched.mtime,
+            ..Item::default()
+        };
+        plan.push(Entry { item, content: Content::Piece(fetched.file.clone(), 0) })
+    }
+
+    /// Where a source's kept directories begin: at its `/./`, else at the root.
+    fn pivot(&self, source: &str) -> Done<Option<PathBuf>> {
+        let before = source.split_once("/./").map_or("", |(before, _)| before);
+        self.from.resolve(Path::new(before)).map(Some)
+    }
+
+    /// A source with the directories it lies in.
+    fn with_parents<'a>(
+        &'a self,
+        plan: &mut Plan<'a>,
+        path: &Path,
+        pivot: &Path,
+        node: &Node<'a>,
+        destination: &Path,
+    ) -> Done {
+        let Ok(below) = path.strip_prefix(pivot) else {
+            return Err(format!("{}: a symbolic link leads out of {}/", path.display(), pivot.display()));
+        };
+        let mut into = plan.directory(destination)?;
+        let mut from = pivot.to_path_buf();
+        for part in below.parent().unwrap_or(Path::new("")).iter() {
+            from.push(part);
+            let parent = self.from.node(&from).ok_or_else(|| self.missing(&from))?;
+            into = self.enter(plan, &from, &parent, &into.join(part))?;
+        }
+        let Some(name) = below.file_name() else { return self.tree(plan, path, &into) };
+        let target = into.join(name);
+        if node.is_dir() {
+            let target = self.enter(plan, path, node, &target)?;
+            return self.tree(plan, path, &target);
+        }
+        self.one(plan, path, node, &target)
     }
 
     fn missing(&self, path: &Path) -> String {
@@ -166,6 +259,10 @@ impl Copy<'_> {
         let parts: Vec<&str> = source.split('/').filter(|p| !p.is_empty() && *p != ".").collect();
         let mut found = vec![PathBuf::new()];
         for part in &parts {
+            if *part == "**" {
+                found = self.directories(found)?;
+                continue;
+            }
             if !Pattern::has_wildcards(part) {
                 found = found.into_iter().map(|p| self.from.resolve(&p.join(part))).collect::<Done<_>>()?;
                 continue;
@@ -188,6 +285,22 @@ impl Copy<'_> {
         found.retain(keep);
         if found.is_empty() {
             return Err(self.missing(Path::new(source)));
+        }
+        Ok(found)
+    }
+
+    /// Directories and all that is in them.
+    fn directories(&self, mut found: Vec<PathBuf>) -> Done<Vec<PathBuf>> {
+        let mut at = 0;
+        while let Some(directory) = found.get(at).cloned() {
+            at += 1;
+            if found.len() > ENTRIES || directory.iter().count() > DEPTH {
+                return Err("** matches too many directories".into());
+            }
+            if self.from.node(&directory).is_some_and(|n| n.is_dir()) {
+                let names = self.from.names(&directory)?.into_iter().map(|name| directory.join(name));
+                found.extend(names.filter(|path| self.from.node(path).is_some_and(|n| n.is_dir())));
+            }
         }
         Ok(found)
     }
@@ -252,8 +365,8 @@ impl Copy<'_> {
         if let Some((uid, gid)) = self.owner {
             (entry.item.uid, entry.item.gid) = (uid, gid);
         }
-        if let Some(mode) = self.mode.filter(|_| entry.item.kind != b'2') {
-            entry.item.mode = mode;
+        if entry.item.kind != b'2' {
+            entry.item.mode = self.mode_of(entry.item.mode, entry.item.kind == b'5');
         }
         plan.push(entry)
     }
@@ -263,22 +376,18 @@ impl Copy<'_> {
         &'a self,
         plan: &mut Plan<'a>,
         store: &Store,
-        path: &Path,
-        node: &Node<'a>,
+        shown: &str,
+        mut file: std::fs::File,
         destination: &Path,
     ) -> Done<bool> {
-        if node.kind() != FileType::RegularFile {
-            return Ok(false);
-        }
-        let shown = path.display().to_string();
         let told = |e: &dyn std::fmt::Display| format!("{shown}: {e}");
-        let mut file = node.tree.read(path).map_err(|e| told(&e))?;
         let plain = match sniff(&mut file).map_err(|e| told(&e))?.map_err(|why| told(&why))? {
             Compression::None => file,
             compression => {
                 let (temporary, plain) = store.temporary_file().map_err(|e| e.chain())?;
                 let _remove = crate::import::RemoveOnDrop(temporary);
-                let reader = guarded(BufReader::new(file), compression, store.limits()).map_err(|e| told(&e))?;
+                let reader =
+                    guarded(Input::File(file), compression, store.limits(), store.roles()).map_err(|e| told(&e))?;
                 let mut writer = BufWriter::with_capacity(1 << 20, plain);
                 std::io::copy(&mut { reader }, &mut writer).map_err(|e| told(&e))?;
                 writer.into_inner().map_err(|e| told(&e))?
@@ -330,7 +439,7 @@ impl Copy<'_> {
         let id = |id: u64| u32::try_from(id).map_err(|_| format!("entry {}: id {id}", path.display()));
         let mut item = Item {
             path: path.as_os_str().as_bytes().to_vec(),
-            mode: self.mode.unwrap_or(entry.mode),
+            mode: self.mode_of(entry.mode, entry.kind == EntryKind::Directory),
             uid: id(entry.uid)?,
             gid: id(entry.gid)?,
             mtime: entry.mtime.0,

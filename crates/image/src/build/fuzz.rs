@@ -1,8 +1,9 @@
 //! See `crate::fuzz`.
 
+use super::chmod::Chmod;
 use super::ignore::Ignore;
 use super::pattern::Pattern;
-use super::{mounts, parse, words};
+use super::{mounts, parse, remote, words};
 
 pub(crate) fn containerfile(text: &str) {
     let _ = parse::parse("Containerfile", text);
@@ -15,7 +16,10 @@ pub(crate) fn containerfile(text: &str) {
             words::expand_text(text, escape, &lookup),
         );
     }
-    let _ = (mounts::parse(text), super::Secret::parse(text));
+    let _ = (mounts::parse(text), super::Secret::parse(text), remote::parse(text));
+    if let Ok(chmod) = Chmod::parse(text) {
+        assert!(chmod.apply(0o644, false) <= 0o7777 && chmod.apply(0o755, true) <= 0o7777);
+    }
     let (rules, path) = text.split_once('\0').unwrap_or((text, "a/b/c.txt"));
     if let Ok(ignore) = Ignore::parse(rules) {
         let _ = (ignore.excludes(path), ignore.has_exceptions());

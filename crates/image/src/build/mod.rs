@@ -8,7 +8,9 @@
 //! *Invariant:* nothing of the context or of an image is opened through a symbolic link but by [`view`]'s own rules.
 //! *Invariant:* a secret's content is in no layer, no cache record and no history.
 
+mod agent;
 pub(crate) mod cache;
+mod chmod;
 mod copy;
 mod diff;
 mod entries;
@@ -20,6 +22,7 @@ mod lines;
 mod mounts;
 mod parse;
 mod pattern;
+mod remote;
 mod run;
 mod stage;
 mod users;
@@ -61,6 +64,10 @@ pub struct BuildOptions {
     pub platform: Option<Platform>,
     /// `RUN` may use the host's network; without it there is none.
     pub network: bool,
+    /// Bytes that a `RUN` may use.
+    pub memory: Option<u64>,
+    /// Agents for `RUN --mount=type=ssh`: name and socket.
+    pub ssh: Vec<(String, PathBuf)>,
     /// Unix seconds: the image's time, and the latest that its new files have (`SOURCE_DATE_EPOCH`).
     pub epoch: Option<u64>,
     pub pull: PullOptions,
@@ -103,6 +110,8 @@ pub struct RunSpec {
     pub groups: Vec<u32>,
     pub mounts: Vec<RunMount>,
     pub host_network: bool,
+    /// Bytes.
+    pub memory: Option<u64>,
     /// An empty directory for the sandbox's own files, on the layers' file system.
     pub work: PathBuf,
 }

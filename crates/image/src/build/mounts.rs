@@ -15,6 +15,7 @@ pub(crate) enum Kind {
     Bind { from: Option<String>, source: String },
     Cache { id: String, sharing: Sharing, read_only: bool, mode: u32, uid: u32, gid: u32 },
     Tmpfs { size: Option<u64> },
+    Ssh { id: String, required: bool, mode: u32, uid: u32, gid: u32 },
     Secret { id: String, variable: Option<String>, file: bool, required: bool, mode: u32, uid: u32, gid: u32 },
 }
 
@@ -101,6 +102,17 @@ impl Fields<'_> {
         Ok(Mount { target: self.target()?, kind: Kind::Tmpfs { size } })
     }
 
+    fn ssh(&mut self) -> Result<Mount, String> {
+        let kind = Kind::Ssh {
+            id: self.take("id").unwrap_or_else(|| "default".into()),
+            required: self.flag("required")?,
+            mode: self.mode(0o600)?,
+            uid: self.id("uid")?,
+            gid: self.id("gid")?,
+        };
+        Ok(Mount { target: self.take("target").unwrap_or_else(|| "/run/buildkit/ssh_agent.0".into()), kind })
+    }
+
     fn secret(&mut self) -> Result<Mount, String> {
         let target = self.take("target");
         let id = self
@@ -144,7 +156,8 @@ pub(crate) fn parse(text: &str) -> Result<Mount, String> {
         "cache" => fields.cache()?,
         "tmpfs" => fields.tmpfs()?,
         "secret" => fields.secret()?,
-        other => return Err(fields.told(&format!("type {other:?}: it is bind, cache, tmpfs or secret"))),
+        "ssh" => fields.ssh()?,
+        other => return Err(fields.told(&format!("type {other:?}: it is bind, cache, tmpfs, secret or ssh"))),
     };
     match fields.left.keys().next() {
         Some(unknown) => Err(fields.told(&format!("a {kind} mount has no {unknown}"))),
@@ -213,8 +226,10 @@ mod tests {
         let secret = parse("type=secret,id=k,required").unwrap();
         assert_eq!(secret.target, "/run/secrets/k");
         assert!(matches!(secret.kind, Kind::Secret { required: true, file: true, mode: 0o400, .. }));
+        let ssh = parse("type=ssh").unwrap();
+        assert!(matches!(ssh.kind, Kind::Ssh { id, mode: 0o600, required: false, .. } if id == "default"));
         for bad in [
-            "type=ssh",
+            "type=ssh,source=/x",
             "type=cache",
             "type=bind,target=/x,rw",
             "target=/x,target=/y",

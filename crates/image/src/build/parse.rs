@@ -88,6 +88,14 @@ pub(crate) struct Transfer {
     pub chown: Option<String>,
     pub chmod: Option<String>,
     pub exclude: Vec<String>,
+    /// `COPY --parents`.
+    pub parents: bool,
+    /// `ADD --unpack`; without it local archives are unpacked and remote ones are not.
+    pub unpack: Option<bool>,
+    /// `ADD --checksum`: of a file its digest, of a repository its commit.
+    pub checksum: Option<String>,
+    /// `ADD --keep-git-dir`.
+    pub keep_git_dir: bool,
 }
 
 pub(crate) fn at(file: &str, line: usize, why: impl Into<String>) -> Error {
@@ -300,16 +308,29 @@ fn transfer(line: &Logical, escape: char) -> std::result::Result<Transfer, Strin
         chown: None,
         chmod: None,
         exclude: Vec::new(),
+        parents: false,
+        unpack: None,
+        checksum: None,
+        keep_git_dir: false,
     };
-    for (name, value) in flags {
-        let value = || value.clone().ok_or(format!("--{name} needs a value"));
+    for (name, given) in flags {
+        let value = || given.clone().ok_or(format!("--{name} needs a value"));
+        let switch = || match given.as_deref() {
+            None | Some("true" | "1") => Ok(true),
+            Some("false" | "0") => Ok(false),
+            Some(other) => Err(format!("--{name}={other}: it is true or false")),
+        };
         match name.as_str() {
             "from" if keyword == "COPY" => parsed.from = Some(value()?),
             "chown" => parsed.chown = Some(value()?),
             "chmod" => parsed.chmod = Some(value()?),
             "exclude" => parsed.exclude.push(value()?),
             // Every COPY makes a layer that depends on none below it.
-            "link" => {}
+            "link" => drop(switch()?),
+            "parents" if keyword == "COPY" => parsed.parents = switch()?,
+            "unpack" if keyword == "ADD" => parsed.unpack = Some(switch()?),
+            "checksum" if keyword == "ADD" => parsed.checksum = Some(value()?),
+            "keep-git-dir" if keyword == "ADD" => parsed.keep_git_dir = switch()?,
             other => return Err(format!("{keyword} has no flag --{other} here")),
         }
     }

@@ -1,5 +1,6 @@
 //! `RUN`: what its sandbox is given, its place in the cache, what becomes of what it wrote.
 
+use super::agent::Agent;
 use super::copy::Copy;
 use super::diff::Diff;
 use super::ignore::Ignore;
@@ -34,6 +35,8 @@ struct Mounted {
     env: Vec<String>,
     /// Cache directories in use.
     held: Vec<OwnedFd>,
+    /// Ways to agents, for as long as the command runs.
+    agents: Vec<Agent>,
 }
 
 impl Stage<'_> {
@@ -85,6 +88,7 @@ impl Stage<'_> {
             groups: ids.groups,
             mounts: std::mem::take(&mut mounted.mounts),
             host_network,
+            memory: self.build.options.memory,
             work: PathBuf::new(),
         };
         let cached = self.cached(&step.text, &key, || self.execute(spec, &view))?;
@@ -157,6 +161,22 @@ impl Stage<'_> {
                     mounted.keys.push(format!("cache {} {id}", target.display()));
                     (MountSource::Path(path), read_only)
                 }
+                Kind::Ssh { id, required, mode, uid, gid } => {
+                    let Some((_, socket)) = self.build.options.ssh.iter().find(|(name, _)| *name == id) else {
+                        if required {
+                            return Err(self.fail(format!("ssh agent {id:?} is required; give it with --ssh {id}")));
+                        }
+                        continue;
+                    };
+                    let agent = Agent::start(self.build.store, socket, mode, (uid, gid))?;
+                    mounted.keys.push(format!("ssh {} {id}", target.display()));
+                    if !mounted.env.iter().any(|e| e.starts_with("SSH_AUTH_SOCK=")) {
+                        mounted.env.push(format!("SSH_AUTH_SOCK={}", target.display()));
+                    }
+                    let source = MountSource::Path(agent.socket());
+                    mounted.agents.push(agent);
+                    (source, false)
+                }
                 Kind::Secret { id, variable, file, required, mode, uid, gid } => {
                     let Some(content) = self.secret(&id)? else {
                         if required {
@@ -200,6 +220,9 @@ impl Stage<'_> {
             owner: if view.is_some() { None } else { Some((0, 0)) },
             mode: None,
             unpack: false,
+            fetched: Vec::new(),
+            unpack_fetched: false,
+            parents: false,
         };
         let empty = View::open(&[])?;
         let entries = copy.plan(&empty, self.build.store).map_err(|why| self.fail(why))?;

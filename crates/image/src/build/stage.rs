@@ -1,10 +1,12 @@
 //! One stage: from its base through its steps to a snapshot.
 
 use super::cache::Cached;
+use super::chmod::Chmod;
 use super::copy::{Copy, Plan, absolute};
 use super::entries::{self, Entry};
 use super::ignore::Ignore;
 use super::parse::{Command, Instruction, Stage as Parsed, Step, Transfer, at, trigger};
+use super::remote::{self, Checkout, Fetched, Remote, Repository};
 use super::users;
 use super::view::View;
 use super::{Build, mounts, words};
@@ -361,9 +363,11 @@ impl Stage<'_> {
             None if source.is_some() => None,
             None => Some((0, 0)),
         };
-        let (nothing, mut exclude) = (Ignore::default(), Ignore::default());
+        let (nothing, mut exclude, mut exclude_git) = (Ignore::default(), Ignore::default(), Ignore::default());
         for pattern in &transfer.exclude {
-            exclude.add(&self.expand(pattern)?).map_err(|why| self.fail(why))?;
+            let pattern = self.expand(pattern)?;
+            exclude.add(&pattern).map_err(|why| self.fail(why))?;
+            exclude_git.add(&pattern).map_err(|why| self.fail(why))?;
         }
         let mut copy = Copy {
             from: source.as_ref().unwrap_or(&self.build.context),
@@ -375,14 +379,33 @@ impl Stage<'_> {
             workdir: &self.now.image.config.working_dir,
             owner,
             mode: self.mode(transfer)?,
-            unpack: add,
+            unpack: add && transfer.unpack.unwrap_or(true),
+            fetched: Vec::new(),
+            unpack_fetched: transfer.unpack.unwrap_or(false),
+            parents: transfer.parents,
         };
+        let mut checkout = None;
         for text in &transfer.sources {
             let text = self.expand(text)?;
-            if add && (text.contains("://") || text.starts_with("git@")) {
-                return Err(self.fail(format!("ADD {text}: builds fetch nothing; put the file into the context")));
+            match add.then(|| remote::parse(&text)).flatten().transpose().map_err(|why| self.fail(why))? {
+                None => copy.sources.push(text),
+                Some(Remote::File(url)) => copy.fetched.push(self.fetch(&url, transfer)?),
+                Some(Remote::Git(repository)) => checkout = Some((self.checkout(&repository, transfer)?, repository)),
             }
-            copy.sources.push(text);
+        }
+        if transfer.checksum.is_some() && copy.fetched.len() + usize::from(checkout.is_some()) != 1 {
+            return Err(self.fail("--checksum is for one file or repository from elsewhere"));
+        }
+        if let Some((checkout, repository)) = &checkout {
+            if transfer.sources.len() + transfer.heredocs.len() > 1 {
+                return Err(self.fail("ADD of a repository takes no other source"));
+            }
+            if !transfer.keep_git_dir {
+                exclude_git.add("**/.git").map_err(|why| self.fail(why))?;
+            }
+            (copy.from, copy.ignore) = (&checkout.view, &nothing);
+            (copy.exclude, copy.unpack) = (&exclude_git, false);
+            copy.sources.push(format!("/{}", repository.subdirectory));
         }
         for heredoc in &transfer.heredocs {
             let content = match heredoc.expand {
@@ -398,11 +421,22 @@ impl Stage<'_> {
         Ok(())
     }
 
-    fn mode(&self, transfer: &Transfer) -> Result<Option<u32>> {
+    fn fetch(&self, url: &str, transfer: &Transfer) -> Result<Fetched> {
+        let checksum = transfer.checksum.as_deref().map(|text| self.expand(text)).transpose()?;
+        let checksum = checksum.map(|text| text.parse()).transpose()?;
+        self.say(&format!("ADD {url}"));
+        self.build.store.fetch(url, checksum, &self.build.options.pull, self.build.progress)
+    }
+
+    fn checkout(&self, repository: &Repository, transfer: &Transfer) -> Result<Checkout> {
+        let checksum = transfer.checksum.as_deref().map(|text| self.expand(text)).transpose()?;
+        self.say(&format!("ADD {}", repository.url));
+        repository.checkout(checksum.as_deref(), &|| self.build.check())
+    }
+
+    fn mode(&self, transfer: &Transfer) -> Result<Option<Chmod>> {
         let Some(text) = &transfer.chmod else { return Ok(None) };
-        let text = self.expand(text)?;
-        let mode = u32::from_str_radix(&text, 8).ok().filter(|m| *m <= 0o7777);
-        mode.map(Some).ok_or_else(|| self.fail(format!("--chmod={text}: write it as an octal number, such as 644")))
+        Chmod::parse(&self.expand(text)?).map(Some).map_err(|why| self.fail(why))
     }
 
     /// A layer of known entries: the same entries are the same layer, whatever is below.

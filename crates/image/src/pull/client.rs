@@ -40,6 +40,7 @@ pub(crate) struct Client {
     credentials: Option<Credentials>,
     tls: Option<Arc<rustls::ClientConfig>>,
     silence: Duration,
+    pub tries: u32,
     /// `Authorization` that the registry took, once asked for.
     authorization: RefCell<Option<HeaderValue>>,
 }
@@ -125,8 +126,38 @@ impl Client {
             credentials,
             tls,
             silence: options.silence.unwrap_or(SILENCE),
+            tries: if options.tries == 0 { super::TRIES } else { options.tries },
             authorization: RefCell::new(None),
         })
+    }
+
+    /// For a URL that is no registry's: no credentials, TLS if it says so.
+    pub fn for_url(uri: &Uri, options: &PullOptions) -> Result<Client> {
+        let host = uri.authority().map(ToString::to_string).filter(|h| !h.contains('@'));
+        let host = host.ok_or_else(|| Error::invalid(uri.to_string(), "a URL needs a host, and no user in it"))?;
+        let insecure = uri.scheme_str() != Some("https");
+        let tls = if insecure { None } else { Some(tls::config(options.ca_certificates.as_deref(), &host)?) };
+        Ok(Client {
+            host,
+            base: String::new(),
+            repository: String::new(),
+            actions: "pull",
+            insecure,
+            credentials: None,
+            tls,
+            silence: options.silence.unwrap_or(SILENCE),
+            tries: if options.tries == 0 { super::TRIES } else { options.tries },
+            authorization: RefCell::new(None),
+        })
+    }
+
+    /// GET of a URL, redirects followed.
+    pub async fn download(&self, uri: &Uri, what: &str) -> Result<Answer> {
+        let response = self.follow(&Method::GET, uri, &[], None, &Payload::None).await?;
+        match response.status() {
+            StatusCode::OK => Ok(response),
+            status => Err(self.refusal(response, status, what).await),
+        }
     }
 
     pub fn failed(&self, why: impl Into<String>) -> Error {

@@ -3,11 +3,12 @@
 
 use crate::digest::Digest;
 use crate::error::{Result, io};
+use crate::jailed::Input;
 use crate::spec::Descriptor;
 use crate::store::Store;
 use crate::unpack::Compression;
 use std::fs::File;
-use std::io::{self as stdio, BufReader, Read};
+use std::io::{self as stdio, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -76,13 +77,13 @@ impl Drop for EndOnDrop<'_> {
     }
 }
 
-struct Follower<'a> {
-    watch: &'a Watch,
+struct Follower {
+    watch: Arc<Watch>,
     at: u64,
     size: u64,
 }
 
-impl Read for Follower<'_> {
+impl Read for Follower {
     fn read(&mut self, buffer: &mut [u8]) -> stdio::Result<usize> {
         if self.at == self.size || buffer.is_empty() {
             return Ok(0);
@@ -104,13 +105,13 @@ impl Read for Follower<'_> {
 
 impl Store {
     /// Unpacks a layer as it comes. What goes wrong here is told when it is unpacked from its blob.
-    pub(super) fn unpack_following(&self, layer: &Descriptor, diff_id: &Digest, watch: &Watch) {
+    pub(super) fn unpack_following(&self, layer: &Descriptor, diff_id: &Digest, watch: &Arc<Watch>) {
         if let Err(error) = self.follow(layer, diff_id, watch) {
             tracing::debug!(layer = %layer.digest, error = %error.chain(), "not unpacked on its way");
         }
     }
 
-    fn follow(&self, layer: &Descriptor, diff_id: &Digest, watch: &Watch) -> Result<()> {
+    fn follow(&self, layer: &Descriptor, diff_id: &Digest, watch: &Arc<Watch>) -> Result<()> {
         let name = format!("layer-{}", diff_id.hex());
         // Another process is at it.
         let Some(lock) = self.try_named_lock(&name)? else { return Ok(()) };
@@ -128,15 +129,14 @@ impl Store {
     }
 
     /// Whether it is in its place.
-    fn follow_into(&self, layer: &Descriptor, diff_id: &Digest, watch: &Watch, temporary: &Path) -> Result<bool> {
+    fn follow_into(&self, layer: &Descriptor, diff_id: &Digest, watch: &Arc<Watch>, temporary: &Path) -> Result<bool> {
         let what = layer.digest.to_string();
         let mut head = Vec::new();
-        let mut follower = Follower { watch, at: 0, size: layer.size };
+        let mut follower = Follower { watch: watch.clone(), at: 0, size: layer.size };
         follower.by_ref().take(6).read_to_end(&mut head).map_err(io("follow", &what))?;
         let Ok(compression) = Compression::detect(&head) else { return Ok(false) };
         follower.at = 0;
-        let reader = BufReader::with_capacity(256 << 10, follower);
-        self.unpack_reader(&what, compression, reader, temporary, Some(diff_id))?;
+        self.unpack_source(&what, compression, Input::Stream(Box::new(follower)), temporary, Some(diff_id))?;
         if !watch.wait(|state| state.ended) {
             return Ok(false);
         }
@@ -153,11 +153,11 @@ mod tests {
     fn a_reader_waits_for_what_is_to_come_and_hears_of_failure() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().write_all_at(b"hello, world", 0).unwrap();
-        let watch = Watch::default();
+        let watch = Arc::new(Watch::default());
         std::thread::scope(|scope| {
             let whole = scope.spawn(|| {
                 let mut text = String::new();
-                Follower { watch: &watch, at: 0, size: 12 }.read_to_string(&mut text).map(|_| text)
+                Follower { watch: watch.clone(), at: 0, size: 12 }.read_to_string(&mut text).map(|_| text)
             });
             watch.begin(file.path(), 0);
             watch.grown(5);
@@ -166,7 +166,7 @@ mod tests {
             assert_eq!(whole.join().unwrap().unwrap(), "hello, world");
             let more = scope.spawn(|| {
                 let mut text = String::new();
-                Follower { watch: &watch, at: 0, size: 20 }.read_to_string(&mut text).map(|_| text)
+                Follower { watch: watch.clone(), at: 0, size: 20 }.read_to_string(&mut text).map(|_| text)
             });
             // The server did not go on where it stopped.
             watch.begin(file.path(), 0);

@@ -3,13 +3,15 @@
 
 use crate::blob::is_zero;
 use crate::error::{Error, Result};
-use crate::tar::{Entry, EntryKind};
+use crate::tar::{Archive, Entry, EntryKind};
+use crate::unpack::chain;
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags, chownat, fchmod,
     fchown, fsetxattr, futimens, linkat, makedev, mkdirat, mknodat, openat, openat2, statat, symlinkat, unlinkat,
     utimensat,
 };
 use rustix::io::Errno;
+use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,6 +35,8 @@ pub(crate) struct Tree {
     last: Option<(Vec<u8>, OwnedFd)>,
     /// Times of directories, set when nothing is written in them any more.
     times: Vec<(Vec<u8>, (i64, u32))>,
+    /// Directories that hide what lower layers have in theirs.
+    opaque: BTreeSet<Vec<u8>>,
     buffer: Vec<u8>,
 }
 
@@ -61,15 +65,37 @@ fn at(what: &'static str) -> impl Fn(Errno) -> Failure {
 
 impl Tree {
     pub fn new(root: OwnedFd, layer: &str) -> Tree {
-        Tree { root, layer: layer.to_owned(), last: None, times: Vec::new(), buffer: vec![0u8; BUFFER] }
+        Tree {
+            root,
+            layer: layer.to_owned(),
+            last: None,
+            times: Vec::new(),
+            opaque: BTreeSet::new(),
+            buffer: vec![0u8; BUFFER],
+        }
     }
 
     pub fn add(&mut self, entry: &Entry, content: &mut impl Read) -> Result<()> {
         self.entry(entry, content).map_err(|failure| self.error(&entry.path, failure))
     }
 
-    /// Sets what had to wait. Gives the root back.
-    pub fn finish(mut self) -> Result<OwnedFd> {
+    /// Makes all of an archive's entries. Tells which directories are to be marked opaque.
+    pub fn fill<R: Read>(mut self, archive: &mut Archive<R>, most: u64) -> Result<Vec<Vec<u8>>> {
+        let mut entries = 0u64;
+        let layer = self.layer.clone();
+        let failed = |why: String| Error::Archive { layer: layer.clone(), why };
+        while let Some(entry) = archive.next().map_err(|e| failed(chain(&e)))? {
+            entries += 1;
+            if entries > most {
+                return Err(failed(format!("it has more than {most} entries")));
+            }
+            self.add(&entry, archive)?;
+        }
+        self.finish()
+    }
+
+    /// Sets what had to wait. Tells which directories are to be marked opaque.
+    pub fn finish(mut self) -> Result<Vec<Vec<u8>>> {
         let times = std::mem::take(&mut self.times);
         for (path, mtime) in times.iter().rev() {
             let result = match self.beneath(path, OFlags::RDONLY | OFlags::DIRECTORY) {
@@ -80,7 +106,7 @@ impl Tree {
             };
             result.map_err(|failure| self.error(path, failure))?;
         }
-        Ok(self.root)
+        Ok(self.opaque.into_iter().collect())
     }
 
     fn error(&self, path: &[u8], failure: Failure) -> Error {
@@ -109,11 +135,14 @@ impl Tree {
         let dir = self.parent(&parent)?;
         match entry.kind {
             EntryKind::Directory => self.directory(dir, &name, entry, path),
-            EntryKind::File => self.file(dir, &name, entry, content),
-            EntryKind::Symlink => self.symlink(dir, &name, entry),
-            EntryKind::HardLink => self.hard_link(dir, &name, entry),
+            EntryKind::File => {
+                self.clear(&dir, &name, &path)?;
+                self.file(dir, &name, entry, content)
+            }
+            EntryKind::Symlink => self.symlink(dir, &name, entry, &path),
+            EntryKind::HardLink => self.hard_link(dir, &name, entry, &path),
             EntryKind::Fifo => {
-                self.clear(&dir, &name)?;
+                self.clear(&dir, &name, &path)?;
                 mknodat(&dir, os(&name), FileType::Fifo, Mode::from_raw_mode(0o600), 0).map_err(at("make the fifo"))?;
                 let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let fifo = openat(&dir, os(&name), flags, Mode::empty()).map_err(at("open the fifo"))?;
@@ -121,7 +150,7 @@ impl Tree {
             }
             // A pod's /dev is made by the runtime; a device in an image is of no use but to break out.
             EntryKind::CharDevice | EntryKind::BlockDevice => {
-                self.clear(&dir, &name)?;
+                self.clear(&dir, &name, &path)?;
                 tracing::debug!(layer = self.layer, entry = %String::from_utf8_lossy(&path), "device node left out");
                 Ok(())
             }
@@ -136,20 +165,19 @@ impl Tree {
             Some(FileType::Directory) => {}
             Some(kind) => {
                 opaque = kind == FileType::CharacterDevice;
-                self.clear(&dir, name)?;
+                self.clear(&dir, name, &path)?;
                 mkdirat(&dir, os(name), Mode::RWXU).map_err(at("make the directory"))?;
             }
             None => mkdirat(&dir, os(name), Mode::RWXU).map_err(at("make the directory"))?,
         }
         let made = open_directory(&dir, name)?;
         if opaque {
-            set_opaque(&made)?;
+            self.opaque.insert(path.clone());
         }
         self.attributes(made, entry, Some(path))
     }
 
     fn file(&mut self, dir: OwnedFd, name: &[u8], entry: &Entry, content: &mut impl Read) -> Done {
-        self.clear(&dir, name)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&dir, os(name), flags, Mode::RUSR | Mode::WUSR).map_err(at("create the file"))?;
         let mut position = 0u64;
@@ -167,18 +195,18 @@ impl Tree {
         self.attributes(file, entry, None)
     }
 
-    fn symlink(&mut self, dir: OwnedFd, name: &[u8], entry: &Entry) -> Done {
+    fn symlink(&mut self, dir: OwnedFd, name: &[u8], entry: &Entry, path: &[u8]) -> Done {
         if entry.link.is_empty() || entry.link.len() >= PATH_MAX || entry.link.contains(&0) {
             return Err("is a symbolic link to nothing or to a path of more than 4095 bytes".into());
         }
-        self.clear(&dir, name)?;
+        self.clear(&dir, name, path)?;
         symlinkat(os(&entry.link), &dir, os(name)).map_err(at("make the symbolic link"))?;
         let (uid, gid) = owner(entry);
         chownat(&dir, os(name), Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).map_err(at("set the owner"))?;
         utimensat(&dir, os(name), &timestamps(entry.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(at("set the time"))
     }
 
-    fn hard_link(&mut self, dir: OwnedFd, name: &[u8], entry: &Entry) -> Done {
+    fn hard_link(&mut self, dir: OwnedFd, name: &[u8], entry: &Entry, path: &[u8]) -> Done {
         let target = clean(&entry.link)?;
         let shown = String::from_utf8_lossy(&target).into_owned();
         let (parent, target_name) = split(&target).ok_or("is a hard link to the layer's root")?;
@@ -199,7 +227,7 @@ impl Tree {
         if existing(&dir, name)?.is_some() && same_file(&source, target_name, &dir, name)? {
             return Ok(());
         }
-        self.clear(&dir, name)?;
+        self.clear(&dir, name, path)?;
         linkat(&source, os(target_name), &dir, os(name), AtFlags::empty()).map_err(at("make the hard link"))
     }
 
@@ -207,12 +235,8 @@ impl Tree {
     fn whiteout(&mut self, parent: &[u8], name: &[u8]) -> Done {
         let dir = self.parent(parent)?;
         if name == OPAQUE {
-            let dir = if parent.is_empty() {
-                self.root.try_clone().map_err(|_| "out of descriptors")?
-            } else {
-                self.beneath(parent, OFlags::RDONLY | OFlags::DIRECTORY).map_err(at("open the directory"))?
-            };
-            return set_opaque(&dir);
+            self.opaque.insert(parent.to_vec());
+            return Ok(());
         }
         if name.starts_with(WHITEOUT_META) {
             return Ok(());
@@ -222,7 +246,10 @@ impl Tree {
             return Err("is a whiteout of nothing".into());
         }
         match existing(&dir, hidden)? {
-            Some(FileType::Directory) => set_opaque(&open_directory(&dir, hidden)?),
+            Some(FileType::Directory) => {
+                self.opaque.insert(join(parent, hidden));
+                Ok(())
+            }
             Some(_) => Ok(()),
             None => mknodat(&dir, os(hidden), FileType::CharacterDevice, Mode::empty(), makedev(0, 0))
                 .map_err(at("make the whiteout")),
@@ -271,14 +298,16 @@ impl Tree {
 
     fn make_parents(&mut self, path: &[u8]) -> Done<OwnedFd> {
         let mut dir = self.root.try_clone().map_err(|_| "out of descriptors")?;
+        let mut at = Vec::new();
         for name in path.split(|b| *b == b'/') {
+            at = join(&at, name);
             match existing(&dir, name)? {
                 Some(FileType::Directory) => {}
                 Some(FileType::Symlink) => return Err("lies behind a symbolic link of the same layer".into()),
                 Some(FileType::CharacterDevice) => {
-                    self.clear(&dir, name)?;
+                    self.clear(&dir, name, &at)?;
                     make_implied(&dir, name)?;
-                    set_opaque(&open_directory(&dir, name)?)?;
+                    self.opaque.insert(at.clone());
                 }
                 Some(_) => return Err("lies in what an earlier entry made a file".into()),
                 None => make_implied(&dir, name)?,
@@ -289,11 +318,12 @@ impl Tree {
     }
 
     /// Makes way for an entry: the last of duplicates counts.
-    fn clear(&mut self, dir: &OwnedFd, name: &[u8]) -> Done {
+    fn clear(&mut self, dir: &OwnedFd, name: &[u8], path: &[u8]) -> Done {
         match existing(dir, name)? {
             None => Ok(()),
             Some(FileType::Directory) => {
                 self.last = None;
+                self.opaque.retain(|p| p.strip_prefix(path).is_none_or(|rest| !matches!(rest, [] | [b'/', ..])));
                 remove_tree(dir, name, 0)
             }
             Some(_) => unlinkat(dir, os(name), AtFlags::empty()).map_err(at("replace an earlier entry")),
@@ -301,11 +331,33 @@ impl Tree {
     }
 
     fn beneath(&self, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
-        let path: &[u8] = if path.is_empty() { b"." } else { path };
-        let resolve =
-            ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
-        openat2(&self.root, os(path), flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+        beneath(&self.root, path, flags)
     }
+}
+
+fn beneath(root: &OwnedFd, path: &[u8], flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let path: &[u8] = if path.is_empty() { b"." } else { path };
+    let resolve =
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    openat2(root, os(path), flags | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+/// Marks directories opaque for overlayfs, which only the host's root may: the unpacker asks for it.
+pub(crate) fn mark_opaque(root: &OwnedFd, layer: &str, directories: &[Vec<u8>]) -> Result<()> {
+    for path in directories {
+        let marked = beneath(root, path, OFlags::RDONLY | OFlags::DIRECTORY)
+            .and_then(|dir| fsetxattr(&dir, "trusted.overlay.opaque", b"y", XattrFlags::empty()));
+        marked.map_err(|e| Error::Layer {
+            layer: layer.to_owned(),
+            entry: String::from_utf8_lossy(path).chars().take(300).collect(),
+            why: format!("cannot mark the directory opaque: {}", std::io::Error::from(e)),
+        })?;
+    }
+    Ok(())
+}
+
+fn join(parent: &[u8], name: &[u8]) -> Vec<u8> {
+    if parent.is_empty() { name.to_vec() } else { [parent, b"/", name].concat() }
 }
 
 /// Without leading slashes, `.` and repeated slashes; `..` is refused.
@@ -386,10 +438,6 @@ fn open_directory(dir: &impl AsFd, name: &[u8]) -> Done<OwnedFd> {
 fn make_implied(dir: &OwnedFd, name: &[u8]) -> Done {
     mkdirat(dir, os(name), Mode::RWXU).map_err(at("make its directory"))?;
     fchmod(open_directory(dir, name)?, Mode::from_raw_mode(0o755)).map_err(at("set the mode"))
-}
-
-fn set_opaque(dir: &OwnedFd) -> Done {
-    fsetxattr(dir, "trusted.overlay.opaque", b"y", XattrFlags::empty()).map_err(at("mark the directory opaque"))
 }
 
 /// Writes all but the zero pages; the file's size is set afterwards.
