@@ -136,6 +136,40 @@ pub fn wildcard_subdomain(text: &str) -> Problems {
     }
 }
 
+/// The number of a well-known port, by its name in IANA's registry
+/// (<https://www.iana.org/assignments/service-names-port-numbers>).
+pub fn service_port(name: &str) -> Option<u16> {
+    Some(match name {
+        "ftp" => 21,
+        "ssh" => 22,
+        "smtp" => 25,
+        "domain" => 53,
+        "http" => 80,
+        "pop3" => 110,
+        "ntp" => 123,
+        "imap" => 143,
+        "ldap" => 389,
+        "https" => 443,
+        "submissions" => 465,
+        "syslog" => 514,
+        "submission" => 587,
+        "ldaps" => 636,
+        "domain-s" => 853,
+        "imaps" => 993,
+        "pop3s" => 995,
+        "mqtt" => 1883,
+        "nfs" => 2049,
+        "mysql" => 3306,
+        "amqps" => 5671,
+        "amqp" => 5672,
+        "postgresql" => 5432,
+        "redis" => 6379,
+        "secure-mqtt" => 8883,
+        "git" => 9418,
+        _ => return None,
+    })
+}
+
 /// A label or annotation key: `[prefix/]name`.
 pub fn qualified_name(text: &str) -> Problems {
     let mut problems = Problems::new();

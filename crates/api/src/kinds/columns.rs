@@ -19,7 +19,7 @@ pub use machines::{
     virtual_machine, virtual_machine_clone, virtual_machine_instance, virtual_machine_restore,
     virtual_machine_snapshot, virtual_machine_snapshot_content,
 };
-pub use network::{admin_network_policy, baseline_admin_network_policy, network_policy};
+pub use network::{admin_network_policy, baseline_admin_network_policy, egress_policy, network_policy};
 pub use pod::pod;
 pub use workloads::{deployment, replica_set};
 

@@ -7,6 +7,7 @@ mod admin;
 mod bandwidth;
 mod config;
 mod custom;
+mod egress;
 mod event;
 mod field;
 mod gateway;
@@ -160,6 +161,10 @@ pub fn admin_network_policy() -> Hooks {
 
 pub fn baseline_admin_network_policy() -> Hooks {
     Hooks { validate: Some(admin::validate_baseline), ..Default::default() }
+}
+
+pub fn egress_policy() -> Hooks {
+    Hooks { validate: Some(egress::validate), ..Default::default() }
 }
 
 pub fn ingress_class() -> Hooks {

@@ -33,5 +33,14 @@ pub(super) fn entries() -> Vec<Entry> {
             "io.k8s.networking.policy.v1alpha1.BaselineAdminNetworkPolicy",
             baseline_admin_network_policy
         ),
+        entry!(
+            ("atoll.dev", "v1alpha1", "egresspolicies", "EgressPolicy"),
+            &["egp"],
+            &[],
+            Namespaced,
+            Full,
+            "dev.atoll.v1alpha1.EgressPolicy",
+            egress_policy
+        ),
     ]
 }

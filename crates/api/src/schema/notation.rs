@@ -26,6 +26,7 @@ pub const SOURCES: &[&str] = &[
     include_str!("policy.types"),
     include_str!("network.types"),
     include_str!("functions.types"),
+    include_str!("egress.types"),
 ];
 
 /// Adds the types that `source` describes.
