@@ -1,5 +1,6 @@
 //! The vocabulary of Atoll: resource kinds, their schemas, defaults, validation and printed columns, and how rooms
-//! talk to the API ([`client::Client`]), to running pods ([`streams::PodStreams`]) and of requests ([`demand::Demand`]).
+//! talk to the API ([`client::Client`]), to running pods ([`streams::PodStreams`]) of requests ([`demand::Demand`]) and of what they
+//! count ([`metrics::Source`]).
 //!
 //! Knows nothing of HTTP, storage or runtimes.
 #![forbid(unsafe_code)]
@@ -15,6 +16,7 @@ pub mod intstr;
 pub mod jsonpath;
 pub mod kind;
 pub mod kinds;
+pub mod metrics;
 pub mod names;
 pub mod object;
 pub mod openapi;

@@ -7,6 +7,7 @@ use crate::ranges::ServiceRanges;
 use crate::rest::storage::{Storage, status_of};
 use crate::watch::Feeds;
 use api::kind::{Kind, Scope};
+use api::metrics::Source;
 use api::status::{Reason, Status, StatusResult};
 use api::streams::PodStreams;
 use std::sync::{Arc, RwLock};
@@ -20,6 +21,7 @@ pub struct Core {
     pub services: ServiceRanges,
     pub tokens: TokenIssuer,
     streams: RwLock<Option<Arc<dyn PodStreams>>>,
+    metrics: std::sync::OnceLock<Arc<dyn Source>>,
     expiry: tokio::sync::Mutex<Option<Expiry>>,
 }
 
@@ -42,12 +44,22 @@ impl Core {
             services,
             tokens,
             streams: RwLock::new(None),
+            metrics: std::sync::OnceLock::new(),
             expiry: tokio::sync::Mutex::new(None),
         }
     }
 
     pub fn set_streams(&self, streams: Arc<dyn PodStreams>) {
         *self.streams.write().unwrap_or_else(|e| e.into_inner()) = Some(streams);
+    }
+
+    /// Only the first counts.
+    pub fn set_metrics(&self, source: Arc<dyn Source>) {
+        let _ = self.metrics.set(source);
+    }
+
+    pub fn metrics(&self) -> Option<&Arc<dyn Source>> {
+        self.metrics.get()
     }
 
     /// The lease an object of this kind is written with; 0 = it stays until it is deleted.

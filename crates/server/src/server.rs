@@ -109,6 +109,11 @@ impl Server {
         self.core.set_streams(streams);
     }
 
+    /// What `/metrics` tells beside the server's own counters.
+    pub fn set_metrics(&self, source: Arc<dyn api::metrics::Source>) {
+        self.core.set_metrics(source);
+    }
+
     pub fn pki(&self) -> &Pki {
         &self.pki
     }

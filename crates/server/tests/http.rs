@@ -13,6 +13,23 @@ fn config_map(name: &str) -> Value {
 }
 
 #[tokio::test]
+async fn metrics_are_for_administrators() {
+    let running = Running::start().await;
+    let told = running.get("/metrics").await;
+    assert_eq!(told.code, 200);
+    assert_eq!(told.header("content-type"), "text/plain; version=0.0.4; charset=utf-8");
+    running.send(&As::Admin, "GET", "/api/v1/namespaces/default/configmaps/none", &[], "").await.refusal(404);
+    let told = running.get("/metrics").await;
+    let text = String::from_utf8_lossy(&told.body);
+    for line in ["# TYPE atoll_api_requests_total counter", "atoll_api_requests_total{method=\"GET\",code=\"404\"} 1"] {
+        assert!(text.lines().any(|one| one == line), "{line}: {text}");
+    }
+    assert!(text.contains("\nprocess_resident_memory_bytes "), "{text}");
+    running.send(&As::Admin, "POST", "/metrics", &[JSON], "{}").await.refusal(405);
+    running.send(&As::Anonymous, "GET", "/metrics", &[], "").await.refusal(401);
+}
+
+#[tokio::test]
 async fn anonymous_gets_nothing_but_health_and_version() {
     let running = Running::start().await;
     for open in ["/healthz", "/livez", "/readyz", "/version"] {

@@ -29,7 +29,7 @@ pub fn index(set: &Set) -> Value {
         paths.extend(versions.iter().map(|v| format!("/apis/{group}/{v}")));
     }
     paths.extend(
-        ["/healthz", "/livez", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"]
+        ["/healthz", "/livez", "/metrics", "/openapi/v2", "/openapi/v3", "/openid/v1/jwks", "/readyz", "/version"]
             .map(str::to_owned),
     );
     json!({"paths": paths})

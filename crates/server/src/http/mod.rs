@@ -7,6 +7,7 @@ mod connection;
 pub(crate) mod decode;
 mod logs;
 mod machines;
+mod metrics;
 mod negotiate;
 mod objects;
 mod proxy;
@@ -53,6 +54,7 @@ pub struct Service {
     pub core: Arc<Core>,
     pub discovery: Discovery,
     slots: tokio::sync::Semaphore,
+    requests: metrics::Requests,
     /// Cancelled when the server stops: watches and log streams end.
     pub stop: CancellationToken,
 }
@@ -60,15 +62,18 @@ pub struct Service {
 impl Service {
     pub fn new(core: Arc<Core>, stop: CancellationToken) -> Self {
         let discovery = Discovery::new(core.clone());
-        Service { core, discovery, slots: tokio::sync::Semaphore::new(IN_FLIGHT), stop }
+        Service { core, discovery, slots: tokio::sync::Semaphore::new(IN_FLIGHT), requests: Default::default(), stop }
     }
 
     /// Answers one request from whoever holds the certificate `peer`.
     pub async fn answer(&self, request: Request, peer: Option<Arc<User>>) -> Response {
-        match self.try_answer(request, peer).await {
+        let method = request.method().clone();
+        let response = match self.try_answer(request, peer).await {
             Ok(response) => response,
             Err(status) => respond::status(&status),
-        }
+        };
+        self.requests.count(&method, response.status());
+        response
     }
 
     async fn try_answer(&self, request: Request, peer: Option<Arc<User>>) -> StatusResult<Response> {
@@ -88,6 +93,8 @@ impl Service {
         match route {
             Route::Resource(resource) => resources::handle(self, &permit, request, resource, query).await,
             Route::Health => self.health(&path, &query).await,
+            Route::Metrics if *request.method() == Method::GET => Ok(metrics::answer(self).await),
+            Route::Metrics => Err(method_not_allowed()),
             Route::Unknown => Err(no_such_path()),
             Route::Discovery(asked) => {
                 if !matches!(*request.method(), Method::GET | Method::HEAD) {

@@ -11,6 +11,8 @@ const PATH_LIMIT: usize = 4096;
 pub enum Route {
     /// `/healthz`, `/livez`, `/readyz` and their checks.
     Health,
+    /// `/metrics`
+    Metrics,
     /// What tells clients what is served.
     Discovery(Discovery),
     Resource(ResourcePath),
@@ -70,6 +72,7 @@ pub fn parse(path: &str) -> Route {
     let text: Vec<&str> = parts.iter().map(String::as_str).collect();
     let discovery = match text.as_slice() {
         ["healthz" | "livez" | "readyz", ..] => return Route::Health,
+        ["metrics"] => return Route::Metrics,
         ["api", version, rest @ ..] if !rest.is_empty() => return resource("", version, rest),
         ["apis", group, version, rest @ ..] if !rest.is_empty() => return resource(group, version, rest),
         [] => Discovery::Index,
