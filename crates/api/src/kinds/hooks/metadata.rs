@@ -6,7 +6,7 @@ use crate::names;
 use crate::object::{Meta, Object, child, object_of};
 use crate::status::Cause;
 use serde_json::{Value, json};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Every namespace can be selected by its name.
 pub fn default_namespace(namespace: &mut Object) {
@@ -59,6 +59,25 @@ pub fn validate_event(new: &Object, _: Option<&Object>) -> Vec<Cause> {
     p.into_causes()
 }
 
+/// Addresses that mean something else on every machine are nobody's endpoint.
+fn special_address(p: &mut Problems, path: &str, text: &str) {
+    let Ok(address) = text.parse::<IpAddr>() else { return };
+    let link_local = match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    for (is, detail) in [
+        (address.is_unspecified(), "may not be unspecified (0.0.0.0 or ::)"),
+        (address.is_loopback(), "may not be in the loopback range (127.0.0.0/8, ::1/128)"),
+        (link_local, "may not be in the link-local range (169.254.0.0/16, fe80::/10)"),
+        (address.is_multicast(), "may not be in the multicast range (224.0.0.0/4, ff00::/8)"),
+    ] {
+        if is {
+            p.invalid_text(path, text, detail);
+        }
+    }
+}
+
 pub fn validate_endpoint_slice(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     let mut p = Problems::default();
     let kind = text(new, "addressType");
@@ -82,9 +101,10 @@ pub fn validate_endpoint_slice(new: &Object, old: Option<&Object>) -> Vec<Cause>
                     p.invalid_text(&path, address, "must be a valid IPv6 address");
                 }
                 "FQDN" => p.rule(&path, address, names::dns_subdomain),
-                _ => {}
+                _ => special_address(&mut p, &path, address),
             }
         }
+        p.optional_rule(&format!("endpoints[{index}].hostname"), text(endpoint, "hostname"), names::dns_label);
     }
     for (index, port) in items(new, "ports").iter().enumerate() {
         let path = format!("ports[{index}]");
@@ -122,4 +142,35 @@ pub fn validate_runtime_class(new: &Object, old: Option<&Object>) -> Vec<Cause> 
         p.immutable("handler", at(new, "handler"), at(old, "handler"));
     }
     p.into_causes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn endpoints_are_addresses_that_others_can_have() {
+        let told = |kind: &str, address: &str, hostname: &str| {
+            let slice = json!({"addressType": kind, "endpoints": [{"addresses": [address], "hostname": hostname}]});
+            validate_endpoint_slice(&slice, None).into_iter().map(|cause| cause.field).collect::<Vec<_>>()
+        };
+        assert!(told("IPv4", "10.42.0.7", "db-0").is_empty() && told("IPv6", "fd00::7", "").is_empty());
+        for (kind, address) in [
+            ("IPv4", "127.0.0.1"),
+            ("IPv4", "0.0.0.0"),
+            ("IPv4", "169.254.169.254"),
+            ("IPv4", "224.0.0.1"),
+            ("IPv6", "::1"),
+            ("IPv6", "::"),
+            ("IPv6", "fe80::1"),
+            ("IPv6", "ff02::1"),
+            ("IPv4", "x"),
+        ] {
+            assert_eq!(told(kind, address, ""), ["endpoints[0].addresses[0]"], "{address}");
+        }
+        for hostname in ["a.b", "-a", "a b", "UPPER"] {
+            assert_eq!(told("IPv4", "10.42.0.7", hostname), ["endpoints[0].hostname"], "{hostname}");
+        }
+    }
 }
