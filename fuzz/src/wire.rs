@@ -1,7 +1,7 @@
 //! What comes over sockets: requests to the registry, DNS, SPDY, a machine's control channel; and the snapshot that an engine wrote.
 
 use crate::halves;
-use network::dns::codec;
+use network::dns::{answers, codec};
 use network::fuzz::{dhcp4, dhcp6};
 use server::stream::spdy::frame::{Control, HEAD, Head};
 use server::stream::spdy::headers::{Headers, Inflater};
@@ -40,6 +40,11 @@ pub fn dns(data: &[u8]) {
         }
     }
     let _ = codec::addresses(data);
+    let (name, packet) = halves(data);
+    let _ = answers::resolved(packet, &String::from_utf8_lossy(name));
+    let mut limited = packet.to_vec();
+    answers::limit_ttls(&mut limited, 5);
+    assert!(limited.len() == packet.len());
 }
 
 /// Frames one after the other, their header blocks inflated by one decompressor as on a connection.

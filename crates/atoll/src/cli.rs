@@ -146,6 +146,9 @@ pub struct Up {
     /// What snapshots of machines may take on disk, images aside
     #[arg(long, default_value = "32Gi", value_name = "SIZE")]
     pub snapshot_space: String,
+    /// Servers that are asked for names outside, at most three [default: those of the host's /etc/resolv.conf]
+    #[arg(long, value_delimiter = ',', value_name = "ADDRESS[,ADDRESS]")]
+    pub dns_servers: Vec<std::net::IpAddr>,
     #[command(flatten)]
     pub networks: crate::networks::Networks,
     #[command(flatten)]

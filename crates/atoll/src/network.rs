@@ -14,8 +14,9 @@ use std::os::unix::net::UnixStream;
 pub enum Network {
     /// Say whether a connection passes, and which rule decides
     #[command(
-        after_help = "Workloads are NAMESPACE/POD, svc/NAMESPACE/NAME, node, or an address. Exit code 2: refused.\n\n\
-                      Example:\n  atoll network explain shop/catalog-7d9f shop/orders-x2x --port 5432"
+        after_help = "Workloads are NAMESPACE/POD, svc/NAMESPACE/NAME, node, an address, or a name. Exit code 2: refused.\n\n\
+                      Examples:\n  atoll network explain shop/catalog-7d9f shop/orders-x2x --port 5432\n  \
+                      atoll network explain shop/catalog-7d9f api.example.org --port 443"
     )]
     Explain {
         #[command(flatten)]

@@ -187,7 +187,7 @@ async fn serve(
     server.write_kubeconfig(&instance.data_dir.join("kubeconfig")).map_err(explain)?;
     let client = server.client();
 
-    let upstreams = if router.leads_out() { upstreams() } else { Vec::new() };
+    let upstreams = if router.leads_out() { upstreams(&options.dns_servers) } else { Vec::new() };
     let dns_address = (router.config().dns_address, 53).into();
     let dns = DnsServer::start_with(&router, dns_address, upstreams, Some(host_netns.as_fd()));
     let dns = Arc::new(dns.map_err(explain)?);
@@ -203,6 +203,7 @@ async fn serve(
     let boundaries = boundaries(instance, config.host_netns.clone())?;
     let agent = node::Agent::new(config, client.clone(), images.clone(), router.clone(), boundaries).with_dns(dns);
     server.set_streams(agent.streams());
+    server.set_metrics(agent.metrics());
     // In the router's namespace, where no workload reaches it.
     let inner = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(explain)?;
     let packager = crate::function::Packager { images: images.clone(), registry: options.registry_addr.to_string() };
@@ -280,11 +281,12 @@ fn prepare_links(router: &Arc<Router>) -> Result<(), Failure> {
     std::thread::Builder::new().name("atoll-links".into()).spawn(work).map(drop).map_err(explain)
 }
 
-/// The servers that the host asks for names.
-fn upstreams() -> Vec<SocketAddr> {
+/// The servers that are asked for names outside: those that were chosen, or those that the host asks.
+fn upstreams(chosen: &[std::net::IpAddr]) -> Vec<SocketAddr> {
     let text = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let servers = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok());
-    servers.map(|address: std::net::IpAddr| SocketAddr::new(address, 53)).take(3).collect()
+    let hosts = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver")?.trim().parse().ok());
+    let servers: Vec<std::net::IpAddr> = if chosen.is_empty() { hosts.collect() } else { chosen.to_vec() };
+    servers.into_iter().map(|address| SocketAddr::new(address, 53)).take(3).collect()
 }
 
 fn image_limits(options: &Up) -> Result<image::Limits, Failure> {

@@ -9,6 +9,7 @@
 //! - [`Router::set_egress`] makes the way out ([`relay`] is the process of the one that touches nothing of the host);
 //!   [`Router::set_bandwidth`] limits what a workload sends and receives.
 //! - [`refused::RefusedLog`] tells which packets were refused; [`watch`] shows connections, counters and frames.
+//! - [`Names`] holds the addresses of names outside that policies let workloads reach.
 //! - [`GuestServer`] tells machines that ask the addresses that they have.
 //! - [`DnsServer`] answers for `cluster.local` from inside the router namespace.
 //!
@@ -29,6 +30,7 @@ mod firewall;
 mod guests;
 mod journal;
 mod limits;
+mod names;
 mod ns;
 pub mod policy;
 mod pool;
@@ -58,6 +60,7 @@ pub use error::{Error, Result};
 pub use exposed::{Exposer, Exposure, Leads, NotOpen};
 pub use guests::GuestServer;
 pub use limits::{Cause, Limits};
+pub use names::{NameSet, Names, Pattern};
 pub use ns::in_netns;
 pub use policy::{Isolation, Policies};
 pub use probe::{probe, probe_relay};

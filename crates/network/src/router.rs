@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::express::Express;
 use crate::firewall;
 use crate::limits;
+use crate::names::Names;
 use crate::netlink::route::{self, Veth};
 use crate::netlink::{Batch, Socket};
 use crate::ns;
@@ -54,6 +55,7 @@ pub struct Router {
     pub(crate) bandwidths: Mutex<Limited>,
     pub(crate) uplink: Mutex<Option<Uplink>>,
     pub(crate) relay: Mutex<Option<Relay>>,
+    pub(crate) by_name: Arc<Names>,
     _lock: File,
 }
 
@@ -89,11 +91,12 @@ impl Router {
             ns::pin(ns::fresh(|_| Ok(()))?.as_fd(), &pin)?;
         }
         let netns = ns::open(&pin)?;
-        let (mut route, reaper, mut socket, ipv6) = ns::in_ns(netns.as_fd(), || {
+        let (mut route, reaper, mut socket, of_names, ipv6) = ns::in_ns(netns.as_fd(), || {
             sysctls()?;
             limits::sysctls()?;
             let ipv6 = Path::new("/proc/sys/net/ipv6/conf").exists();
-            Ok::<_, Error>((Socket::route()?, Socket::route()?, Socket::netfilter()?, ipv6))
+            let (of_all, of_names) = (Socket::netfilter()?, Socket::netfilter()?);
+            Ok::<_, Error>((Socket::route()?, Socket::route()?, of_all, of_names, ipv6))
         })??;
         base_links(&mut route, &config)?;
         if ipv6 {
@@ -108,7 +111,6 @@ impl Router {
         let fresh = firewall::ensure(&mut socket, &config, &links)?;
         let (services, policies) = if fresh { (Services::none(), Programmed::none()) } else { Default::default() };
         Ok(Router {
-            config,
             netns,
             ipv6,
             route: Mutex::new(route),
@@ -121,6 +123,8 @@ impl Router {
             bandwidths: Mutex::new(limited),
             uplink: Mutex::new(None),
             relay: Mutex::new(None),
+            by_name: Arc::new(Names::new(of_names, &config)),
+            config,
             _lock: lock,
         })
     }
@@ -188,11 +192,16 @@ impl Router {
         let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
         policies.workloads.retain(|address, _| live.contains(address));
         let Firewall { socket, policies: programmed, .. } = &mut *firewall;
-        let changed = programmed.sync(socket, &self.config, policies);
+        let changed = programmed.sync(socket, &self.config, &self.by_name, policies);
         if !matches!(changed, Ok(Changed { objects: 0, ended: 0 })) {
             self.forget_flows()?;
         }
         changed
+    }
+
+    /// What is reached by name.
+    pub fn by_name(&self) -> &Arc<Names> {
+        &self.by_name
     }
 
     /// Workloads that have an address here, with it.

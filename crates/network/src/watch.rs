@@ -95,6 +95,18 @@ impl Router {
         })?
     }
 
+    /// How many connections are tracked, and how many can be.
+    pub fn tracked_connections(&self) -> Result<(u64, u64)> {
+        self.run(|| {
+            let read = |name: &str| {
+                let path = format!("/proc/sys/net/netfilter/{name}");
+                let text = std::fs::read_to_string(&path).map_err(Error::file("read", &path))?;
+                Ok(text.trim().parse().unwrap_or(0))
+            };
+            Ok((read("nf_conntrack_count")?, read("nf_conntrack_max")?))
+        })?
+    }
+
     /// Begins to capture at the link of the workload with this address.
     pub fn capture(&self, address: Ipv4Addr) -> Result<Capture> {
         self.run(|| {

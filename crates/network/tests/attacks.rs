@@ -265,6 +265,7 @@ fn only_port_99(field: &Field) {
         anyone: true,
         group: None,
         blocks: Default::default(),
+        names: None,
         ports,
     };
     let profile = Profile {

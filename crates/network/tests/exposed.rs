@@ -134,6 +134,7 @@ fn let_in(lab: &Lab, network: &str) {
         anyone: false,
         group: None,
         blocks: ranges(&[Block { network: network.parse().unwrap(), except: Vec::new() }]),
+        names: None,
         ports: Vec::new(),
     };
     let profile =

@@ -27,6 +27,7 @@ fn allow(group: &str, ports: &[(u16, u16)]) -> Rule {
         anyone: false,
         group: Some(group.into()),
         blocks: Default::default(),
+        names: None,
         ports: ports.collect(),
     }
 }

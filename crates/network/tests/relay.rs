@@ -119,6 +119,7 @@ impl Outside {
             anyone: false,
             group: None,
             blocks: ranges(&networks.iter().map(block).collect::<Vec<_>>()),
+            names: None,
             ports: Vec::new(),
         };
         let otherwise = Otherwise::Refuse;

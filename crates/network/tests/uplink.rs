@@ -131,6 +131,7 @@ fn let_out(lab: &Lab, networks: &[&str]) {
         anyone: false,
         group: None,
         blocks: ranges(&blocks),
+        names: None,
         ports: Vec::new(),
     };
     let otherwise = Otherwise::Refuse;

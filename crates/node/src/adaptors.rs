@@ -297,16 +297,23 @@ impl Networks for RouterNetworks {
     async fn sync_policies(&self, compiled: Compiled) -> Result<(), NetworkError> {
         let workloads = &compiled.policies.workloads;
         let out = workloads.iter().filter(|(_, workload)| compiled.policies.lets_out(workload));
+        let named = workloads.iter().map(|(address, workload)| {
+            let sets = compiled.policies.names_of(workload);
+            (*address, sets.into_iter().flat_map(|set| set.patterns.iter().cloned()).collect::<Vec<_>>())
+        });
         let views = Views {
             open: compiled.policies.isolation == Isolation::Open,
             namespaces: workloads.iter().map(|(address, own)| (*address, own.namespace.clone())).collect(),
             visible: compiled.visible,
             outside: Outside::These(out.map(|(address, _)| *address).collect()),
+            named: named.filter(|(_, names)| !names.is_empty()).collect(),
         };
+        // Rules first: what a name leads to can be let out to before anyone may ask for it.
+        let synced = self.run("policies", move |router| router.sync_policies(compiled.policies).map(drop)).await;
         if let Some(dns) = self.dns.get() {
             dns.set_views(views);
         }
-        self.run("policies", move |router| router.sync_policies(compiled.policies).map(drop)).await
+        synced
     }
 }
 

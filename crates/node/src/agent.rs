@@ -26,7 +26,7 @@ use api::kind::Resource;
 use api::object::{Meta, SharedObject};
 use api::streams::PodStreams;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::{Id, JoinSet};
@@ -46,6 +46,21 @@ pub struct Agent {
     router: Option<Arc<RouterNetworks>>,
     boundaries: BTreeMap<&'static str, Arc<dyn Boundary>>,
     views: Arc<Views>,
+    inspector: Arc<OnceLock<Arc<Inspector>>>,
+}
+
+/// What the network counts, once the agent runs.
+struct Counters(Arc<OnceLock<Arc<Inspector>>>);
+
+#[async_trait::async_trait]
+impl api::metrics::Source for Counters {
+    async fn metrics(&self) -> api::metrics::Text {
+        let Some(inspector) = self.0.get() else { return Default::default() };
+        inspector.metrics().await.unwrap_or_else(|error| {
+            tracing::warn!("counters of the network: {error}");
+            Default::default()
+        })
+    }
 }
 
 impl Agent {
@@ -84,7 +99,16 @@ impl Agent {
         if config.node_ip.is_unspecified() {
             config.node_ip = network::GATEWAY;
         }
-        Agent { config, client, images, networks, router: None, boundaries, views: Arc::default() }
+        Agent {
+            config,
+            client,
+            images,
+            networks,
+            router: None,
+            boundaries,
+            views: Arc::default(),
+            inspector: Arc::default(),
+        }
     }
 
     /// The DNS server that shall know Services and pods.
@@ -99,6 +123,11 @@ impl Agent {
     /// How the API reaches into pods. Works while the agent runs.
     pub fn streams(&self) -> Arc<dyn PodStreams> {
         Arc::new(Streams { views: self.views.clone() })
+    }
+
+    /// Counters for Prometheus.
+    pub fn metrics(&self) -> Arc<dyn api::metrics::Source> {
+        Arc::new(Counters(self.inspector.clone()))
     }
 
     /// Stops every workload from what is on disk alone; the API is not asked. Answers how many ran.
@@ -182,6 +211,8 @@ impl Running {
             helpers.spawn(enforcer.clone().run());
             let objects = (services.clone(), slices.clone());
             let inspector = Inspector::new(&config, router.clone(), enforcer.clone(), objects);
+            let inspector = Arc::new(inspector);
+            let _ = agent.inspector.set(inspector.clone());
             helpers.spawn(inspector.run(config.run_dir.clone()));
             networks = Arc::new(Enforced { inner, enforcer });
         }

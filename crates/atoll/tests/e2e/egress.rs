@@ -12,12 +12,12 @@ use std::process::{Child, Command};
 pub const TESTS: &[Test] = &[("egress_nat_and_routed", egress), ("egress_user", egress_user)];
 
 pub const HOST: &str = "203.0.113.2";
-const WORLD: &str = "203.0.113.1";
+pub const WORLD: &str = "203.0.113.1";
 
 /// A network namespace behind the host's link `wan`, with a web server that tells clients their address.
 pub struct World<'a> {
     c: &'a Cluster,
-    netns: String,
+    pub netns: String,
     server: Option<Child>,
 }
 
@@ -67,7 +67,7 @@ impl Drop for World<'_> {
 }
 
 /// Who the world says that the pod is; empty where there is no way.
-fn who(c: &Cluster, namespace: &str) -> String {
+pub fn who(c: &Cluster, namespace: &str) -> String {
     let line = format!("printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {WORLD} 80 | tail -n 1");
     c.kubectl(&["exec", "-n", namespace, "pod", "--", "sh", "-c", &line]).out.trim().to_owned()
 }

@@ -4,6 +4,7 @@
 
 mod attacks;
 mod bad_input;
+mod bad_network;
 mod build;
 mod cluster;
 mod crash;
@@ -20,6 +21,8 @@ mod lambda;
 mod leaks;
 mod life;
 mod limits;
+mod metrics;
+mod names;
 mod network;
 mod oci;
 mod pods;
@@ -54,6 +57,7 @@ const ALL: &[&[Test]] = &[
     bad_input::TESTS,
     network::TESTS,
     policies::TESTS,
+    metrics::TESTS,
     dual::TESTS,
     limits::TESTS,
     vm::TESTS,
@@ -65,6 +69,8 @@ const ALL: &[&[Test]] = &[
     egress::TESTS,
     exposed::TESTS,
     attacks::TESTS,
+    bad_network::TESTS,
+    names::TESTS,
     life::TESTS,
 ];
 

@@ -106,6 +106,7 @@ pub fn some_policies(router: &Router, count: u32) -> Policies {
             anyone: false,
             group: Some(group.into()),
             blocks: Default::default(),
+            names: None,
             ports: vec![Ports { protocol: Protocol::Tcp, first: 80, last: 80 }],
         };
         let profile = Profile {

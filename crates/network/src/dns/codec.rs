@@ -11,13 +11,15 @@ pub const TYPE_PTR: u16 = 12;
 pub const TYPE_TXT: u16 = 16;
 pub const TYPE_AAAA: u16 = 28;
 pub const TYPE_SRV: u16 = 33;
-const TYPE_OPT: u16 = 41;
+pub(super) const TYPE_OPT: u16 = 41;
 pub const TYPE_ANY: u16 = 255;
-const CLASS_IN: u16 = 1;
+pub(super) const CLASS_IN: u16 = 1;
 const CLASS_ANY: u16 = 255;
 
-const HEADER: usize = 12;
-const MAX_NAME: usize = 255;
+pub(super) const HEADER: usize = 12;
+pub(super) const MAX_NAME: usize = 255;
+/// Of the OPT record that we write.
+const OPT_LENGTH: usize = 11;
 /// Largest answer over UDP that we send whatever the client offers: no fragments on a 1500-byte link.
 const MAX_UDP: usize = 1232;
 
@@ -43,6 +45,8 @@ pub struct Query {
     pub question: Vec<u8>,
     /// The client's UDP payload size if it speaks EDNS.
     pub edns: Option<u16>,
+    /// Of EDNS; we know 0.
+    pub version: u8,
 }
 
 /// Why a packet gets no proper answer.
@@ -115,7 +119,8 @@ pub fn parse(packet: &[u8]) -> Result<Query, Malformed> {
         return Err(reply(Code::Refused));
     }
     let question = packet.get(HEADER..end).unwrap_or_default().to_vec();
-    Ok(Query { id, recursion_desired: flags & 0x0100 != 0, name, kind, question, edns })
+    let (edns, version) = edns.map_or((None, 0), |(size, version)| (Some(size), version));
+    Ok(Query { id, recursion_desired: flags & 0x0100 != 0, name, kind, question, edns, version })
 }
 
 /// A name without compression: its text and the offset after it.
@@ -144,19 +149,20 @@ fn read_name(packet: &[u8], mut at: usize) -> Option<(Option<String>, usize)> {
     Some((plain.then_some(text), at))
 }
 
-/// Walks the records after the question; answers the EDNS payload size. `None` is malformed.
-fn read_edns(packet: &[u8], mut at: usize, records: u32) -> Option<Option<u16>> {
+/// Walks the records after the question; answers the EDNS payload size and version. `None` is malformed.
+fn read_edns(packet: &[u8], mut at: usize, records: u32) -> Option<Option<(u16, u8)>> {
     let mut edns = None;
     for _ in 0..records.min(64) {
         at = skip_name(packet, at)?;
         let (kind, class) = (u16_at(packet, at)?, u16_at(packet, at + 2)?);
-        let length = usize::from(u16_at(packet, at + 8)?);
+        let (version, length) = (*packet.get(at + 5)?, usize::from(u16_at(packet, at + 8)?));
         at += 10 + length;
         if at > packet.len() {
             return None;
         }
-        if kind == TYPE_OPT {
-            edns = Some(class);
+        // RFC 6891, 6.1.1: there is one at most.
+        if kind == TYPE_OPT && edns.replace((class, version)).is_some() {
+            return None;
         }
     }
     Some(edns)
@@ -185,7 +191,23 @@ pub fn addresses(packet: &[u8]) -> Option<Vec<IpAddr>> {
     Some(found)
 }
 
-fn skip_name(packet: &[u8], mut at: usize) -> Option<usize> {
+/// An answer of others as this client can take it: over UDP what is too large becomes "truncated".
+pub fn fit<'a>(query: &Query, answer: &'a [u8], udp: bool) -> std::borrow::Cow<'a, [u8]> {
+    if answer.len() <= limit(query, udp) {
+        return answer.into();
+    }
+    write_truncated(query, Code::NoError).into()
+}
+
+fn limit(query: &Query, udp: bool) -> usize {
+    match (udp, query.edns) {
+        (false, _) => usize::from(u16::MAX),
+        (true, None) => 512,
+        (true, Some(size)) => usize::from(size).clamp(512, MAX_UDP),
+    }
+}
+
+pub(super) fn skip_name(packet: &[u8], mut at: usize) -> Option<usize> {
     loop {
         match *packet.get(at)? {
             0 => return Some(at + 1),
@@ -197,42 +219,76 @@ fn skip_name(packet: &[u8], mut at: usize) -> Option<usize> {
 }
 
 /// Writes a reply. Over UDP what is too large is cut to an empty answer marked "truncated", and the client asks again
-/// over TCP.
+/// over TCP. What does not fit there either is left out: with the order turning, others each time.
 pub fn write(query: &Query, reply: &Reply, udp: bool) -> Vec<u8> {
-    let limit = match (udp, query.edns) {
-        (false, _) => usize::from(u16::MAX),
-        (true, None) => 512,
-        (true, Some(size)) => usize::from(size).clamp(512, MAX_UDP),
-    };
-    let whole = write_all(query, reply, false);
-    if whole.len() <= limit {
+    let limit = limit(query, udp);
+    let (whole, complete) = write_up_to(limit, query, reply);
+    if complete || !udp {
         return whole;
     }
-    let fewer = Reply { additional: Vec::new(), ..reply.clone() };
-    let without = write_all(query, &fewer, false);
-    if without.len() <= limit { without } else { write_all(query, &Reply::of(reply.code), true) }
+    if !reply.additional.is_empty() {
+        let fewer = Reply { additional: Vec::new(), ..reply.clone() };
+        if let (without, true) = write_up_to(limit, query, &fewer) {
+            return without;
+        }
+    }
+    write_truncated(query, reply.code)
 }
 
-fn write_all(query: &Query, reply: &Reply, truncated: bool) -> Vec<u8> {
+fn write_truncated(query: &Query, code: Code) -> Vec<u8> {
+    let (mut out, _) = write_up_to(usize::from(u16::MAX), query, &Reply::of(code));
+    if let Some(flags) = out.get_mut(2) {
+        *flags |= 0x02;
+    }
+    out
+}
+
+/// As much as fits into `limit` bytes, and whether that is all.
+fn write_up_to(limit: usize, query: &Query, reply: &Reply) -> (Vec<u8>, bool) {
     let mut out = Vec::with_capacity(256);
     let mut flags = 0x8000u16 | 0x0080 | reply.code as u16;
-    for (set, bit) in [(reply.authoritative, 0x0400), (truncated, 0x0200), (query.recursion_desired, 0x0100)] {
+    for (set, bit) in [(reply.authoritative, 0x0400), (query.recursion_desired, 0x0100)] {
         flags |= if set { bit } else { 0 };
     }
-    let count = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-    let additional = reply.additional.len() + usize::from(query.edns.is_some());
-    for word in [query.id, flags, 1, count(reply.answers.len()), count(reply.authority.len()), count(additional)] {
+    for word in [query.id, flags, 1, 0, 0, 0] {
         out.extend(word.to_be_bytes());
     }
     out.extend(&query.question);
-    for record in reply.answers.iter().chain(&reply.authority).chain(&reply.additional) {
-        write_record(&mut out, record);
+    let most = limit.saturating_sub(if query.edns.is_some() { OPT_LENGTH } else { 0 });
+    let mut complete = true;
+    for (place, records) in [(6, &reply.answers), (8, &reply.authority), (10, &reply.additional)] {
+        let mut count = 0u16;
+        for record in records {
+            let before = out.len();
+            write_record(&mut out, record);
+            if out.len() > most {
+                out.truncate(before);
+                complete = false;
+                break;
+            }
+            count += 1;
+        }
+        count += u16::from(place == 10 && query.edns.is_some());
+        if let Some(field) = out.get_mut(place..place + 2) {
+            field.copy_from_slice(&count.to_be_bytes());
+        }
     }
     if query.edns.is_some() {
         out.push(0);
         out.extend(TYPE_OPT.to_be_bytes());
         out.extend((MAX_UDP as u16).to_be_bytes());
         out.extend([0; 6]);
+    }
+    (out, complete)
+}
+
+/// "Bad version" (RFC 6891, 6.1.3), which says that we know version 0.
+pub fn write_bad_version(query: &Query) -> Vec<u8> {
+    let (mut out, _) = write_up_to(usize::from(u16::MAX), query, &Reply::of(Code::NoError));
+    // The extended code's upper bits are the first byte of the OPT record's TTL, six bytes from the end.
+    let at = out.len().saturating_sub(6);
+    if let Some(upper) = out.get_mut(at) {
+        *upper = 1;
     }
     out
 }
@@ -310,7 +366,11 @@ fn write_name(out: &mut Vec<u8>, name: &str) {
     out.push(0);
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+pub(super) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
 }
 
@@ -354,6 +414,38 @@ mod tests {
         assert!(udp.len() <= 512 && udp[2] & 2 != 0 && udp[7] == 0);
         let tcp = write(&query, &reply, false);
         assert!(tcp[2] & 2 == 0 && tcp[7] == 100);
+    }
+
+    #[test]
+    fn what_no_message_holds_is_left_out() {
+        let query = parse(&question(7, "a.b", TYPE_A, Some(1232))).unwrap();
+        let mut reply = Reply::of(Code::NoError);
+        let record = |n: u32| Record { name: None, ttl: 5, data: Data::A(n.into()) };
+        reply.answers = (0..10_000).map(record).collect();
+        reply.additional = vec![record(1)];
+        let tcp = write(&query, &reply, false);
+        let answers = u16::from_be_bytes([tcp[6], tcp[7]]);
+        assert!(tcp.len() <= 65_535 && answers > 4000 && tcp[2] & 2 == 0, "{} {answers}", tcp.len());
+        let read = crate::dns::answers::resolved(&tcp, "a.b").unwrap();
+        assert_eq!((read.len(), addresses(&tcp).unwrap().len()), (usize::from(answers), usize::from(answers)));
+        assert!(write(&query, &reply, true).len() <= 512);
+    }
+
+    #[test]
+    fn other_versions_of_edns_are_told_ours() {
+        let mut packet = question(7, "a.b", TYPE_A, Some(1232));
+        let at = packet.len() - 5;
+        packet[at] = 1;
+        let query = parse(&packet).unwrap();
+        assert_eq!(query.version, 1);
+        let reply = write_bad_version(&query);
+        assert_eq!(reply[reply.len() - 6..], [1, 0, 0, 0, 0, 0]);
+        assert_eq!((reply[3] & 15, reply[11]), (0, 1));
+        // Two of them are none.
+        let opt = packet[packet.len() - 11..].to_vec();
+        packet.extend(opt);
+        packet[11] = 2;
+        assert_eq!(parse(&packet), Err(Malformed::Reply { id: 7, code: Code::FormatError }));
     }
 
     #[test]

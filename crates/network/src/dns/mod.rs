@@ -4,13 +4,16 @@
 //! [`codec`] reads questions and writes answers, [`Records`] is what there is, `zone` finds the answer, [`DnsServer`]
 //! holds the sockets, [`Views`] is who sees what. Other names are forwarded if upstreams were configured, and do not exist otherwise.
 
+pub mod answers;
 pub mod codec;
 mod forward;
+mod look_up;
 mod records;
 mod server;
 mod views;
 pub mod zone;
 
+pub use look_up::look_up;
 pub use records::{EndpointRecord, PortRecord, Records, ServiceKind, ServiceRecord};
 pub use server::DnsServer;
 pub use views::{Outside, View, Views};

@@ -1,6 +1,7 @@
 //! The DNS server's sockets and threads: UDP answered in place by two threads, TCP by a bounded number of short-lived
 //! ones. All of them live in the router's namespace and end when the server is dropped.
 
+use super::answers;
 use super::codec::{self, Code, Malformed, Query, Reply};
 use super::forward::{Forwarder, Job};
 use super::records::{Authority, Records};
@@ -8,22 +9,27 @@ use super::views::{View, Views};
 use super::zone::{Outcome, Zone};
 use crate::config::RouterConfig;
 use crate::error::{Error, Result};
+use crate::names::Names;
 use crate::ns;
 use crate::router::Router;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 const UDP_THREADS: usize = 2;
 const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS_OF_CLIENT: usize = 8;
 /// A TCP client that says nothing for this long is let go.
 const TCP_IDLE: Duration = Duration::from_secs(5);
 const MAX_QUESTION: usize = 4096;
+/// Seconds; addresses are pinned for as long at most.
+const MAX_TTL: u32 = 24 * 3600;
 const DOMAIN: &str = "cluster.local";
 
 /// Answers until it is dropped.
@@ -39,8 +45,10 @@ struct Shared {
     views: RwLock<Arc<Views>>,
     serial: AtomicU32,
     turn: AtomicUsize,
-    connections: AtomicUsize,
+    /// Open TCP connections by client.
+    connections: Mutex<HashMap<IpAddr, usize>>,
     forwarder: Option<Forwarder>,
+    by_name: Arc<Names>,
     config: RouterConfig,
 }
 
@@ -65,7 +73,8 @@ impl DnsServer {
             Some(from) => ns::in_ns(from, ask)??,
             None => router.run(ask)??,
         };
-        router.run(|| start(config.clone(), address, second.map(IpAddr::V6), forwarder))?
+        let by_name = router.by_name().clone();
+        router.run(|| start(config.clone(), address, second.map(IpAddr::V6), forwarder, by_name))?
     }
 
     /// Where it listens; of interest if port 0 was asked for.
@@ -109,6 +118,7 @@ impl Drop for DnsServer {
     fn drop(&mut self) {
         // An eventfd that is never read wakes every thread that polls it.
         let _ = rustix::io::write(&*self.stop, &1u64.to_ne_bytes());
+        self.shared.by_name.stop();
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
@@ -126,6 +136,7 @@ fn start(
     address: SocketAddr,
     second: Option<IpAddr>,
     forwarder: Option<Forwarder>,
+    by_name: Arc<Names>,
 ) -> Result<DnsServer> {
     let zone = Zone::new(authority(&config), 0, &Records::default());
     let shared = Arc::new(Shared {
@@ -133,8 +144,9 @@ fn start(
         views: RwLock::default(),
         serial: AtomicU32::new(0),
         turn: AtomicUsize::new(0),
-        connections: AtomicUsize::new(0),
+        connections: Mutex::default(),
         forwarder,
+        by_name: by_name.clone(),
         config,
     });
     let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
@@ -143,6 +155,10 @@ fn start(
     server.address = server.listen(address, UDP_THREADS)?;
     if let Some(second) = second {
         server.listen(SocketAddr::new(second, server.address.port()), 1)?;
+    }
+    if server.shared.forwarder.is_some() {
+        by_name.start();
+        server.threads.push(spawn("atoll-dns-pins", move || by_name.sweep())?);
     }
     Ok(server)
 }
@@ -188,17 +204,39 @@ fn serve_udp(socket: &Arc<UdpSocket>, shared: &Arc<Shared>, stop: &OwnedFd) {
 fn serve_tcp(listener: &TcpListener, shared: &Arc<Shared>, stop: &OwnedFd) {
     while readable(listener, stop) {
         let Ok((stream, client)) = listener.accept() else { continue };
-        if shared.connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONNECTIONS {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
-            continue;
-        }
-        let its = shared.clone();
-        let started = spawn("atoll-dns-conn", move || {
-            let _ = serve_connection(stream, client.ip(), &its);
-            its.connections.fetch_sub(1, Ordering::AcqRel);
+        let Some(place) = Place::take(shared, client.ip()) else { continue };
+        // Should no thread start, the place is free again all the same.
+        let _ = spawn("atoll-dns-conn", move || {
+            let _ = serve_connection(stream, place.client, &place.shared);
         });
-        if started.is_err() {
-            shared.connections.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// One of a bounded number of connections, until it is dropped.
+struct Place {
+    shared: Arc<Shared>,
+    client: IpAddr,
+}
+
+impl Place {
+    /// `None` where there are too many; one client cannot take them all.
+    fn take(shared: &Arc<Shared>, client: IpAddr) -> Option<Place> {
+        let mut open = shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_client = open.get(&client).copied().unwrap_or(0);
+        if of_client >= MAX_CONNECTIONS_OF_CLIENT || open.values().sum::<usize>() >= MAX_CONNECTIONS {
+            return None;
+        }
+        open.insert(client, of_client + 1);
+        Some(Place { shared: shared.clone(), client })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut open = self.shared.connections.lock().unwrap_or_else(PoisonError::into_inner);
+        match open.get_mut(&self.client) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(open.remove(&self.client)),
         }
     }
 }
@@ -254,6 +292,9 @@ impl Shared {
             Err(Malformed::Silent) => return,
             Err(Malformed::Reply { id, code }) => return answer(&codec::write_error(id, code)),
         };
+        if query.version > 0 {
+            return answer(&codec::write_bad_version(&query));
+        }
         let zone = self.zone.read().unwrap_or_else(PoisonError::into_inner).clone();
         let views = self.views.read().unwrap_or_else(PoisonError::into_inner).clone();
         let view = match self.workload(client) {
@@ -261,22 +302,53 @@ impl Shared {
             Some(address) => views.of(address),
             None => View::Nothing,
         };
-        let outside = self.is_own(client) || self.workload(client).is_some_and(|asker| views.outside.allows(asker));
+        let name = query.name.as_deref().unwrap_or_default();
+        let outside = self.is_own(client) || self.workload(client).is_some_and(|asker| views.may_ask(asker, name));
         match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed), view) {
             Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),
             Outcome::Elsewhere if !outside => answer(&codec::write(&query, &Reply::of(Code::NameError), udp)),
-            Outcome::Elsewhere => self.elsewhere(packet, query, udp, answer),
+            Outcome::Elsewhere => {
+                let namespace = self.workload(client).and_then(|asker| views.namespaces.get(&asker)).cloned();
+                self.elsewhere(packet, query, (client, udp), namespace, answer);
+            }
         }
     }
 
-    fn elsewhere(&self, packet: &[u8], query: Query, udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
+    /// Asks others. What they answer to a workload is pinned before it learns it.
+    fn elsewhere(
+        &self,
+        packet: &[u8],
+        query: Query,
+        (client, udp): (IpAddr, bool),
+        namespace: Option<Arc<str>>,
+        answer: impl FnOnce(&[u8]) + Send + 'static,
+    ) {
         match &self.forwarder {
             Some(forwarder) if query.recursion_desired => {
-                forwarder.submit(Job { packet: packet.to_vec(), query, answer: Box::new(answer) });
+                let (names, asked) = (self.by_name.clone(), query.clone());
+                let pinned = move |reply: &[u8]| {
+                    let mut reply = reply.to_vec();
+                    answers::limit_ttls(&mut reply, MAX_TTL);
+                    match namespace.map_or(Ok(()), |namespace| pin(&names, &namespace, &asked, &reply)) {
+                        Ok(()) => answer(&codec::fit(&asked, &reply, udp)),
+                        Err(error) => {
+                            tracing::warn!("an answer is held back, since its addresses cannot be let out to: {error}");
+                            answer(&codec::write(&asked, &Reply::of(Code::ServerFailure), udp));
+                        }
+                    }
+                };
+                forwarder.submit(Job { packet: packet.to_vec(), query, client, answer: Box::new(pinned) });
             }
             Some(_) => answer(&codec::write(&query, &Reply::of(Code::Refused), udp)),
             // "Does not exist" rather than "refused": resolvers then say so at once instead of trying again.
             None => answer(&codec::write(&query, &Reply::of(Code::NameError), udp)),
         }
     }
+}
+
+/// What cannot be read pins nothing.
+fn pin(names: &Names, namespace: &str, asked: &Query, reply: &[u8]) -> Result<()> {
+    let name = asked.name.as_deref().unwrap_or_default();
+    let answers = answers::resolved(reply, name).unwrap_or_default();
+    if answers.is_empty() { Ok(()) } else { names.pin(namespace, name, &answers).map(drop) }
 }

@@ -1,6 +1,7 @@
 //! Who sees which names. A question's source address says whose it is (the router checks source addresses on every link);
 //! names of a namespace that the asker does not see do not exist for it.
 
+use crate::names::Pattern;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ pub struct Views {
     pub namespaces: HashMap<Ipv4Addr, Arc<str>>,
     pub visible: BTreeMap<String, BTreeSet<String>>,
     pub outside: Outside,
+    /// Names outside that workloads may ask for which may not ask for all.
+    pub named: HashMap<Ipv4Addr, Vec<Pattern>>,
 }
 
 /// Who may ask for names outside: a question carries data out as well as a packet does.
@@ -53,6 +56,12 @@ pub enum View<'a> {
 impl Views {
     pub fn open() -> Views {
         Views { open: true, outside: Outside::Everyone, ..Views::default() }
+    }
+
+    /// Whether a workload may ask others for this name.
+    pub fn may_ask(&self, asker: Ipv4Addr, name: &str) -> bool {
+        let named = || self.named.get(&asker).is_some_and(|names| names.iter().any(|pattern| pattern.matches(name)));
+        self.outside.allows(asker) || named()
     }
 
     pub fn of(&self, asker: Ipv4Addr) -> View<'_> {

@@ -13,6 +13,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// Seconds; short, because answers follow live state.
 pub const TTL: u32 = 5;
 const MAX_ALIASES: usize = 8;
+/// Records of an answer; the largest message holds no more.
+const MAX_RECORDS: usize = 4096;
 
 #[derive(Default)]
 struct Node {
@@ -178,10 +180,12 @@ impl Zone {
         let count = node.addresses.iter().filter(|address| is_asked(kind, address)).count();
         let start = turn.checked_rem(count).unwrap_or(0);
         let asked = node.addresses.iter().filter(|address| is_asked(kind, address));
-        let turned = asked.cycle().skip(start).take(count);
+        let turned = asked.cycle().skip(start).take(count.min(MAX_RECORDS));
         reply.answers.extend(turned.map(|address| address_record(owner.clone(), *address)));
         if kind == TYPE_SRV || any {
-            for (port, target) in &node.services {
+            let (count, all) = (node.services.len(), node.services.iter());
+            let turned = all.cycle().skip(turn.checked_rem(count).unwrap_or(0)).take(count.min(MAX_RECORDS));
+            for (port, target) in turned {
                 let data = Data::Srv { priority: 0, weight: 100, port: *port, target: target.clone() };
                 reply.answers.push(record(owner.clone(), data));
                 let addresses = self.nodes.get(target).map_or(&[][..], |node| &node.addresses);

@@ -9,6 +9,7 @@
 mod program;
 
 use crate::config::RouterConfig;
+use crate::names::NameSet;
 use crate::services::Protocol;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -62,6 +63,8 @@ pub struct Rule {
     /// Key in [`Policies::groups`].
     pub group: Option<Arc<str>>,
     pub blocks: Ranges,
+    /// Key in [`Policies::names`]: addresses outside that the resolver answered for these names.
+    pub names: Option<Arc<str>>,
     /// Empty: everything, of any protocol.
     pub ports: Vec<Ports>,
 }
@@ -106,10 +109,14 @@ pub struct Policies {
     pub isolation: Isolation,
     /// Sets of workloads that rules name, by a key that stays the same while members come and go.
     pub groups: BTreeMap<Arc<str>, BTreeSet<Ipv4Addr>>,
+    /// Names outside that rules name, by a key that says what they are: another key for other names.
+    pub names: BTreeMap<Arc<str>, NameSet>,
     pub profiles: BTreeMap<Arc<str>, Profile>,
     pub workloads: BTreeMap<Ipv4Addr, Workload>,
     /// Where the way out leads; without one, nowhere.
     pub outside: Ranges,
+    /// Addresses of nodes, which no name leads to.
+    pub nodes: Vec<IpAddr>,
 }
 
 /// A connection to judge, by its first packet after a Service's address has been replaced by an endpoint's.
@@ -121,6 +128,9 @@ pub struct Flow {
     pub protocol: u8,
     pub port: u16,
 }
+
+/// Whether an address was the answer for names of this key in [`Policies::names`].
+pub type IsPinned<'a> = dyn Fn(&str, IpAddr) -> bool + 'a;
 
 /// Why one side lets a connection through, or not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -201,7 +211,8 @@ pub fn pod_address(config: &RouterConfig, address: IpAddr) -> Option<Ipv4Addr> {
 
 impl Policies {
     /// Says whether and why a connection passes. The same decision as the kernel's.
-    pub fn decide(&self, config: &RouterConfig, flow: &Flow) -> Decision {
+    /// What is reached by name is told from `pinned`.
+    pub fn decide(&self, config: &RouterConfig, flow: &Flow, pinned: &IsPinned<'_>) -> Decision {
         let ends = [flow.source, flow.destination].map(|address| End { address, pod: pod_address(config, address) });
         let [source, destination] = ends.map(|end| self.workloads.get(&end.pod?));
         if flow.source == flow.destination && source.is_some() {
@@ -216,7 +227,7 @@ impl Policies {
                 Reason::Outside
             }
             None => Reason::NoWorkload,
-            Some(own) => self.side(own, peer, other, direction, flow),
+            Some(own) => self.side(own, peer, other, direction, (flow, pinned)),
         };
         Decision {
             egress: side(source, ends[1], destination, Direction::Egress),
@@ -224,7 +235,14 @@ impl Policies {
         }
     }
 
-    fn side(&self, own: &Workload, peer: End, other: Option<&Workload>, direction: Direction, flow: &Flow) -> Reason {
+    fn side(
+        &self,
+        own: &Workload,
+        peer: End,
+        other: Option<&Workload>,
+        direction: Direction,
+        (flow, pinned): (&Flow, &IsPinned<'_>),
+    ) -> Reason {
         let mut next = match direction {
             Direction::Egress => own.egress.as_ref(),
             Direction::Ingress => own.ingress.as_ref(),
@@ -232,7 +250,7 @@ impl Policies {
         for _ in 0..TIERS {
             let Some(key) = next else { break };
             let Some(profile) = self.profiles.get(key) else { return Reason::NoRule(key.clone()) };
-            let decides = profile.rules.iter().find(|rule| self.matches(rule, peer, flow));
+            let decides = profile.rules.iter().find(|rule| self.matches(rule, peer, flow, pinned));
             match decides.map(|rule| (rule.action, rule.origin.clone())) {
                 Some((Action::Allow, origin)) => return Reason::Rule(origin),
                 Some((Action::Deny, origin)) => return Reason::Denied(origin),
@@ -251,7 +269,7 @@ impl Policies {
         }
     }
 
-    fn matches(&self, rule: &Rule, peer: End, flow: &Flow) -> bool {
+    fn matches(&self, rule: &Rule, peer: End, flow: &Flow, pinned: &IsPinned<'_>) -> bool {
         let port =
             |ports: &Ports| ports.protocol.number() == flow.protocol && (ports.first..=ports.last).contains(&flow.port);
         let member = || {
@@ -259,7 +277,31 @@ impl Policies {
             group.is_some_and(|group| peer.pod.is_some_and(|pod| group.contains(&pod)))
         };
         let inside = || rule.blocks.contains(peer.address);
-        (rule.ports.is_empty() || rule.ports.iter().any(port)) && (rule.anyone || member() || inside())
+        let named =
+            || rule.names.as_ref().is_some_and(|key| self.is_outside(peer.address) && pinned(key, peer.address));
+        (rule.ports.is_empty() || rule.ports.iter().any(port)) && (rule.anyone || member() || inside() || named())
+    }
+
+    /// Names outside that some rule lets the workload reach, and that no rule before it refuses altogether.
+    pub fn names_of(&self, workload: &Workload) -> Vec<&NameSet> {
+        let mut all = Vec::new();
+        let mut key = workload.egress.as_ref().filter(|_| !self.outside.is_empty());
+        for _ in 0..TIERS {
+            let Some(profile) = key.and_then(|key| self.profiles.get(key)) else { break };
+            for rule in &profile.rules {
+                match rule.action {
+                    Action::Allow => all.extend(rule.names.as_ref().and_then(|key| self.names.get(key))),
+                    Action::Deny if rule.anyone && rule.ports.is_empty() => return all,
+                    Action::Pass if rule.anyone && rule.ports.is_empty() => break,
+                    Action::Deny | Action::Pass => {}
+                }
+            }
+            key = match &profile.otherwise {
+                Otherwise::Profile(next) => Some(next),
+                Otherwise::Refuse | Otherwise::Default => None,
+            };
+        }
+        all
     }
 
     pub fn is_outside(&self, address: IpAddr) -> bool {
@@ -311,6 +353,9 @@ pub struct Ranges {
 }
 
 impl Ranges {
+    pub fn is_empty(&self) -> bool {
+        self.v4.is_empty() && self.v6.is_empty()
+    }
     /// Whether some address is in both.
     pub fn touches(&self, other: &Ranges) -> bool {
         fn any<T: PartialOrd>(some: &[(T, T)], others: &[(T, T)]) -> bool {

@@ -9,8 +9,10 @@ use crate::firewall::{
     self, EGRESS, EGRESS_DEFAULT, INGRESS, INGRESS_DEFAULT, MEMBERS, NAMESPACES, REFUSED, TABLE, TO_INGRESS,
 };
 use crate::limits::COUNTED;
+use crate::names::{self, Names, Pinned};
 use crate::netlink::nft::{self, Element, ElementValue, Family, R0, R1, Rule, Transaction, Verdict, concat, octets};
 use crate::netlink::{Socket, conntrack};
+use crate::uplink::{LINK as UPLINK, RELAY};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -32,6 +34,7 @@ struct Numbers {
     next: u32,
     groups: HashMap<Arc<str>, u32>,
     profiles: HashMap<Arc<str>, u32>,
+    names: HashMap<Arc<str>, u32>,
     namespaces: HashMap<Arc<str>, u32>,
 }
 
@@ -47,6 +50,9 @@ impl Numbers {
     }
     fn profile(&mut self, key: &Arc<str>) -> String {
         format!("{CHAIN_PREFIX}{}", Numbers::of(&mut self.next, &mut self.profiles, key))
+    }
+    fn names(&mut self, key: &Arc<str>) -> String {
+        format!("{}{}", names::PREFIX, Numbers::of(&mut self.next, &mut self.names, key))
     }
     fn namespace(&mut self, key: &Arc<str>) -> u32 {
         Numbers::of(&mut self.next, &mut self.namespaces, key)
@@ -69,10 +75,18 @@ impl Programmed {
     }
 
     /// Makes the kernel enforce these.
-    pub fn sync(&mut self, socket: &mut Socket, config: &RouterConfig, wanted: Policies) -> Result<Changed> {
+    pub fn sync(
+        &mut self,
+        socket: &mut Socket,
+        config: &RouterConfig,
+        names: &Names,
+        wanted: Policies,
+    ) -> Result<Changed> {
         if self.current.as_ref() == Some(&wanted) {
             return Ok(Changed::default());
         }
+        // No answer is pinned before its set is known.
+        let mut names = names.lock();
         let mut work = Work::new(config, self.numbers.clone());
         // Should a step fail, what the kernel holds is unknown.
         let known = self.current.take();
@@ -80,9 +94,13 @@ impl Programmed {
             Some(old) => old,
             None => {
                 work.replace_everything(socket)?;
+                names.recover()?;
                 &Policies::default()
             }
         };
+        for (key, set) in wanted.names.iter().filter(|(key, _)| !old.names.contains_key(*key)) {
+            names.make(&mut work.add, &work.numbers.names(key), set);
+        }
         work.difference(old, &wanted);
         let Work { add, switch, remove, numbers, objects, tighter, .. } = work;
         self.numbers = numbers;
@@ -90,7 +108,10 @@ impl Programmed {
             step.commit(socket)?;
         }
         self.numbers.prune(&wanted);
-        let ended = if tighter || known.is_none() { end_connections(socket, config, &wanted)? } else { 0 };
+        names.install(&wanted, |key| self.numbers.names(key));
+        let pinned = names.pinned();
+        drop(names);
+        let ended = if tighter || known.is_none() { end_connections(socket, config, &wanted, &pinned)? } else { 0 };
         self.current = Some(wanted);
         Ok(Changed { objects, ended })
     }
@@ -133,6 +154,7 @@ impl Numbers {
     fn prune(&mut self, wanted: &Policies) {
         self.groups.retain(|key, _| wanted.groups.contains_key(key));
         self.profiles.retain(|key, _| wanted.profiles.contains_key(key));
+        self.names.retain(|key, _| wanted.names.contains_key(key));
         let live: BTreeSet<&Arc<str>> = wanted.workloads.values().map(|workload| &workload.namespace).collect();
         self.namespaces.retain(|key, _| live.contains(key));
     }
@@ -187,7 +209,8 @@ impl Work<'_> {
         for (index, family) in Family::INET.into_iter().enumerate() {
             let (chains, sets) = (nft::chains(socket, TABLE, family)?, nft::sets(socket, TABLE, family)?);
             let chains: Vec<&String> = chains.iter().filter(|name| name.starts_with(CHAIN_PREFIX)).collect();
-            let sets: Vec<&String> = sets.iter().filter(|name| name.starts_with(SET_PREFIX)).collect();
+            let ours = |name: &&String| name.starts_with(SET_PREFIX) || name.starts_with(names::PREFIX);
+            let sets: Vec<&String> = sets.iter().filter(ours).collect();
             let members = nft::keys(socket, TABLE, family, MEMBERS)?;
             let number = |name: &&String| name.rsplit('/').next().and_then(|n| n.parse::<u32>().ok());
             let namespace = |key: &Vec<u8>| key.get(..4).and_then(|n| n.try_into().ok()).map(u32::from_ne_bytes);
@@ -247,6 +270,11 @@ impl Work<'_> {
         self.objects += gone.len();
         for key in old.groups.keys().filter(|key| !wanted.groups.contains_key(*key)) {
             let set = self.numbers.group(key);
+            both(&mut self.remove, |t, _| t.delete_set(&set));
+            self.objects += 1;
+        }
+        for key in old.names.keys().filter(|key| !wanted.names.contains_key(*key)) {
+            let set = self.numbers.names(key);
             both(&mut self.remove, |t, _| t.delete_set(&set));
             self.objects += 1;
         }
@@ -417,6 +445,13 @@ impl Place<'_> {
             let set = numbers.group(key);
             self.matched(t, wanted, peer(t.rule()).if_in_set(&set, R0));
         }
+        if let Some(key) = &wanted.names {
+            // Outside and nowhere else, whatever an answer said.
+            let set = numbers.names(key);
+            for link in [UPLINK, RELAY] {
+                self.matched(t, wanted, peer(t.rule().if_output(link)).if_in_set(&set, R0));
+            }
+        }
         let set = match family {
             Family::Ip6 if !wanted.blocks.v6.is_empty() => t.add_anonymous_ranges6(&wanted.blocks.v6),
             Family::Ip if !wanted.blocks.v4.is_empty() => t.add_anonymous_ranges(&wanted.blocks.v4),
@@ -480,7 +515,7 @@ fn merged(ports: &[super::Ports]) -> Vec<(u8, u16, u16)> {
 }
 
 /// Ends connections between workloads that are no longer allowed: their next packet is judged anew, and refused.
-fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Policies) -> Result<usize> {
+fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Policies, pinned: &Pinned) -> Result<usize> {
     let is_workload =
         |address| pod_address(config, address).is_some_and(|address| policies.workloads.contains_key(&address));
     let stale = conntrack::find(socket, |entry| {
@@ -491,7 +526,7 @@ fn end_connections(socket: &mut Socket, config: &RouterConfig, policies: &Polici
             protocol: entry.original.protocol,
             port: entry.reply.source_port,
         };
-        let decision = policies.decide(config, &flow);
+        let decision = policies.decide(config, &flow, &|key, address| pinned.has(key, address));
         match [flow.source, flow.destination].map(is_workload) {
             [true, true] => !decision.allowed(),
             [true, false] => policies.is_outside(flow.destination) && !decision.egress.allows(),

@@ -1,6 +1,6 @@
 //! Keeps the network's policies up to date. One sync at a time; those who ask while one runs share the next.
 
-use super::{AdminPolicy, Compiled, Member, Node, Policy, World, compile};
+use super::{AdminPolicy, Compiled, EgressPolicy, Member, Node, Policy, World, compile};
 use crate::boundary::SandboxNetwork;
 use crate::ports::{Attach, Bandwidth, Leased, NetworkError, Networks, Records, ServiceRule};
 use api::client::{Client, ListOptions, Patch};
@@ -32,6 +32,7 @@ pub(crate) struct Enforcer {
     client: Arc<dyn Client>,
     networks: Arc<dyn Networks>,
     policies: Informer,
+    by_name: (Resource, Informer),
     /// AdminNetworkPolicies, and the baseline.
     admin: [(Resource, Informer); 2],
     nodes: Informer,
@@ -47,6 +48,7 @@ struct Work {
     /// Everything asked up to this has been done.
     done: u64,
     policies: Parsed<Policy>,
+    by_name: Parsed<EgressPolicy>,
     admin: Parsed<AdminPolicy>,
 }
 
@@ -91,10 +93,13 @@ impl Enforcer {
             let informer = follow(&resource);
             (resource, informer)
         });
+        let egress = Resource::new("atoll.dev", "v1alpha1", "egresspolicies");
+        let by_name = follow(&egress);
         Enforcer {
             config,
             isolation,
             networks,
+            by_name: (egress, by_name),
             policies: follow(&Resource::new("networking.k8s.io", "v1", "networkpolicies")),
             admin,
             nodes: follow(&Resource::new("", "v1", "nodes")),
@@ -127,10 +132,11 @@ impl Enforcer {
                 while changes.try_next().is_some() {}
             }
             let seen = self.nodes();
-            let admin = self.admin.each_ref().map(|(resource, informer)| (resource, informer.list()));
+            let told = self.admin.iter().chain([&self.by_name]);
+            let told: Vec<_> = told.map(|(resource, informer)| (resource, informer.list())).collect();
             let failed = match self.settle().await {
                 Ok(()) => {
-                    self.tell(admin).await;
+                    self.tell(told).await;
                     false
                 }
                 Err(error) => {
@@ -156,7 +162,7 @@ impl Enforcer {
     /// All whose changes matter whatever they are.
     fn informers(&self) -> impl Iterator<Item = &Informer> {
         let admin = self.admin.iter().map(|(_, informer)| informer);
-        [&self.policies, &self.namespaces, &self.pods].into_iter().chain(admin)
+        [&self.policies, &self.by_name.1, &self.namespaces, &self.pods].into_iter().chain(admin)
     }
 
     /// Labels and addresses.
@@ -173,25 +179,30 @@ impl Enforcer {
         self.nodes.list().iter().map(read).collect()
     }
 
-    /// Writes into the status of administrators' policies that they are in force.
-    async fn tell(&self, admin: [(&Resource, Vec<SharedObject>); 2]) {
-        for (resource, objects) in admin {
+    /// Writes into the status of policies that they are in force, or what keeps them from having an effect.
+    async fn tell(&self, told: Vec<(&Resource, Vec<SharedObject>)>) {
+        for (resource, objects) in told {
+            let needs_uplink = *resource == self.by_name.0 && self.networks.outside().is_empty();
+            let (status, reason, message) = match needs_uplink {
+                true => ("False", "NoUplink", "No uplink leads outside: atoll up --egress nat, or routed."),
+                false => ("True", "Programmed", "The network enforces it."),
+            };
             for object in objects {
-                let told = object
-                    .pointer("/status/conditions")
-                    .and_then(Value::as_array)
-                    .into_iter()
-                    .flatten()
-                    .any(|one| one.get("observedGeneration").and_then(Value::as_i64) == Some(object.generation()));
-                if told {
+                let conditions = object.pointer("/status/conditions").and_then(Value::as_array);
+                let known = |one: &Value| {
+                    let is = |field: &str, wanted: &str| one.get(field).and_then(Value::as_str) == Some(wanted);
+                    let generation = one.get("observedGeneration").and_then(Value::as_i64);
+                    generation == Some(object.generation()) && is("status", status) && is("reason", reason)
+                };
+                if conditions.into_iter().flatten().any(known) {
                     continue;
                 }
-                let condition = json!({"type": "Programmed", "status": "True", "reason": "Programmed",
-                    "message": "The network enforces it.", "observedGeneration": object.generation(),
-                    "lastTransitionTime": api::time::now_rfc3339()});
+                let condition = json!({"type": "Programmed", "status": status, "reason": reason, "message": message,
+                    "observedGeneration": object.generation(), "lastTransitionTime": api::time::now_rfc3339()});
                 let patch = Patch::Merge(json!({"status": {"conditions": [condition]}}));
-                if let Err(error) = self.client.patch(resource, "", object.name(), "status", patch).await {
-                    tracing::debug!("status of {} {}: {}", resource.plural, object.name(), error.message);
+                let (namespace, name) = (object.namespace(), object.name());
+                if let Err(error) = self.client.patch(resource, namespace, name, "status", patch).await {
+                    tracing::debug!("status of {} {namespace}/{name}: {}", resource.plural, error.message);
                 }
             }
         }
@@ -230,6 +241,7 @@ impl Enforcer {
 
     fn compile(&self, work: &mut Work, leases: &[Leased]) -> Compiled {
         let policies = work.policies.update(&self.policies.list(), |object| Policy::read(object));
+        let by_name = work.by_name.update(&self.by_name.1.list(), |object| EgressPolicy::read(object));
         let [of_admin, of_baseline] = &self.admin;
         let baseline: BTreeSet<String> = of_baseline.1.list().iter().map(|object| object.uid().to_owned()).collect();
         let objects: Vec<SharedObject> = of_admin.1.list().into_iter().chain(of_baseline.1.list()).collect();
@@ -254,6 +266,7 @@ impl Enforcer {
             config: &self.config,
             isolation: self.isolation,
             policies: &policies,
+            by_name: &by_name,
             admin: &admin,
             namespaces: &namespaces,
             nodes: &self.nodes(),

@@ -11,7 +11,7 @@ use crate::proxy;
 use api::informer::Informer;
 use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
-use network::{Cause, Leads, RouterConfig};
+use network::{Cause, Leads, Pattern, RouterConfig};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -112,12 +112,12 @@ impl Inspector {
     }
 
     /// Answers until cancelled.
-    pub async fn run(self, run_dir: PathBuf) {
+    pub async fn run(self: Arc<Self>, run_dir: PathBuf) {
         let listener = match listen(&run_dir.join(SOCKET)) {
             Ok(listener) => listener,
             Err(error) => return tracing::warn!("atoll network cannot ask: {}: {error}", run_dir.display()),
         };
-        let inspector = Arc::new(self);
+        let inspector = self;
         let mut clients = tokio::task::JoinSet::new();
         loop {
             tokio::select! {
@@ -142,7 +142,11 @@ impl Inspector {
         match question {
             Ok(Question::Explain { from, to, protocol, port }) => {
                 let current = self.enforcer.settled().await;
-                let answers = self.explain(&current, &from, &to, &protocol, port);
+                let asked = (from.as_str(), to.as_str(), protocol.as_str(), port);
+                let answers = match host_name(&current, &to) {
+                    Some(name) => self.explain_name(&current, asked, &name).await,
+                    None => self.explain(&current, asked),
+                };
                 let answers = match answers {
                     Ok(all) => all.into_iter().map(Answer::Explained).collect(),
                     Err(error) => vec![Answer::Error(error)],
@@ -171,7 +175,8 @@ impl Inspector {
                 let _ = write_all(&mut write, &self.connections().await).await;
             }
             Ok(Question::Metrics) => {
-                let _ = write_all(&mut write, &[self.metrics().await]).await;
+                let answer = self.metrics().await.map(|text| Answer::Metrics(text.into_string()));
+                let _ = write_all(&mut write, &[answer.unwrap_or_else(Answer::Error)]).await;
             }
             Ok(Question::Capture { pod, port, count }) => {
                 let capture = self.capture(&pod, port, count, &mut write);
@@ -222,7 +227,8 @@ impl Inspector {
             let why = "the node, with its probes and the gateway, reaches every workload".to_owned();
             return (Ok(why.clone()), Ok(why));
         }
-        let decision = current.policies.decide(&self.config, flow);
+        let names = self.router.router().by_name();
+        let decision = current.policies.decide(&self.config, flow, &|key, address| names.has(key, address));
         let text = |reason: &Reason| if reason.allows() { Ok(reason.to_string()) } else { Err(reason.to_string()) };
         if self.is_node(flow.destination) {
             let dns = flow.port == 53 && self.is_dns(flow.destination);
@@ -309,18 +315,9 @@ impl Inspector {
     fn explain(
         &self,
         current: &Compiled,
-        from: &str,
-        to: &str,
-        protocol: &str,
-        port: Option<u16>,
+        (from, to, protocol, port): (&str, &str, &str, Option<u16>),
     ) -> Result<Vec<Explained>, String> {
-        let number = match protocol {
-            "tcp" => 6,
-            "udp" => 17,
-            "sctp" => 132,
-            "icmp" => 1,
-            other => return Err(format!("protocol: {other:?}: must be tcp, udp, sctp or icmp")),
-        };
+        let number = protocol_number(protocol)?;
         let (source, wanted) = (self.resolve(current, from)?, self.resolve(current, to)?);
         let wanted = self.as_family_of(source, wanted);
         let source = self.as_family_of(wanted, source);
@@ -335,21 +332,58 @@ impl Inspector {
         let one = |(destination, port): (IpAddr, Option<u16>)| {
             let protocol_number = if number == 1 && destination.is_ipv6() { 58 } else { number };
             let flow = Flow { source, destination, protocol: protocol_number, port: port.unwrap_or(0) };
-            let (egress, ingress) = self.judge(current, &flow);
-            let (allowed, text) = (egress.is_ok() && ingress.is_ok(), |side: Result<String, String>| match side {
-                Ok(why) | Err(why) => why,
-            });
-            Explained {
-                from: self.name(current, source),
-                to: self.name(current, destination),
-                protocol: protocol.to_owned(),
-                port,
-                allowed,
-                egress: text(egress),
-                ingress: text(ingress),
-            }
+            let judged = self.judge(current, &flow);
+            let ends = [self.name(current, source), self.name(current, destination)];
+            explained(ends, (protocol, port), judged)
         };
         Ok(destinations.into_iter().map(one).collect())
+    }
+
+    /// A name is asked for, and each of its addresses judged; what the workload has not asked for yet as if it had.
+    async fn explain_name(
+        &self,
+        current: &Compiled,
+        (from, to, protocol, port): (&str, &str, &str, Option<u16>),
+        name: &str,
+    ) -> Result<Vec<Explained>, String> {
+        let number = protocol_number(protocol)?;
+        let source = self.resolve(current, from)?;
+        let asked = name.to_owned();
+        let addresses = self.ask(move |router| network::dns::look_up(router, &asked)).await?;
+        if addresses.is_empty() {
+            let why =
+                "has no address, here or from the servers of /etc/resolv.conf, which are asked with an uplink only";
+            return Err(format!("{to}: {why} (atoll up --egress)"));
+        }
+        let mut all = Vec::new();
+        for address in addresses {
+            if !self.is_outside(current, address) {
+                all.extend(self.explain(current, (from, &address.to_string(), protocol, port))?);
+                continue;
+            }
+            let source = self.as_family_of(address, source);
+            let protocol_number = if number == 1 && address.is_ipv6() { 58 } else { number };
+            let flow = Flow { source, destination: address, protocol: protocol_number, port: port.unwrap_or(0) };
+            let mut judged = self.judge(current, &flow);
+            if judged.0.is_err() {
+                let of_name = |key: &str, _| current.policies.names.get(key).is_some_and(|set| set.matches(name));
+                let egress = current.policies.decide(&self.config, &flow, &of_name).egress;
+                if egress.allows() {
+                    judged.0 = Ok(format!("{egress}, from when it has asked for {name}"));
+                }
+            }
+            let ends = [self.name(current, source), format!("{name} ({address})")];
+            all.push(explained(ends, (protocol, port), judged));
+        }
+        Ok(all)
+    }
+
+    /// Whether it is not an address of the cluster's own.
+    fn is_outside(&self, current: &Compiled, address: IpAddr) -> bool {
+        !self.config.networks().contains(address) && !self.is_node(address) && {
+            let pod = pod_address(&self.config, address);
+            !pod.is_some_and(|pod| current.policies.workloads.contains_key(&pod))
+        }
     }
 
     /// A workload's other address where one of IPv6 was named as its peer.
@@ -395,9 +429,43 @@ impl Inspector {
         found.map(|(address, _)| IpAddr::V4(*address)).ok_or_else(|| {
             format!(
                 "{text}: no pod {name} with an address in namespace {namespace}; name it NAMESPACE/POD, svc/NAMESPACE/NAME, \
-                 node, or give an address"
+                 node, an address or a name such as api.example.org"
             )
         })
+    }
+}
+
+/// What is no workload, but can be a name of DNS.
+fn host_name(current: &Compiled, text: &str) -> Option<String> {
+    let is_pod = current.policies.workloads.values().any(|own| &*own.namespace == "default" && &*own.name == text);
+    if is_pod || !text.contains('.') || text.parse::<IpAddr>().is_ok() {
+        return None;
+    }
+    match text.parse() {
+        Ok(Pattern::Exact(name)) => Some(name.into()),
+        Ok(Pattern::Below(_)) | Err(()) => None,
+    }
+}
+
+fn explained(
+    [from, to]: [String; 2],
+    (protocol, port): (&str, Option<u16>),
+    (egress, ingress): (Result<String, String>, Result<String, String>),
+) -> Explained {
+    let allowed = egress.is_ok() && ingress.is_ok();
+    let text = |side: Result<String, String>| match side {
+        Ok(why) | Err(why) => why,
+    };
+    Explained { from, to, protocol: protocol.to_owned(), port, allowed, egress: text(egress), ingress: text(ingress) }
+}
+
+fn protocol_number(name: &str) -> Result<u8, String> {
+    match name {
+        "tcp" => Ok(6),
+        "udp" => Ok(17),
+        "sctp" => Ok(132),
+        "icmp" => Ok(1),
+        other => Err(format!("protocol: {other:?}: must be tcp, udp, sctp or icmp")),
     }
 }
 

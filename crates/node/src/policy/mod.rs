@@ -7,18 +7,19 @@
 //! - [`inspect`]: says whether and why a connection passes, and what was refused, over a socket for the command line.
 
 mod admin;
+mod egress;
 mod enforce;
 pub mod inspect;
 mod parse;
 mod watch;
 
 pub use admin::{AdminPolicy, Tier};
+pub use egress::EgressPolicy;
 pub(crate) use enforce::{Enforced, Enforcer};
-use network::Protocol;
-use network::RouterConfig;
 use network::policy::{
     Action, Block, Direction, Isolation, Network, Otherwise, Policies, Ports, Profile, Ranges, Workload,
 };
+use network::{NameSet, Protocol, RouterConfig};
 pub use parse::Policy;
 use parse::{Peer, Port, PortName, Rule};
 use serde_json::Value;
@@ -49,6 +50,7 @@ pub struct World<'a> {
     pub config: &'a RouterConfig,
     pub isolation: Isolation,
     pub policies: &'a [Arc<Policy>],
+    pub by_name: &'a [Arc<EgressPolicy>],
     pub admin: &'a [Arc<AdminPolicy>],
     /// Names with `metadata.labels`.
     pub namespaces: &'a BTreeMap<String, Value>,
@@ -71,18 +73,27 @@ pub fn compile(world: &World<'_>) -> Compiled {
     for policy in world.policies {
         by_namespace.entry(&policy.namespace).or_default().push(policy);
     }
+    let mut by_name: BTreeMap<&str, Vec<&EgressPolicy>> = BTreeMap::new();
+    for policy in world.by_name {
+        by_name.entry(&policy.namespace).or_default().push(policy);
+    }
     let mut admin: Vec<&AdminPolicy> = world.admin.iter().map(Arc::as_ref).collect();
     admin.sort_by(|a, b| (a.tier, &a.name).cmp(&(b.tier, &b.name)));
-    let mut compiler = Compiler { world, out: Policies { isolation: world.isolation, ..Policies::default() } };
+    let nodes = world.nodes.iter().flat_map(|node| &node.addresses).copied().collect();
+    let out = Policies { isolation: world.isolation, nodes, ..Policies::default() };
+    let mut compiler = Compiler { world, out };
     for member in world.members {
         let own = by_namespace.get(member.namespace).map(Vec::as_slice).unwrap_or_default();
         let own: Vec<&Policy> =
             own.iter().map(|policy| &***policy).filter(|policy| policy.selector.matches(member.labels)).collect();
+        let named = by_name.get(member.namespace).map(Vec::as_slice).unwrap_or_default();
+        let named: Vec<&EgressPolicy> =
+            named.iter().copied().filter(|policy| policy.selector.matches(member.labels)).collect();
         let labels = world.namespaces.get(member.namespace).unwrap_or(&Value::Null);
         let admin: Vec<&AdminPolicy> =
             admin.iter().copied().filter(|policy| policy.selects(labels, member.labels)).collect();
-        let [egress, ingress] =
-            [Direction::Egress, Direction::Ingress].map(|direction| compiler.tiers(direction, &own, &admin, member));
+        let egress = compiler.tiers(Direction::Egress, (&own, &named), &admin, member);
+        let ingress = compiler.tiers(Direction::Ingress, (&own, &[]), &admin, member);
         let workload = Workload { namespace: member.namespace.into(), name: member.name.into(), egress, ingress };
         compiler.out.workloads.insert(member.address, workload);
     }
@@ -133,7 +144,7 @@ impl Compiler<'_> {
     fn tiers(
         &mut self,
         direction: Direction,
-        own: &[&Policy],
+        (own, named): (&[&Policy], &[&EgressPolicy]),
         admin: &[&AdminPolicy],
         pod: &Member<'_>,
     ) -> Option<Arc<str>> {
@@ -145,21 +156,22 @@ impl Compiler<'_> {
         };
         let isolating: Vec<_> = own.iter().filter_map(|p| p.rules(direction).map(|rules| (*p, rules))).collect();
         let mut first = None;
-        if !isolating.is_empty() {
-            let names = isolating.iter().map(|(policy, _)| policy.origin()).collect();
+        if !isolating.is_empty() || !named.is_empty() {
+            let names = isolating.iter().map(|(policy, _)| policy.origin());
+            let names = names.chain(named.iter().map(|policy| policy.origin())).collect();
             let rules: Vec<&Rule> = isolating.iter().flat_map(|(_, rules)| rules.iter()).collect();
-            first = Some(self.profile(direction, names, &rules, Otherwise::Refuse, pod));
+            first = Some(self.profile(direction, names, (&rules, named), Otherwise::Refuse, pod));
         } else if let (names, rules) = of_tier(true)
             && !rules.is_empty()
         {
-            first = Some(self.profile(direction, names, &rules, Otherwise::Default, pod));
+            first = Some(self.profile(direction, names, (&rules, &[]), Otherwise::Default, pod));
         }
         let (names, rules) = of_tier(false);
         if rules.is_empty() {
             return first;
         }
         let otherwise = first.map_or(Otherwise::Default, Otherwise::Profile);
-        Some(self.profile(direction, names, &rules, otherwise, pod))
+        Some(self.profile(direction, names, (&rules, &[]), otherwise, pod))
     }
 
     /// The key of the profile with these rules for a pod; pods for which they mean the same share it.
@@ -167,7 +179,7 @@ impl Compiler<'_> {
         &mut self,
         direction: Direction,
         names: Vec<String>,
-        rules: &[&Rule],
+        (rules, named): (&[&Rule], &[&EgressPolicy]),
         otherwise: Otherwise,
         own: &Member<'_>,
     ) -> Arc<str> {
@@ -191,9 +203,29 @@ impl Compiler<'_> {
                     Direction::Egress => self.egress(rule, own.namespace, &mut out),
                 }
             }
+            named.iter().for_each(|policy| self.named(policy, &mut out));
             self.out.profiles.insert(key.clone(), Profile { direction, origin: origin.into(), rules: out, otherwise });
         }
         key
+    }
+
+    /// Rules with the same names share a set of addresses.
+    fn named(&mut self, policy: &EgressPolicy, out: &mut Vec<network::policy::Rule>) {
+        for rule in &policy.rules {
+            let names: Vec<String> = rule.patterns.iter().map(ToString::to_string).collect();
+            let key: Arc<str> = format!("{}:{}", policy.namespace, names.join("|")).into();
+            let set = || NameSet { namespace: policy.namespace.as_str().into(), patterns: rule.patterns.clone() };
+            self.out.names.entry(key.clone()).or_insert_with(set);
+            out.push(network::policy::Rule {
+                origin: rule.origin.clone(),
+                action: Action::Allow,
+                anyone: false,
+                group: None,
+                blocks: Ranges::default(),
+                names: Some(key),
+                ports: rule.ports.clone(),
+            });
+        }
     }
 
     fn ingress(&mut self, rule: &Rule, own: &Member<'_>, out: &mut Vec<network::policy::Rule>) {
@@ -254,6 +286,7 @@ impl Compiler<'_> {
                     anyone: false,
                     group: Some(key),
                     blocks: network::policy::ranges(&blocks),
+                    names: None,
                     ports: vec![number],
                 });
             }
@@ -262,7 +295,8 @@ impl Compiler<'_> {
 
     fn rule(&mut self, rule: &Rule, namespace: &str, ports: Vec<Ports>) -> network::policy::Rule {
         let (anyone, group, blocks) = self.peers(rule, namespace);
-        network::policy::Rule { origin: rule.origin.clone(), action: rule.action, anyone, group, blocks, ports }
+        let origin = rule.origin.clone();
+        network::policy::Rule { origin, action: rule.action, anyone, group, blocks, names: None, ports }
     }
 
     /// Anyone, a group of pods, ranges of addresses.

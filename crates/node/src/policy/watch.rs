@@ -1,13 +1,13 @@
 //! What `atoll network` shows of traffic: connections, counters, and the frames of one workload.
 
 use super::inspect::{Answer, Inspector, protocol_name, write_all};
+use api::metrics::{Kind, Text};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use network::Router;
 use network::policy::pod_address;
 use network::watch::{Capture, Entry, ports};
 use serde::{Deserialize, Serialize};
-use std::fmt::Write;
 use std::time::{Duration, UNIX_EPOCH};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -42,7 +42,7 @@ pub struct Frame {
 
 impl Inspector {
     /// Asks the router without holding the others up.
-    async fn ask<T: Send + 'static>(
+    pub(super) async fn ask<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Router) -> network::Result<T> + Send + 'static,
     ) -> Result<T, String> {
@@ -74,42 +74,45 @@ impl Inspector {
         }
     }
 
-    pub(super) async fn metrics(&self) -> Answer {
-        let read = self.ask(|router| Ok((router.link_counters()?, router.refused_packets()?))).await;
-        let (links, refused) = match read {
-            Ok(read) => read,
-            Err(error) => return Answer::Error(error),
+    /// Counters of the network, a bounded number for each workload that is here.
+    pub(crate) async fn metrics(&self) -> Result<Text, String> {
+        let read = |router: &Router| {
+            let tracked = router.tracked_connections()?;
+            Ok((router.link_counters()?, router.refused_packets()?, tracked, router.by_name().count()))
         };
+        let (links, refused, (tracked, most), pinned) = self.ask(read).await?;
         let current = self.enforcer.current();
-        let mut text = format!(
-            "# TYPE atoll_network_refused_packets_total counter\natoll_network_refused_packets_total {refused}\n"
-        );
+        let mut text = Text::default();
+        text.one("atoll_network_refused_packets_total", Kind::Counter, "Packets that the network refused.", refused);
+        let help = "Connections that the network tracks.";
+        text.one("atoll_network_tracked_connections", Kind::Gauge, help, tracked);
+        let help = "Connections that the network can track.";
+        text.one("atoll_network_tracked_connections_limit", Kind::Gauge, help, most);
+        const PINNED: &str = "atoll_network_pinned_addresses";
+        text.family(PINNED, Kind::Gauge, "Answers of the resolver that EgressPolicies let workloads out to.");
+        for (namespace, count) in &pinned {
+            text.sample(PINNED, &[("namespace", &**namespace)], count);
+        }
         type Read = fn(&network::watch::Counters) -> u64;
         // As the workload sees it: what the router's end received, it sent.
-        let series: [(&str, Read); 6] = [
-            ("transmit_packets_total", |c| c.received_packets),
-            ("transmit_bytes_total", |c| c.received_bytes),
-            ("receive_packets_total", |c| c.sent_packets),
-            ("receive_bytes_total", |c| c.sent_bytes),
-            ("transmit_dropped_total", |c| c.received_dropped),
-            ("receive_dropped_total", |c| c.sent_dropped),
+        let series: [(&str, &str, Read); 6] = [
+            ("transmit_packets_total", "Packets that the workload sent.", |c| c.received_packets),
+            ("transmit_bytes_total", "Bytes that the workload sent.", |c| c.received_bytes),
+            ("receive_packets_total", "Packets that the workload got.", |c| c.sent_packets),
+            ("receive_bytes_total", "Bytes that the workload got.", |c| c.sent_bytes),
+            ("transmit_dropped_total", "Packets of the workload that were dropped.", |c| c.received_dropped),
+            ("receive_dropped_total", "Packets to the workload that were dropped.", |c| c.sent_dropped),
         ];
-        for (name, read) in series {
-            let _ = writeln!(text, "# TYPE atoll_network_workload_{name} counter");
+        for (name, help, read) in series {
+            let name = format!("atoll_network_workload_{name}");
+            text.family(&name, Kind::Counter, help);
             for (address, counters) in &links {
-                // Names of objects need no escaping.
                 if let Some(pod) = current.policies.workloads.get(address) {
-                    let _ = writeln!(
-                        text,
-                        "atoll_network_workload_{name}{{namespace=\"{}\",pod=\"{}\"}} {}",
-                        pod.namespace,
-                        pod.name,
-                        read(counters)
-                    );
+                    text.sample(&name, &[("namespace", &*pod.namespace), ("pod", &*pod.name)], read(counters));
                 }
             }
         }
-        Answer::Metrics(text)
+        Ok(text)
     }
 
     /// Sends a workload's frames until there are enough, the link goes or nobody reads.

@@ -121,6 +121,7 @@ impl Lab {
             config: router.config(),
             isolation,
             policies: &own,
+            by_name: &[],
             admin: &admin,
             namespaces: &namespaces,
             nodes: &nodes,

@@ -5,6 +5,7 @@ pub mod meter;
 mod nat;
 mod relay;
 mod rule;
+mod timed;
 
 use super::parse::{Attributes, text};
 use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket, Writer};
@@ -12,6 +13,7 @@ use crate::error::Result;
 pub use rule::{Rule, Unreachable};
 use rustix::io::Errno;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+pub use timed::{Timed, read as read_timed, set_comments, timed};
 
 const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
