@@ -35,6 +35,7 @@ fn over_http(c: &Cluster) -> Outcome {
         "process_resident_memory_bytes ",
         "atoll_network_refused_packets_total ",
         "atoll_network_tracked_connections ",
+        "atoll_dns_questions_total{outcome=\"not_allowed\"} ",
     ] {
         assert!(text.lines().any(|line| line.starts_with(name)), "{name}: {text}");
     }

@@ -17,7 +17,7 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -40,6 +40,20 @@ pub struct DnsServer {
     threads: Vec<JoinHandle<()>>,
 }
 
+/// What became of questions.
+#[derive(Clone, Copy)]
+enum Outcomes {
+    /// Answered from the cluster's names, be it that there is none.
+    Own,
+    Forwarded,
+    /// For a name outside that the asker may not ask for.
+    Shut,
+    Malformed,
+}
+
+/// Names of [`Outcomes`].
+const OUTCOMES: [&str; 4] = ["answered", "forwarded", "not_allowed", "malformed"];
+
 struct Shared {
     zone: RwLock<Arc<Zone>>,
     views: RwLock<Arc<Views>>,
@@ -50,6 +64,7 @@ struct Shared {
     forwarder: Option<Forwarder>,
     by_name: Arc<Names>,
     config: RouterConfig,
+    questions: [AtomicU64; OUTCOMES.len()],
 }
 
 impl DnsServer {
@@ -80,6 +95,11 @@ impl DnsServer {
     /// Where it listens; of interest if port 0 was asked for.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How many questions there were, by what became of them.
+    pub fn questions(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        OUTCOMES.into_iter().zip(&self.shared.questions).map(|(name, count)| (name, count.load(Ordering::Relaxed)))
     }
 
     /// Answers at one address, with so many threads for UDP.
@@ -148,6 +168,7 @@ fn start(
         forwarder,
         by_name: by_name.clone(),
         config,
+        questions: Default::default(),
     });
     let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
     let stop = Arc::new(stop.map_err(Error::errno("make an event descriptor"))?);
@@ -265,6 +286,10 @@ fn serve_connection(mut stream: TcpStream, client: IpAddr, shared: &Arc<Shared>)
 }
 
 impl Shared {
+    fn count(&self, outcome: Outcomes) {
+        self.questions[outcome as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Whether the router itself asks.
     fn is_own(&self, address: IpAddr) -> bool {
         let config = &self.config;
@@ -289,8 +314,13 @@ impl Shared {
     fn handle(&self, packet: &[u8], client: IpAddr, udp: bool, answer: impl FnOnce(&[u8]) + Send + 'static) {
         let query = match codec::parse(packet) {
             Ok(query) => query,
-            Err(Malformed::Silent) => return,
-            Err(Malformed::Reply { id, code }) => return answer(&codec::write_error(id, code)),
+            Err(malformed) => {
+                self.count(Outcomes::Malformed);
+                return match malformed {
+                    Malformed::Silent => {}
+                    Malformed::Reply { id, code } => answer(&codec::write_error(id, code)),
+                };
+            }
         };
         if query.version > 0 {
             return answer(&codec::write_bad_version(&query));
@@ -305,9 +335,16 @@ impl Shared {
         let name = query.name.as_deref().unwrap_or_default();
         let outside = self.is_own(client) || self.workload(client).is_some_and(|asker| views.may_ask(asker, name));
         match zone.answer(&query, self.turn.fetch_add(1, Ordering::Relaxed), view) {
-            Outcome::Reply(reply) => answer(&codec::write(&query, &reply, udp)),
-            Outcome::Elsewhere if !outside => answer(&codec::write(&query, &Reply::of(Code::NameError), udp)),
+            Outcome::Reply(reply) => {
+                self.count(Outcomes::Own);
+                answer(&codec::write(&query, &reply, udp));
+            }
+            Outcome::Elsewhere if !outside => {
+                self.count(Outcomes::Shut);
+                answer(&codec::write(&query, &Reply::of(Code::NameError), udp));
+            }
             Outcome::Elsewhere => {
+                self.count(Outcomes::Forwarded);
                 let namespace = self.workload(client).and_then(|asker| views.namespaces.get(&asker)).cloned();
                 self.elsewhere(packet, query, (client, udp), namespace, answer);
             }

@@ -93,6 +93,13 @@ impl Inspector {
         for (namespace, count) in &pinned {
             text.sample(PINNED, &[("namespace", &**namespace)], count);
         }
+        if let Some(dns) = self.router.dns.get() {
+            const QUESTIONS: &str = "atoll_dns_questions_total";
+            text.family(QUESTIONS, Kind::Counter, "Questions to the DNS server, by what became of them.");
+            for (outcome, count) in dns.questions() {
+                text.sample(QUESTIONS, &[("outcome", outcome)], count);
+            }
+        }
         type Read = fn(&network::watch::Counters) -> u64;
         // As the workload sees it: what the router's end received, it sent.
         let series: [(&str, &str, Read); 6] = [
