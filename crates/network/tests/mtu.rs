@@ -77,7 +77,7 @@ fn let_out(lab: &Lab) {
     let key: Arc<str> = "out".into();
     let everywhere = Block { network: "0.0.0.0/0".parse::<Network>().unwrap(), except: Vec::new() };
     let (action, blocks) = (Action::Allow, ranges(&[everywhere]));
-    let rule = Rule { origin: key.clone(), action, anyone: false, group: None, blocks, ports: Vec::new() };
+    let rule = Rule { origin: key.clone(), action, anyone: false, group: None, blocks, ports: Vec::new(), names: None };
     let (direction, otherwise) = (Direction::Egress, Otherwise::Refuse);
     let profile = Profile { direction, origin: key.clone(), rules: vec![rule], otherwise };
     policies.profiles.insert(key.clone(), profile);
