@@ -160,6 +160,14 @@ impl Store {
     ) -> Result<Imported> {
         progress(Progress::Step("reading the archive".into()));
         let what = path.display().to_string();
+        // An OVA begins with its description (DSP0243, 5.3).
+        let mut name = [0; 100];
+        let length = read_head(&plain, &mut name).map_err(io("read", path))?;
+        let name = name.get(..length).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
+        if name.ends_with(b".ovf") {
+            let why = "it is an OVA; unpack it (tar -xf) and import the disk that is in it, its .vmdk".to_owned();
+            return Err(Error::Unrecognised { path: path.to_path_buf(), why });
+        }
         let source = TarSource::index(plain, &what, self.limits())?;
         if source.has("oci-layout") && source.has("index.json") {
             self.refuse_run_options(path, options, "an OCI layout")?;

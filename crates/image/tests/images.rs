@@ -88,6 +88,19 @@ fn a_root_file_system_becomes_an_image() {
 }
 
 #[test]
+fn an_ova_is_told_from_a_root_file_system() {
+    let Some(bench) = bench() else { return };
+    let (description, disk, ova) = (bench.path("m.ovf"), bench.path("m.vmdk"), bench.path("m.ova"));
+    fs::write(description, "<Envelope/>").unwrap();
+    fs::write(disk, "KDMV").unwrap();
+    let made =
+        Command::new("tar").arg("-C").arg(bench.dir.path()).arg("-cf").arg(&ova).args(["m.ovf", "m.vmdk"]).status();
+    assert!(made.unwrap().success());
+    let error = bench.store.import(&ova, &ImportOptions::default(), &silent).unwrap_err().to_string();
+    assert!(error.contains("import the disk that is in it"), "{error}");
+}
+
+#[test]
 fn an_image_travels_as_a_layout() {
     let Some(bench) = bench() else { return };
     let tar = bench.rootfs("base.tar", &[("a", "1")], "--sort=name");
