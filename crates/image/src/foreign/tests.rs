@@ -74,13 +74,15 @@ fn what_is_cut_off_or_needs_other_files_is_refused_with_the_reason() {
     let dir = tempfile::tempdir().unwrap();
     let refused = |path: &Path, format: Format| {
         let to = File::create(dir.path().join("to")).unwrap();
-        let error = convert(&File::open(path).unwrap(), format, path, to, &crate::store::silent).unwrap_err();
-        error.chain()
+        let error = convert(&File::open(path).unwrap(), format, path, to, &crate::store::silent);
+        error.err().map_or_else(|| "taken".to_owned(), |error| error.chain())
     };
     for (case, (name, options, format)) in CASES.iter().enumerate() {
         let path = made(dir.path(), case);
         let whole = std::fs::read(&path).unwrap();
-        for length in [0, 511, 512, 4096, whole.len() / 2, whole.len() - 600] {
+        // What is only zeros at the end, and belongs to nothing, may be missing.
+        let used = whole.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+        for length in [0, 511, 512, 4096, used / 2, used - 600] {
             std::fs::write(&path, &whole[..length]).unwrap();
             let why = refused(&path, *format);
             assert!(
@@ -95,7 +97,8 @@ fn what_is_cut_off_or_needs_other_files_is_refused_with_the_reason() {
     assert!(refused(&child, Format::Vmdk).contains("has a parent"));
     let flat = dir.path().join("flat.vmdk");
     qemu_img(&["create", "-f", "vmdk", "-o", "subformat=monolithicFlat", &flat.to_string_lossy(), "1M"]);
-    assert!(refused(&flat, Format::Vmdk).contains("description of other files"));
+    let why = refused(&flat, Format::Vmdk);
+    assert!(why.contains("description of other files"), "{why}");
 }
 
 /// One place for all blocks of a large disk: a small file would become a large one.

@@ -31,10 +31,11 @@ fn words(bytes: &[u8]) -> Vec<u32> {
 impl Vmdk {
     pub fn open(file: &File) -> Result<Self, String> {
         let length = file.metadata().map_err(|e| e.to_string())?.len();
-        let mut head = read(file, 0, 512, "header")?;
-        if !head.starts_with(MAGIC) {
+        // A description may be shorter than a header.
+        if !read(file, 0, MAGIC.len(), "header")?.starts_with(MAGIC) {
             return Err("it is a description of other files; make one of them with `qemu-img convert`".into());
         }
+        let mut head = read(file, 0, 512, "header")?;
         check_description(file, &head)?;
         if le64(&head, 56) == AT_END {
             let at = length.checked_sub(1024).ok_or("it is cut off")?;
