@@ -19,7 +19,7 @@ demo: packages build
 test: SET = test
 test: packages
 	cargo build --workspace --bins --examples
-	cargo test --workspace --no-fail-fast
+	@scripts/test.sh
 
 bench: SET = bench
 bench: packages build
@@ -27,6 +27,7 @@ bench: packages build
 	@bench/network.sh
 	@bench/registry.sh
 	@bench/leaks.sh
+	@bench/vmm.sh
 
 fuzz:
 	@fuzz/run.sh $(or $(SECONDS),60)

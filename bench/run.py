@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The figures of the first issue, measured; peers in the same run. Prints a table, writes bench/out/figures.json.
 
-Names as arguments run only those: start idle creates watchers pods gateway containers size
+Names as arguments run only those: start idle size creates watchers pods path gateway oci
 """
 import json
 import os
@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+
+import daemon_path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUILT = os.environ.get("CARGO_TARGET_DIR", f"{ROOT}/target") + "/release"
@@ -42,10 +44,10 @@ class Up:
         self.data = data
         self.begin()
 
-    def begin(self):
+    def begin(self, **env):
         begun = time.monotonic()
         self.process = subprocess.Popen([ATOLL, "up", "--data-dir", self.data], stdout=subprocess.PIPE,
-                                        stderr=open(f"{self.data}.log", "a"), text=True)
+                                        stderr=open(f"{self.data}.log", "a"), text=True, env=dict(os.environ, **env))
         self.line = self.process.stdout.readline().strip()
         self.took = (time.monotonic() - begun) * 1000
         if not self.line.startswith("ready"):
@@ -56,11 +58,14 @@ class Up:
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(30)
 
+    def atoll(self, *args):
+        return run(ATOLL, *args)
+
     def kubectl(self, *args, **kwargs):
         return run("kubectl", *args, env=self.env, **kwargs)
 
-    def apibench(self, what):
-        return json.loads(run(APIBENCH, f"{self.data}/kubeconfig", what).stdout)
+    def apibench(self, *what):
+        return json.loads(run(APIBENCH, f"{self.data}/kubeconfig", *what).stdout)
 
 
 def start(up):
@@ -203,27 +208,8 @@ http {{ access_log off; client_body_temp_path {work}/sb; proxy_temp_path {work}/
             server.wait()
 
 
-def containers(up):
-    """What podman takes for a container that ends at once, beside the pod path above."""
-    if not shutil.which("podman") or not shutil.which("runc"):
-        print("  containers: SKIPPED: podman or runc is not installed")
-        return
-    root = busybox(up)
-    times = []
-    # podman asks for higher limits than some machines may set, and runc then gives up
-    limits = [f"--ulimit={name}={value}:{value}" for name, value in (("nofile", 1024), ("nproc", 4000))]
-    for _ in range(5):
-        begun = time.monotonic()
-        done = run("podman", "--runtime=runc", "run", "--rm", "--network=none", *limits, "--rootfs", root, "/bin/true",
-                   check=False)
-        if done.returncode:
-            print(f"  containers: SKIPPED: podman run: {done.stderr.strip()[:200]}")
-            return
-        times.append((time.monotonic() - begun) * 1000)
-    ours = next((f["value"] for f in figures if f["figure"].startswith("pod request") and "median" in f["figure"]), None)
-    if ours:
-        figure("pod request to process against podman run", ours, "ms", "", "podman --runtime=runc run --rm --network=none, median of 5", "podman run --rm",
-               statistics.median(times))
+def path(up):
+    daemon_path.measure(up, figure)
 
 
 def oci(_):
@@ -236,7 +222,7 @@ def size(_):
 
 
 def main():
-    every = [start, idle, size, creates, watchers, pods, gateway, containers, oci]
+    every = [start, idle, size, creates, watchers, pods, path, gateway, oci]
     wanted = [f for f in every if not sys.argv[1:] or f.__name__ in sys.argv[1:]]
     data = tempfile.mkdtemp(prefix="atoll-bench.") + "/data"
     up = Up(data)

@@ -32,6 +32,10 @@ pub fn foreign_disks(data: &[u8]) {
     fuzz::foreign(data, scratch());
 }
 
+pub fn ova(data: &[u8]) {
+    fuzz::ova(data);
+}
+
 pub fn containerfile(data: &[u8]) {
     fuzz::containerfile(&String::from_utf8_lossy(data));
 }

@@ -16,9 +16,9 @@ pub fn registry_request(data: &[u8]) {
 /// What a machine asks of the router, as DHCP and as DHCPv6.
 pub fn dhcp(data: &[u8]) {
     let config = network::RouterConfig::new("", "");
-    let facts = dhcp4::Facts { pods: config.pod_cidr, dns: config.dns_address };
+    let facts = dhcp4::Facts { pods: [config.pod_cidr, config.subnet_cidr], dns: config.dns_address };
     if let Some((reply, to)) = dhcp4::answer(data, &facts) {
-        assert!(reply.len() <= 576 && config.pod_cidr.contains(to));
+        assert!(reply.len() <= 576 && facts.pods.iter().any(|network| network.contains(to)));
     }
     let own = config.v6_of(config.router_address());
     if let Some(reply) = dhcp6::answer(data, own, config.dns_address6(), [2, 0, 0, 0, 0, 1]) {
@@ -74,6 +74,39 @@ pub fn qmp(data: &[u8]) {
     vmm::qmp::fuzz(data);
 }
 
+/// Devices of our monitor, each with a driver and a host that are the input.
+pub fn virtio_block(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("block", data);
+}
+pub fn virtio_net(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("net", data);
+}
+pub fn virtio_vsock(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("vsock", data);
+}
+pub fn virtio_rng(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("rng", data);
+}
+pub fn virtio_balloon(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("balloon", data);
+}
+pub fn virtio_console(data: &[u8]) {
+    vmm::kvm::virtio::fuzz::device("console", data);
+}
+/// A queue anywhere in memory; and the registers that set one up.
+pub fn virtio_queue(data: &[u8]) {
+    vmm::kvm::virtio::queue::fuzz(data);
+    vmm::kvm::virtio::mmio::fuzz(data);
+}
+
+pub fn qcow2(data: &[u8]) {
+    vmm::disk::qcow2::fuzz(data);
+}
+
+pub fn guest_kernel(data: &[u8]) {
+    vmm::kvm::boot::fuzz(data);
+}
+
 pub fn vm_snapshot(data: &[u8]) {
     vmm::kvm::snapshot::fuzz(data);
     vmm::saved::fuzz(data);
@@ -81,4 +114,31 @@ pub fn vm_snapshot(data: &[u8]) {
 
 pub fn invoke_request(data: &[u8]) {
     invoke::fuzz::request(data);
+}
+
+/// What a pod's agent says, and what a host says to it: frames, greetings, requests and answers.
+pub fn guest_frames(bytes: &[u8]) {
+    use guest::frame::{Decoder, Hello, Kind};
+    let mut decoder = Decoder::default();
+    for piece in bytes.chunks(61) {
+        decoder.push(piece);
+        loop {
+            match decoder.next_frame() {
+                Ok(None) => break,
+                Err(_) => {}
+                Ok(Some(frame)) => {
+                    let mut again = Vec::new();
+                    frame.encode(&mut again);
+                    let mut second = Decoder::default();
+                    second.push(&again);
+                    assert_eq!(second.next_frame(), Ok(Some(frame.clone())));
+                    let _ = (Hello::parse(&frame), frame.stream(), frame.granted());
+                    if matches!(frame.kind, Kind::Message) {
+                        let _ = serde_json::from_slice::<guest::protocol::Answer>(&frame.payload);
+                        let _ = serde_json::from_slice::<guest::protocol::Request>(&frame.payload);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -210,6 +210,8 @@ fn apps() -> Vec<Entry> {
 
 const KNATIVE: &str = "serving.knative.dev";
 const KNATIVE_CATEGORIES: &[&str] = &["all", "knative", "serving"];
+const EVENTING: &str = "eventing.knative.dev";
+const EVENTING_CATEGORIES: &[&str] = &["all", "knative", "eventing"];
 
 fn functions() -> Vec<Entry> {
     vec![
@@ -266,6 +268,24 @@ fn functions() -> Vec<Entry> {
             Full,
             "dev.atoll.functions.v1alpha1.Schedule",
             schedule
+        ),
+        entry!(
+            (EVENTING, "v1", "brokers", "Broker"),
+            &[],
+            EVENTING_CATEGORIES,
+            Namespaced,
+            Full,
+            "dev.knative.eventing.v1.Broker",
+            broker
+        ),
+        entry!(
+            (EVENTING, "v1", "triggers", "Trigger"),
+            &[],
+            EVENTING_CATEGORIES,
+            Namespaced,
+            Full,
+            "dev.knative.eventing.v1.Trigger",
+            trigger
         ),
     ]
 }

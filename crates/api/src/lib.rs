@@ -1,5 +1,5 @@
 //! The vocabulary of Atoll: resource kinds, their schemas, defaults, validation and printed columns, and how rooms
-//! talk to the API ([`client::Client`]), to running pods ([`streams::PodStreams`]) of requests ([`demand::Demand`]) and of what they
+//! talk to the API ([`client::Client`]), to running pods ([`streams::PodStreams`]), of the network ([`inspect::Inspect`]), of requests ([`demand::Demand`]) and of what they
 //! count ([`metrics::Source`]).
 //!
 //! Knows nothing of HTTP, storage or runtimes.
@@ -12,12 +12,14 @@ pub mod crd;
 pub mod cron;
 pub mod demand;
 pub mod informer;
+pub mod inspect;
 pub mod intstr;
 pub mod jsonpath;
 pub mod kind;
 pub mod kinds;
 pub mod metrics;
 pub mod names;
+pub mod networks;
 pub mod object;
 pub mod openapi;
 pub mod quantity;

@@ -22,6 +22,8 @@ pub struct Text(String);
 pub enum Kind {
     Counter,
     Gauge,
+    /// Its samples are named `_bucket`, `_sum` and `_count`.
+    Histogram,
 }
 
 impl Text {
@@ -30,6 +32,7 @@ impl Text {
         let kind = match kind {
             Kind::Counter => "counter",
             Kind::Gauge => "gauge",
+            Kind::Histogram => "histogram",
         };
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }

@@ -5,6 +5,21 @@ use serde_json::{Value, json};
 
 pub type StatusResult<T> = Result<T, Status>;
 
+/// An answer about what may not exist.
+pub trait Found<T> {
+    /// `None` where it does not.
+    fn found(self) -> StatusResult<Option<T>>;
+}
+
+impl<T> Found<T> for StatusResult<T> {
+    fn found(self) -> StatusResult<Option<T>> {
+        match self {
+            Err(status) if status.is_not_found() => Ok(None),
+            other => other.map(Some),
+        }
+    }
+}
+
 /// Machine-readable reason; decides the HTTP code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {

@@ -101,6 +101,16 @@ pub trait PodStreams: Send + Sync + 'static {
         options: LogOptions,
     ) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>>;
 
+    /// What pods printed that are gone, of the object whose uid is `owner`; empty without any.
+    async fn kept_logs(
+        &self,
+        _namespace: &str,
+        owner: &str,
+        _options: LogOptions,
+    ) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>> {
+        Err(crate::Status::bad_request(format!("no logs are kept of {owner}")))
+    }
+
     /// `target.pod` may be empty when its uid is known.
     async fn machine(&self, target: &Target, _action: MachineAction) -> StatusResult<()> {
         Err(crate::Status::bad_request(format!("pod {} is no virtual machine here", target.pod_uid)))

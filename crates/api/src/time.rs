@@ -157,6 +157,38 @@ fn days_in(year: i64, month: i64) -> i64 {
     }
 }
 
+/// Seconds of an ISO 8601 duration of days and smaller units, such as `PT1M30.5S`; parts of a second count as a whole one.
+pub fn iso_seconds(text: &str) -> Option<i64> {
+    let (days, rest) = match text.strip_prefix('P')?.split_once('T') {
+        Some((days, rest)) if !rest.is_empty() => (days, rest),
+        Some(_) => return None,
+        None => (text.strip_prefix('P')?, ""),
+    };
+    let mut sum = 0i64;
+    let mut units = vec![('D', 86_400, days)];
+    units.extend([('H', 3600, rest), ('M', 60, ""), ('S', 1, "")]);
+    let mut left = "";
+    let mut seen = false;
+    for (unit, seconds, begins) in units {
+        if unit == 'D' || unit == 'H' {
+            if !left.is_empty() {
+                return None;
+            }
+            left = begins;
+        }
+        let Some((number, after)) = left.split_once(unit) else { continue };
+        let (whole, part) = number.split_once('.').filter(|_| unit == 'S').unwrap_or((number, "0"));
+        let digits = |text: &str| (1..=9).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_digit());
+        if !digits(whole) || !digits(part) {
+            return None;
+        }
+        let up = i64::from(part.bytes().any(|b| b != b'0'));
+        sum = sum.checked_add(whole.parse::<i64>().ok()?.checked_mul(seconds)?)?.checked_add(up)?;
+        (left, seen) = (after, true);
+    }
+    (seen && left.is_empty()).then_some(sum)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,6 +245,28 @@ mod tests {
         #[test]
         fn foreign_text_never_panics(text in ".{0,40}") {
             let _ = parse_micros(&text);
+        }
+    }
+
+    #[test]
+    fn durations_are_iso_8601() {
+        for (text, seconds) in [
+            ("PT1S", Some(1)),
+            ("PT0.2S", Some(1)),
+            ("PT1M30.5S", Some(91)),
+            ("P1DT2H", Some(93_600)),
+            ("P2D", Some(172_800)),
+            ("PT", None),
+            ("P", None),
+            ("1S", None),
+            ("PT1", None),
+            ("PT1S2M", None),
+            ("PT1.5M", None),
+            ("PT-1S", None),
+            ("PTxS", None),
+            ("P1D2H", None),
+        ] {
+            assert_eq!(super::iso_seconds(text), seconds, "{text}");
         }
     }
 }

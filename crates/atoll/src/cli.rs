@@ -48,6 +48,8 @@ enum Command {
     /// Say what this machine offers and what follows for each boundary
     #[command(after_help = "Example:\n  atoll doctor -o json")]
     Doctor {
+        #[command(flatten)]
+        data: DataDir,
         #[arg(short, long, default_value = "table")]
         output: Format,
     },
@@ -60,6 +62,9 @@ enum Command {
     /// Images in the local store
     #[command(subcommand)]
     Image(crate::images::Image),
+    /// Kernels for pods with `runtimeClassName: microvm`
+    #[command(subcommand)]
+    Kernel(crate::kernel::Kernel),
     /// The virtual network: why a connection passes or not, what was refused
     #[command(subcommand)]
     Network(crate::network::Network),
@@ -106,6 +111,15 @@ pub struct Up {
     /// Lambda's Invoke API, for AWS' clients and their signatures; not served without it
     #[arg(long, value_name = "ADDR:PORT")]
     pub invoke_addr: Option<SocketAddr>,
+    /// CloudEvents for brokers are taken at this address; one that other machines reach needs --events-token
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub events_addr: Option<SocketAddr>,
+    /// Whoever sends events there has to know the token in this file (authorization: Bearer TOKEN)
+    #[arg(long, value_name = "FILE", requires = "events_addr")]
+    pub events_token: Option<PathBuf>,
+    /// Where spans of invocations go: an OpenTelemetry collector that takes OTLP over HTTP
+    #[arg(long, value_name = "http://HOST[:PORT]", value_parser = spans::Collector::parse)]
+    pub otlp_endpoint: Option<spans::Collector>,
     /// The image registry
     #[arg(long, default_value = "127.0.0.1:5000", value_name = "ADDR:PORT")]
     pub registry_addr: SocketAddr,
@@ -195,10 +209,11 @@ pub fn run(cli: Cli) -> Outcome {
     match cli.command {
         Command::Up(options) => crate::up::run(&options),
         Command::Down(data) => crate::down::run(&data.data_dir),
-        Command::Doctor { output } => crate::doctor::run(output),
+        Command::Doctor { data, output } => crate::doctor::run(&data.data_dir, output),
         // The role is taken before; this is for the list of commands.
         Command::Oci { args } => std::process::exit(container::oci::main(&args)),
         Command::Image(command) => crate::images::run(command),
+        Command::Kernel(command) => crate::kernel::run(command),
         Command::Network(command) => crate::network::run(command),
         Command::Function(command) => crate::function::run(command),
         Command::Vm(command) => crate::vm::run(command),

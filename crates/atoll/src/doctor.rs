@@ -14,9 +14,20 @@ struct Finding {
     follows: String,
 }
 
-pub fn run(format: Format) -> Outcome {
-    let findings =
-        [root(), kvm(), qemu(), cgroups(), namespaces(), overlay(), seccomp(), landlock(), nftables(), egress()];
+pub fn run(data_dir: &Path, format: Format) -> Outcome {
+    let findings = [
+        root(),
+        kvm(),
+        qemu(),
+        guest_kernel(data_dir),
+        cgroups(),
+        namespaces(),
+        overlay(),
+        seccomp(),
+        landlock(),
+        nftables(),
+        egress(),
+    ];
     if format == Format::Table {
         let rows: Vec<Vec<String>> = findings
             .iter()
@@ -72,6 +83,30 @@ fn qemu() -> Finding {
     }
     let follows = "microvm: no machines but those that hardware KVM runs alone, until apt-get install qemu-system-x86";
     finding("qemu", "no", "not installed", follows)
+}
+
+/// Modules that a pod's machine cannot do without, unless its kernel has them built in.
+const WANTED_MODULES: [&str; 4] = ["virtio_blk", "virtio_net", "erofs", "overlay"];
+
+fn guest_kernel(data_dir: &Path) -> Finding {
+    let how = "get a Debian package linux-image-*-cloud-amd64 (apt-get download) and give it to atoll kernel add --from-deb FILE";
+    match image::kernels::Kernels::new(data_dir, None).default_one() {
+        Ok(Some(kernel)) => {
+            let lacks = |wanted: &&str| !kernel.modules.iter().any(|m| m.replace('-', "_") == *wanted);
+            let absent: Vec<&str> = WANTED_MODULES.into_iter().filter(|m| lacks(m)).collect();
+            let found = format!("{}, {} modules", kernel.name, kernel.modules.len());
+            if absent.is_empty() {
+                return finding("guest kernel", "yes", found, "microvm: pods boot it (atoll kernel ls)");
+            }
+            let follows = format!("microvm: pods boot it, which works if it has {} built in", absent.join(", "));
+            finding("guest kernel", "yes", found, &follows)
+        }
+        Ok(None) => {
+            let follows = format!("microvm: pods made of container images wait (NoGuestKernel); {how}");
+            finding("guest kernel", "no", format!("none in {}/kernels", data_dir.display()), &follows)
+        }
+        Err(error) => finding("guest kernel", "no", error.to_string(), "microvm: pods made of container images wait"),
+    }
 }
 
 fn cgroups() -> Finding {
@@ -159,13 +194,22 @@ fn nftables() -> Finding {
     }
 }
 
+fn egress6() -> &'static str {
+    match network::probe_uplink6() {
+        true => "by all of them",
+        false => {
+            "by nat (relayed) and user: this kernel forwards it for routers alone (Linux 6.17 has force_forwarding)"
+        }
+    }
+}
+
 fn egress() -> Finding {
     let forwarding = rustix::fs::access("/proc/sys/net/ipv4/ip_forward", rustix::fs::Access::WRITE_OK).is_ok();
     match (forwarding && network::probe().is_ok(), network::probe_relay()) {
         (true, Ok(())) => finding(
             "egress",
             "yes",
-            "nat, routed, user",
+            format!("nat, routed, user; IPv6 {}", egress6()),
             "network: any --egress lets workloads out that a policy lets out",
         ),
         (false, Ok(())) => finding(

@@ -3,7 +3,6 @@
 use crate::cli::{Failure, Outcome, explain};
 use crate::instance::Instance;
 use crate::up;
-use network::Router;
 use rustix::process::{Pid, Signal, kill_process};
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -23,7 +22,7 @@ pub fn run(data_dir: &Path) -> Outcome {
         println!("stopped atoll up, pid {pid}");
     }
     let _lock = instance.lock()?;
-    let router = Router::open(crate::networks::known(&instance)?).map_err(explain)?;
+    let router = crate::networks::router(crate::networks::known(&instance)?)?;
     let host = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router.enter_thread().map_err(explain)?;
     let router = Arc::new(router);

@@ -41,17 +41,13 @@ pub enum Function {
         after_help = "Examples:\n  atoll function invoke price --path '/price?sku=teapot'\n  atoll function invoke greet --data '{\"name\":\"Ada\"}' -H 'content-type: application/json'"
     )]
     Invoke(Invoke),
-    /// Print what a function wrote
+    /// Print what a function wrote: its instances that are gone, then those that run
     Logs {
         #[command(flatten)]
         at: At,
         name: String,
-        /// Go on as more comes, until Ctrl-C
-        #[arg(short, long)]
-        follow: bool,
-        /// Only so many last lines of each instance
-        #[arg(long, value_name = "LINES")]
-        tail: Option<u64>,
+        #[command(flatten)]
+        wanted: watch::Wanted,
     },
     /// What functions used since the ledger began
     Usage(Wide),
@@ -128,6 +124,9 @@ pub struct Deploy {
     /// All of a Secret's keys, or one, as environment variables
     #[arg(long, value_name = "SECRET|VARIABLE=SECRET/KEY")]
     secret: Vec<String>,
+    /// A host that it may send requests to, HOST[:PORT]: a name, *.NAME, an address or a range; may be given several times
+    #[arg(long, value_name = "HOST[:PORT]")]
+    allow_outbound: Vec<String>,
     /// Memory of one request's instance, such as 64Mi
     #[arg(long)]
     memory: Option<String>,
@@ -192,7 +191,7 @@ pub fn run(command: Function) -> Outcome {
             Function::Deploy(options) => deploy::run(&options).await,
             Function::Ls(Wide { at, all_namespaces, output }) => list(&at, all_namespaces, output).await,
             Function::Invoke(options) => invoke(&options).await,
-            Function::Logs { at, name, follow, tail } => watch::logs(&at, &name, follow, tail).await,
+            Function::Logs { at, name, wanted } => watch::logs(&at, &name, &wanted).await,
             Function::Usage(Wide { at, all_namespaces, output }) => usage(&at, all_namespaces, output),
             Function::Rm { at, names } => remove(&at, &names).await,
             Function::New { directory, lang } => project::write(&directory, lang),
@@ -286,10 +285,25 @@ fn usage(at: &At, all: bool, format: Format) -> Outcome {
                 format!("{:.3}", used.cpu_nanos as f64 / 1e9),
                 format!("{:.6}", used.gib_seconds()),
                 used.sent_bytes.to_string(),
+                used.outbound_requests.to_string(),
+                used.outbound_sent_bytes.to_string(),
+                used.outbound_received_bytes.to_string(),
             ]);
         }
     }
-    output::table(&["NAMESPACE", "NAME", "REQUESTS", "FAILED", "CPU-SECONDS", "GIB-SECONDS", "BYTES-SENT"], &rows);
+    let columns = [
+        "NAMESPACE",
+        "NAME",
+        "REQUESTS",
+        "FAILED",
+        "CPU-SECONDS",
+        "GIB-SECONDS",
+        "BYTES-SENT",
+        "OUTBOUND",
+        "OUT-BYTES",
+        "IN-BYTES",
+    ];
+    output::table(&columns, &rows);
     Ok(())
 }
 

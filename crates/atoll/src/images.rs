@@ -2,6 +2,7 @@
 
 mod build;
 mod cli;
+mod machine;
 mod sandbox;
 
 pub use cli::{Budget, Image};
@@ -61,12 +62,29 @@ fn import(options: &Import) -> Outcome {
                 user: options.user.clone(),
                 workdir: options.workdir.clone(),
                 platform: None,
+                machine: options.manifest.is_some(),
             },
             &|p| show(p),
         )
         .map_err(explain)?;
-    println!("{} {} ({})", imported.kind.as_str(), imported.names.join(", "), imported.digest);
-    Ok(())
+    let line = format!("{} {} ({})", imported.kind.as_str(), imported.names.join(", "), imported.digest);
+    match (&imported.machine, &options.manifest) {
+        (Some(machine), Some(to)) => {
+            // Standard output may be the manifest's.
+            eprintln!("{line}");
+            machine::remarks(machine).iter().for_each(|remark| eprintln!("note: {remark}"));
+            machine::write(machine, to)
+        }
+        (Some(_), None) => {
+            println!("{line}");
+            eprintln!("note: --manifest FILE writes the machine that it describes as a VirtualMachine");
+            Ok(())
+        }
+        (None, _) => {
+            println!("{line}");
+            Ok(())
+        }
+    }
 }
 
 fn list(data: &DataDir, format: Format) -> Outcome {

@@ -8,6 +8,7 @@ mod exposed;
 mod function;
 mod images;
 mod instance;
+mod kernel;
 mod network;
 mod networks;
 mod output;
@@ -44,6 +45,7 @@ fn role(args: &[String]) -> Option<i32> {
         "vmm" => Some(vmm::monitor::main(rest)),
         "egress-relay" => Some(::network::relay::main(rest)),
         "function-host" => Some(::function::host::main(rest)),
+        "function-connect" => Some(::function::connect::main(rest)),
         "lambda-runtime" => Some(::function::lambda::main(rest)),
         image::jailed::UNPACK => Some(image::jailed::unpack(rest)),
         image::jailed::DECOMPRESS => Some(image::jailed::decompress(rest)),

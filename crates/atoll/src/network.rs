@@ -1,14 +1,14 @@
-//! `atoll network`: asks the running `atoll up` whether and why a connection passes, what was refused, and what flows.
+//! `atoll network`: asks the API whether and why a connection passes, what was refused, and what flows.
 
 mod watch;
 
-use crate::cli::{DataDir, Failure, Outcome, explain};
-use crate::instance::Instance;
+use crate::cli::{Failure, Outcome, explain};
+use crate::function::At;
+use crate::function::api::Api;
 use crate::output::{self, Format};
+use ::api::inspect::{Answer, Explained, GROUP, Told, VERSION};
 use clap::{Subcommand, ValueEnum};
-use node::policy::inspect::{Answer, Explained, Question, SOCKET, Told};
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 
 #[derive(Subcommand)]
 pub enum Network {
@@ -20,7 +20,7 @@ pub enum Network {
     )]
     Explain {
         #[command(flatten)]
-        data: DataDir,
+        at: At,
         from: String,
         to: String,
         /// Destination port
@@ -35,7 +35,7 @@ pub enum Network {
     #[command(after_help = "Example:\n  atoll network log --follow")]
     Log {
         #[command(flatten)]
-        data: DataDir,
+        at: At,
         /// Go on as more are refused
         #[arg(short, long)]
         follow: bool,
@@ -49,7 +49,7 @@ pub enum Network {
     )]
     Top {
         #[command(flatten)]
-        data: DataDir,
+        at: At,
         /// Seconds between two looks
         #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=3600))]
         every: u64,
@@ -63,8 +63,8 @@ pub enum Network {
     #[command(after_help = "Example:\n  atoll network capture shop/orders-x2x -w orders.pcap --port 5432 --count 100")]
     Capture {
         #[command(flatten)]
-        data: DataDir,
-        /// NAMESPACE/POD
+        at: At,
+        /// POD, or NAMESPACE/POD
         pod: String,
         /// The file; `-` for standard output
         #[arg(short, long)]
@@ -82,7 +82,7 @@ pub enum Network {
     )]
     Metrics {
         #[command(flatten)]
-        data: DataDir,
+        at: At,
     },
 }
 
@@ -95,52 +95,74 @@ pub enum Protocol {
 }
 
 pub fn run(command: Network) -> Outcome {
-    match command {
-        Network::Explain { data, from, to, port, protocol, output } => {
-            if port.is_none() && !matches!(protocol, Protocol::Icmp) {
-                return Err(Failure("network explain: --port: name the port that is connected to".into()));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(explain)?;
+    let named = |command: &str| {
+        let command = command.to_owned();
+        move |Failure(why): Failure| Failure(format!("network {command}: {why}"))
+    };
+    runtime.block_on(async {
+        match command {
+            Network::Explain { at, from, to, port, protocol, output } => {
+                let all = explained(&at.api()?, (&from, &to, protocol, port)).await.map_err(named("explain"))?;
+                tell(&all, output)
             }
-            let protocol = match protocol {
-                Protocol::Tcp => "tcp",
-                Protocol::Udp => "udp",
-                Protocol::Sctp => "sctp",
-                Protocol::Icmp => "icmp",
-            };
-            let question = Question::Explain { from, to, protocol: protocol.into(), port };
-            let mut all = Vec::new();
-            ask(&data, &question, |answer| {
-                match answer {
-                    Answer::Explained(one) => all.push(one),
-                    Answer::Error(error) => return Err(Failure(format!("network explain: {error}"))),
-                    _ => {}
-                }
-                Ok(())
-            })?;
-            tell(&all, output)
+            Network::Log { at, follow, output } => {
+                let show = |answer| if let Answer::Refused(told) = answer { line(&told, output) } else { Ok(()) };
+                ask(&at.api()?, &format!("refusals?follow={follow}"), show).await.map_err(named("log"))
+            }
+            Network::Top { at, every, turns, output } => {
+                watch::top(&at.api()?, every, turns, output).await.map_err(named("top"))
+            }
+            Network::Capture { at, pod, write, port, count } => {
+                let api = at.api()?;
+                let namespace = at.namespace(&api);
+                let (namespace, pod) = pod.split_once('/').unwrap_or((&namespace, &pod));
+                let wanted = watch::Wanted { namespace, pod, port, count };
+                watch::capture(&api, wanted, &write).await.map_err(named("capture"))
+            }
+            Network::Metrics { at } => watch::metrics(&at.api()?).await.map_err(named("metrics")),
         }
-        Network::Log { data, follow, output } => ask(&data, &Question::Log { follow }, |answer| match answer {
-            Answer::Refused(told) => line(&told, output),
-            Answer::Error(error) => Err(Failure(format!("network log: {error}"))),
-            _ => Ok(()),
-        }),
-        Network::Top { data, every, turns, output } => watch::top(&data, every, turns, output),
-        Network::Capture { data, pod, write, port, count } => watch::capture(&data, pod, &write, port, count),
-        Network::Metrics { data } => watch::metrics(&data),
-    }
+    })
 }
 
-fn ask(data: &DataDir, question: &Question, mut each: impl FnMut(Answer) -> Outcome) -> Outcome {
-    let instance = Instance::existing(&data.data_dir)?;
-    let path = instance.run_dir.join(SOCKET);
-    let mut stream = UnixStream::connect(&path).map_err(|error| {
-        Failure(format!("network: {}: {error}: it takes root and a running `atoll up`", path.display()))
-    })?;
-    let question = serde_json::to_string(question).map_err(explain)?;
-    writeln!(stream, "{question}").map_err(explain)?;
-    for line in BufReader::new(stream).lines() {
-        each(serde_json::from_str(&line.map_err(explain)?).map_err(explain)?)?;
+async fn explained(
+    api: &Api,
+    (from, to, protocol, port): (&str, &str, Protocol, Option<u16>),
+) -> Result<Vec<Explained>, Failure> {
+    if port.is_none() && !matches!(protocol, Protocol::Icmp) {
+        return Err(Failure("--port: name the port that is connected to".into()));
     }
-    Ok(())
+    let protocol = match protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+        Protocol::Sctp => "sctp",
+        Protocol::Icmp => "icmp",
+    };
+    let port = port.map_or_else(String::new, |port| format!("&port={port}"));
+    let path = format!("explanations?from={}&to={}&protocol={protocol}{port}", encoded(from), encoded(to));
+    let mut all = Vec::new();
+    ask(api, &path, |answer| {
+        if let Answer::Explained(one) = answer {
+            all.push(one);
+        }
+        Ok(())
+    })
+    .await?;
+    Ok(all)
+}
+
+/// Asks the API, with what the kubeconfig says, and hands on its answers as they come.
+async fn ask(api: &Api, path: &str, mut each: impl FnMut(Answer) -> Outcome) -> Outcome {
+    let path = format!("/apis/{GROUP}/{VERSION}/{path}");
+    api.lines(&path, |line| match serde_json::from_slice(line).map_err(explain)? {
+        Answer::Error(error) => Err(Failure(error)),
+        answer => each(answer),
+    })
+    .await
+}
+
+fn encoded(text: &str) -> impl std::fmt::Display {
+    percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC)
 }
 
 fn tell(all: &[Explained], format: Format) -> Outcome {
@@ -165,7 +187,7 @@ fn tell(all: &[Explained], format: Format) -> Outcome {
 fn line(told: &Told, format: Format) -> Outcome {
     let mut out = std::io::stdout().lock();
     let written = if format == Format::Table {
-        let at = api::time::rfc3339(i64::try_from(told.at / 1000).unwrap_or(i64::MAX));
+        let at = ::api::time::rfc3339(i64::try_from(told.at / 1000).unwrap_or(i64::MAX));
         let port = if told.port == 0 { String::new() } else { format!("/{}", told.port) };
         writeln!(out, "{at}  {}{port}  {} -> {}  {}", told.protocol, told.from, told.to, told.why)
     } else {

@@ -35,9 +35,14 @@ fn aligned(headings: &[&str], rows: &[Vec<String>]) -> String {
 
 /// Prints a value as JSON or YAML; `Table` falls back to JSON.
 pub fn value(format: Format, value: &Value) {
+    print!("{}", text(format, value));
+}
+
+/// The same, not printed.
+pub fn text(format: Format, value: &Value) -> String {
     match format {
-        Format::Yaml => print!("{}", yaml(value)),
-        Format::Table | Format::Json => println!("{value:#}"),
+        Format::Yaml => yaml(value),
+        Format::Table | Format::Json => format!("{value:#}\n"),
     }
 }
 

@@ -27,6 +27,9 @@ struct Listeners {
     /// Where others are opened for Services, as they come.
     exposing: node::Exposing,
     invoke: Option<TcpListener>,
+    events: Option<TcpListener>,
+    /// What its clients have to know.
+    events_token: Option<String>,
 }
 
 pub fn run(options: &Up) -> Outcome {
@@ -38,6 +41,7 @@ pub fn run(options: &Up) -> Outcome {
     }
     logging();
     let pull = crate::images::pods_pull(options)?;
+    let events_token = events_token(options)?;
     let instance = Instance::open(&options.data.data_dir)?;
     let _lock = instance.lock()?;
     let listeners = Listeners {
@@ -51,10 +55,12 @@ pub fn run(options: &Up) -> Outcome {
         registry: listen("--registry-addr", options.registry_addr)?,
         exposing: options.exposed.exposing(options.gateway_addr)?,
         invoke: options.invoke_addr.map(|address| listen("--invoke-addr", address)).transpose()?,
+        events: options.events_addr.map(|address| listen("--events-addr", address)).transpose()?,
+        events_token,
     };
     let mut network = networks::choose(&instance, &options.networks)?;
     network.limits.connections = options.workload_connections;
-    let router = Arc::new(Router::open(network).map_err(explain)?);
+    let router = Arc::new(networks::router(network)?);
     let host_netns = std::fs::File::open("/proc/self/ns/net").map_err(explain)?;
     router
         .set_egress(host_netns.as_fd(), options.egress.into())
@@ -81,13 +87,47 @@ fn egress_failed(egress: Egress, why: &Failure) -> Failure {
     Failure(format!("--egress: {why}{way_out}"))
 }
 
-pub fn boundaries(instance: &Instance, host_netns: Option<PathBuf>) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
+pub fn boundaries(
+    instance: &Instance,
+    host_netns: Option<PathBuf>,
+    spans: Option<spans::Exporter>,
+) -> Result<Vec<Arc<dyn Boundary>>, Failure> {
     let exe = executable()?;
+    let functions = WasmBoundary::new(exe.clone(), instance.data_dir.clone(), instance.run_dir.clone());
     Ok(vec![
         Arc::new(ContainerBoundary::new(exe.clone(), instance.data_dir.clone(), host_netns)),
-        Arc::new(MicrovmBoundary::new(exe.clone(), instance.run_dir.join("kvm"))),
-        Arc::new(WasmBoundary::new(exe, instance.data_dir.clone(), instance.run_dir.clone())),
+        Arc::new(MicrovmBoundary::new(exe, instance.run_dir.join("kvm"), instance.data_dir.clone())),
+        Arc::new(match spans {
+            Some(exporter) => functions.with_spans(exporter),
+            None => functions,
+        }),
     ])
+}
+
+/// Events from beyond this machine come with a token.
+fn events_token(options: &Up) -> Result<Option<String>, Failure> {
+    let Some(path) = &options.events_token else {
+        return match options.events_addr {
+            Some(address) if !address.ip().is_loopback() => Err(Failure(format!(
+                "--events-addr {address}: other machines reach it; name the file with the token that they send by --events-token FILE"
+            ))),
+            _ => Ok(None),
+        };
+    };
+    let wrong = |why: String| Failure(format!("--events-token {}: {why}", path.display()));
+    let text = std::fs::read_to_string(path).map_err(|e| wrong(e.to_string()))?;
+    let token = text.trim();
+    if !(16..=4096).contains(&token.len()) || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(wrong("a token has 16 to 4096 printable ASCII characters without blanks".into()));
+    }
+    Ok(Some(token.to_owned()))
+}
+
+/// The collector is reached from the host's network namespace.
+fn export(collector: spans::Collector, host_netns: &std::fs::File) -> Result<spans::Exporter, Failure> {
+    let namespace = host_netns.try_clone().map_err(explain)?;
+    let enter = move || Ok(rustix::thread::move_into_link_name_space(namespace.as_fd(), None)?);
+    spans::Exporter::start(collector, enter).map_err(explain)
 }
 
 fn executable() -> Result<PathBuf, Failure> {
@@ -129,7 +169,7 @@ fn agent_config(instance: &Instance, name: String) -> Result<node::Config, Failu
 /// Stops every workload from what is on disk alone. Answers how many ran.
 pub async fn destroy_all(instance: &Instance, router: Arc<Router>) -> Result<usize, Failure> {
     let config = agent_config(instance, String::new())?;
-    Ok(node::destroy_all(&config, router, boundaries(instance, None)?).await)
+    Ok(node::destroy_all(&config, router, boundaries(instance, None, None)?).await)
 }
 
 /// The Node's name: the host's, made a DNS label.
@@ -170,7 +210,9 @@ async fn serve(
     let images = crate::images::open_with(instance)?.with_local_hosts(local);
     let images = images.with_limits(image_limits(options)?).with_collection(options.budget.collection()?);
     let images = Arc::new(images);
-    let registry = registry_config(options, listeners.registry, images.clone())?;
+    let (pushed, pushes) = tokio::sync::mpsc::channel(PUSHES);
+    let mut registry = registry_config(options, listeners.registry, images.clone())?;
+    registry.pushed = Some(Arc::new(move |push| tell(&pushed, push)));
 
     let (v4, v6) = (router.config().service_cidr, router.config().service_cidr6);
     let services = if router.has_ipv6() { format!("{v4},{v6}") } else { v4.to_string() };
@@ -200,16 +242,21 @@ async fn serve(
     config.exposing = listeners.exposing.clone();
     use std::os::fd::AsRawFd;
     config.host_netns = Some(PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), host_netns.as_raw_fd())));
-    let boundaries = boundaries(instance, config.host_netns.clone())?;
+    let spans = options.otlp_endpoint.clone().map(|collector| export(collector, &host_netns)).transpose()?;
+    let boundaries = boundaries(instance, config.host_netns.clone(), spans)?;
     let agent = node::Agent::new(config, client.clone(), images.clone(), router.clone(), boundaries).with_dns(dns);
     server.set_streams(agent.streams());
     server.set_metrics(agent.metrics());
+    server.set_inspect(agent.inspect());
     // In the router's namespace, where no workload reaches it.
     let inner = TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0)).map_err(explain)?;
     let packager = crate::function::Packager { images: images.clone(), registry: options.registry_addr.to_string() };
     let keys = function::lambda::Keys::open(&instance.data_dir).map_err(explain)?;
     let invoke = invoke::Config {
         listener: listeners.invoke,
+        events: listeners.events,
+        events_token: listeners.events_token,
+        pushes,
         client: client.clone(),
         streams: agent.streams(),
         gateway: inner.local_addr().map_err(explain)?,
@@ -272,6 +319,8 @@ async fn serve(
     outcome
 }
 
+/// Pushes to the registry that wait to become events.
+const PUSHES: usize = 1024;
 /// Links that wait for the next workloads.
 const PREPARED_LINKS: usize = 8;
 
@@ -294,6 +343,15 @@ fn image_limits(options: &Up) -> Result<image::Limits, Failure> {
         .map_err(|e| Failure(format!("--registry-max-blob {:?}: {e}; such as 20Gi", options.registry_max_blob)))?;
     let blob_bytes = u64::try_from(bytes.value()).unwrap_or(0);
     Ok(image::Limits { blob_bytes, ..image::Limits::default() })
+}
+
+/// A push becomes an event, if it does not have to wait for that.
+fn tell(events: &tokio::sync::mpsc::Sender<invoke::Push>, pushed: registry::Pushed) {
+    let registry::Pushed { repository, tag, digest, media_type } = pushed;
+    let push = invoke::Push { repository, tag, digest, media_type };
+    if let Err(error) = events.try_send(push) {
+        tracing::warn!("a push to the registry became no event: {error}");
+    }
 }
 
 fn registry_config(

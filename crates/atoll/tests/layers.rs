@@ -3,10 +3,12 @@
 use serde_json::Value;
 use std::collections::BTreeMap;
 
-const FLOORS: [(&str, &[&str]); 6] = [
+const FLOORS: [(&str, &[&str]); 8] = [
     ("footing", &["clock", "jail"]),
+    ("telemetry", &["spans"]),
     ("ground", &["api", "store"]),
     ("mechanism", &["container", "vmm", "function", "image", "network"]),
+    ("guest", &["guest"]),
     ("node", &["node"]),
     ("control", &["server", "controllers", "gateway", "invoke", "registry"]),
     ("app", &["atoll"]),

@@ -26,6 +26,7 @@ pub mod shim;
 pub mod spec;
 #[allow(unsafe_code)]
 mod sys;
+mod systemd;
 mod wire;
 
 pub use error::{Error, Result};

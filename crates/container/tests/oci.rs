@@ -15,6 +15,8 @@ mod mounts;
 mod seccomp;
 #[path = "oci/support.rs"]
 mod support;
+#[path = "oci/systemd.rs"]
+mod systemd;
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -30,8 +32,9 @@ fn main() {
         return;
     }
     let (mut failed, mut ran) = (Vec::new(), 0);
-    for (name, test) in
-        [commands::TESTS, config::TESTS, mounts::TESTS, seccomp::TESTS, attacks::TESTS].into_iter().flatten()
+    for (name, test) in [commands::TESTS, config::TESTS, mounts::TESTS, seccomp::TESTS, attacks::TESTS, systemd::TESTS]
+        .into_iter()
+        .flatten()
     {
         if !filters.is_empty() && !filters.iter().any(|f| name.contains(f.as_str())) {
             continue;

@@ -8,7 +8,7 @@ use api::client::Patch;
 use api::kind::Resource;
 use api::object::{Meta, SharedObject};
 use api::selector::Selector;
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use serde_json::{Value, json};
 
 pub(crate) struct Claim<'a> {
@@ -52,11 +52,8 @@ impl Claim<'_> {
     }
 
     async fn is_still_there(&self, context: &Context) -> StatusResult<bool> {
-        match context.client.get(self.owner_resource, self.owner.namespace(), self.owner.name()).await {
-            Ok(live) => Ok(live.uid() == self.owner.uid() && !live.is_deleting()),
-            Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error),
-        }
+        let live = context.client.get(self.owner_resource, self.owner.namespace(), self.owner.name()).await.found()?;
+        Ok(live.is_some_and(|live| live.uid() == self.owner.uid() && !live.is_deleting()))
     }
 
     async fn adopt(&self, context: &Context, object: &SharedObject) -> StatusResult<Option<SharedObject>> {

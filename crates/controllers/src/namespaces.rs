@@ -9,7 +9,7 @@ use api::client::{DeleteOptions, ListOptions, Patch};
 use api::informer::{Informer, Key};
 use api::kind::{Resource, Scope};
 use api::object::{Meta, SharedObject};
-use api::status::{Reason, StatusResult};
+use api::status::{Found, Reason, StatusResult};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -67,18 +67,15 @@ impl Reconcile for Namespaces {
         }
         let kept: Vec<&str> = finalizers.into_iter().filter(|finalizer| *finalizer != FINALIZER).collect();
         let patch = Patch::Merge(json!({"metadata": {"uid": namespace.uid()}, "spec": {"finalizers": kept}}));
-        match self.context.client.patch(&NAMESPACES, "", namespace.name(), "finalize", patch).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(None),
-        }
+        self.context.client.patch(&NAMESPACES, "", namespace.name(), "finalize", patch).await.found()?;
+        Ok(None)
     }
 }
 
 impl Namespaces {
     async fn complete(&self, namespace: &SharedObject) -> StatusResult<()> {
-        match self.context.client.get(&ACCOUNTS, namespace.name(), "default").await {
-            Err(error) if error.is_not_found() => {}
-            other => return other.map(drop),
+        if self.context.client.get(&ACCOUNTS, namespace.name(), "default").await.found()?.is_some() {
+            return Ok(());
         }
         let account = json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default"}});
         match self.context.client.create(&ACCOUNTS, namespace.name(), account).await {
@@ -96,13 +93,9 @@ impl Namespaces {
             if scope != Scope::Namespaced {
                 continue;
             }
-            let found = match self.context.client.list(&resource, namespace, &ListOptions::default()).await {
-                Ok(found) => found.items,
-                // A custom resource that has gone meanwhile.
-                Err(error) if error.is_not_found() => continue,
-                Err(error) => return Err(error),
-            };
-            for object in found {
+            let found = self.context.client.list(&resource, namespace, &ListOptions::default()).await.found()?;
+            // None: a custom resource that has gone meanwhile.
+            for object in found.into_iter().flat_map(|found| found.items) {
                 let suffix = if resource.group.is_empty() { String::new() } else { resource.group.to_string() };
                 *left.objects.entry(format!("{}.{suffix}", resource.plural)).or_default() += 1;
                 for finalizer in object.finalizers() {

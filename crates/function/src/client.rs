@@ -1,7 +1,7 @@
 //! How the daemon talks to a host. Blocking.
 
 use crate::error::{Error, Result, io};
-use crate::wire::{FunctionSpec, FunctionStats, Listing, Reply, Request, VERSION, receive, send};
+use crate::wire::{FunctionSpec, FunctionStats, Listing, Recorded, Reply, Request, VERSION, receive, send};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use std::fs;
@@ -80,8 +80,25 @@ impl Client {
     /// Adds a function: `code` is compiled code, `listener` a listening TCP socket, `log` a file open for appending.
     /// Returns when it started, unix nanoseconds.
     pub fn add(&self, spec: FunctionSpec, code: impl AsFd, listener: impl AsFd, log: impl AsFd) -> Result<i64> {
-        let descriptors = [code.as_fd(), listener.as_fd(), log.as_fd()];
-        match self.ask(&Request::Add(Box::new(spec)), &descriptors)? {
+        self.add_with(spec, &[code.as_fd(), listener.as_fd(), log.as_fd()])
+    }
+
+    /// As [`Client::add`], a function that sends requests itself: `connector` is what [`launch_connector`] gave, `roots` a
+    /// list of certificate authorities, in PEM.
+    ///
+    /// [`launch_connector`]: crate::launch_connector
+    pub fn add_outbound(
+        &self,
+        spec: FunctionSpec,
+        [code, listener, log]: [BorrowedFd; 3],
+        connector: impl AsFd,
+        roots: impl AsFd,
+    ) -> Result<i64> {
+        self.add_with(spec, &[code, listener, log, connector.as_fd(), roots.as_fd()])
+    }
+
+    fn add_with(&self, spec: FunctionSpec, descriptors: &[BorrowedFd]) -> Result<i64> {
+        match self.ask(&Request::Add(Box::new(spec)), descriptors)? {
             Reply::Started { started } => Ok(started),
             Reply::Refused { message } => Err(Error::Component(message)),
             other => Err(unexpected(other)),
@@ -118,6 +135,15 @@ impl Client {
     pub fn stats(&self, id: &str) -> Result<FunctionStats> {
         match self.ask(&Request::Stats { id: id.to_owned() }, &[])? {
             Reply::Stats(stats) => Ok(stats),
+            other => Err(unexpected(other)),
+        }
+    }
+
+    /// The oldest spans that the host has kept, and how many it had no room for since the last time. It keeps them while
+    /// somebody asks.
+    pub fn spans(&self) -> Result<(Vec<Recorded>, u64)> {
+        match self.ask(&Request::Spans, &[])? {
+            Reply::Spans { spans, dropped } => Ok((spans, dropped)),
             other => Err(unexpected(other)),
         }
     }

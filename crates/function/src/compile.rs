@@ -21,8 +21,13 @@ const COMPONENT_LIMIT: u64 = 256 << 20;
 const UNUSED: Duration = Duration::from_secs(30 * 24 * 3600);
 const ABANDONED: Duration = Duration::from_secs(3600);
 const COMPLAINT_LIMIT: u64 = 16 << 10;
-const LIMITS: jail::Limits =
-    jail::Limits { processes: 256, descriptors: 64, address_space: Some(16 << 30), cpu: Some(600) };
+const LIMITS: jail::Limits = jail::Limits {
+    processes: Some(256),
+    descriptors: Some(64),
+    address_space: Some(16 << 30),
+    cpu: Some(600),
+    file: None,
+};
 
 /// Entry of `atoll function-compile UID MOUNT_POINT`.
 pub fn main(args: &[String]) -> i32 {

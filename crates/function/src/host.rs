@@ -11,12 +11,18 @@
 
 mod context;
 mod control;
+mod durations;
 mod function;
+mod invocation;
 mod log;
+mod outbound;
+mod recorder;
 mod ticker;
 mod trace;
 
-pub(crate) use trace::continue_in as continue_trace;
+pub use durations::BOUNDS;
+pub(crate) use durations::Buckets;
+pub(crate) use trace::{PARENT, Trace};
 
 use crate::error::{Error, Result, chain, io};
 use crate::{client, jail};
@@ -32,7 +38,8 @@ use std::process::{Command, Stdio};
 /// The second process's argument; its standard input is the listening control socket, its standard output the report.
 const SERVE: &str = "--serve";
 const READY: &[u8] = b"ready";
-const LIMITS: jail::Limits = jail::Limits { processes: 512, descriptors: 65536, address_space: None, cpu: None };
+const LIMITS: jail::Limits =
+    jail::Limits { processes: Some(512), descriptors: Some(65536), address_space: None, cpu: None, file: None };
 
 const ROLE: &str = "function-host";
 
@@ -43,11 +50,25 @@ pub fn main(args: &[String]) -> i32 {
 
 /// A role that serves a control socket from a jail: started, it starts itself again, detached.
 pub(crate) fn role(role: &str, args: &[String], serve: fn(OwnedFd, &Path, u32) -> Result<()>) -> i32 {
+    started(role, args, serve, listening_socket)
+}
+
+/// A role that serves the socket it finds as its standard input.
+pub(crate) fn detached(role: &str, args: &[String], serve: fn(OwnedFd, &Path, u32) -> Result<()>) -> i32 {
+    started(role, args, serve, |_| standard_input())
+}
+
+fn started(
+    role: &str,
+    args: &[String],
+    serve: fn(OwnedFd, &Path, u32) -> Result<()>,
+    socket: fn(&Path) -> Result<OwnedFd>,
+) -> i32 {
     let result = match args {
         [again, run_dir, uid] if again == SERVE => {
             parse(uid).and_then(|uid| control_socket().and_then(|socket| serve(socket, Path::new(run_dir), uid)))
         }
-        [run_dir, uid] => parse(uid).and_then(|uid| start(role, Path::new(run_dir), uid)),
+        [run_dir, uid] => parse(uid).and_then(|uid| start(role, Path::new(run_dir), uid, socket)),
         _ => {
             eprintln!("usage: atoll {role} RUN_DIR UID (started by the node agent)");
             return 2;
@@ -64,9 +85,12 @@ pub(crate) fn role(role: &str, args: &[String], serve: fn(OwnedFd, &Path, u32) -
 
 /// The second process's standard input.
 fn control_socket() -> Result<OwnedFd> {
-    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(io("take over", "the control socket"))?;
     let _ = rustix::process::setsid();
-    Ok(socket)
+    standard_input()
+}
+
+fn standard_input() -> Result<OwnedFd> {
+    std::io::stdin().as_fd().try_clone_to_owned().map_err(io("take over", "the control socket"))
 }
 
 fn parse(uid: &str) -> Result<u32> {
@@ -77,8 +101,8 @@ fn parse(uid: &str) -> Result<u32> {
 }
 
 /// The first process.
-fn start(role: &str, run_dir: &Path, uid: u32) -> Result<()> {
-    let socket = listening_socket(run_dir)?;
+fn start(role: &str, run_dir: &Path, uid: u32, socket: fn(&Path) -> Result<OwnedFd>) -> Result<()> {
+    let socket = socket(run_dir)?;
     let log_path = run_dir.join("host.log");
     let log = File::options()
         .write(true)

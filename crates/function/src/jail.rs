@@ -6,15 +6,23 @@
 
 use crate::error::{Error, Result, io};
 use ::jail::Filter;
+pub(crate) use ::jail::Limits;
+use rustix::fs;
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use rustix::thread::set_thread_res_uid;
-use rustix::{fs, thread};
+use rustix::thread::{UnshareFlags, set_thread_res_uid};
 use std::path::Path;
 
 /// Steps that need root, in a process of one thread. `mount_point` is any directory; it is covered in the new namespace
 /// only.
 pub(crate) fn leave_the_host(mount_point: &Path) -> Result<()> {
     ::jail::unshare(jail::NAMESPACES).map_err(io("leave the namespaces of", "the host"))?;
+    ::jail::empty_root(mount_point).map_err(failed)
+}
+
+/// As [`leave_the_host`], for who stays in the network namespace it was started in.
+pub(crate) fn leave_the_host_but_its_network(mount_point: &Path) -> Result<()> {
+    let namespaces = ::jail::NAMESPACES.difference(UnshareFlags::NEWNET);
+    ::jail::unshare(namespaces).map_err(io("leave the namespaces of", "the host"))?;
     ::jail::empty_root(mount_point).map_err(failed)
 }
 
@@ -35,36 +43,34 @@ pub(crate) fn as_user<T>(uid: u32, work: impl FnOnce() -> T) -> Result<T> {
     Ok(result)
 }
 
-/// Limits of one role.
-pub(crate) struct Limits {
-    pub processes: u64,
-    pub descriptors: u64,
-    /// Bytes of address space; `None` for whoever reserves large pools.
-    pub address_space: Option<u64>,
-    /// Seconds of processor time.
-    pub cpu: Option<u64>,
-}
-
 /// Becomes nobody in particular, for good. The process has one thread.
 pub(crate) fn drop_privilege(uid: u32, limits: &Limits) -> Result<()> {
-    let bounds = ::jail::Limits {
-        processes: Some(limits.processes),
-        descriptors: Some(limits.descriptors),
-        address_space: limits.address_space,
-        cpu: limits.cpu,
-        file: None,
-    };
-    bounds.set().map_err(failed)?;
-    ::jail::become_user(uid).map_err(failed)?;
-    ::jail::no_way_back().map_err(failed)?;
-    if thread::capabilities(None).is_ok_and(|sets| !sets.effective.is_empty() || !sets.permitted.is_empty()) {
-        return Err(Error::Start("capabilities are left after the change of user".into()));
-    }
+    give_up(uid, limits)?;
     ::jail::confine(None).map_err(failed)?;
     FILTER.apply().map_err(failed)
 }
 
-const FILTER: Filter = Filter { calls: ALLOWED, threads: true, prctl: &PRCTL_ALLOWED, ioctl: &IOCTL_ALLOWED };
+/// As [`drop_privilege`], for who connects to others: TCP and UDP sockets, but none that listens.
+pub(crate) fn drop_privilege_but_connections(uid: u32, limits: &Limits) -> Result<()> {
+    give_up(uid, limits)?;
+    ::jail::confine_files().map_err(failed)?;
+    let calls: Vec<i64> = ALLOWED.iter().filter(|call| !LISTENING.contains(call)).chain(CONNECTING).copied().collect();
+    let filter = Filter { calls: &calls, sockets: &[libc::AF_INET as u32, libc::AF_INET6 as u32], ..FILTER };
+    filter.apply().map_err(failed)
+}
+
+const LISTENING: [i64; 2] = [libc::SYS_listen, libc::SYS_accept4];
+const CONNECTING: &[i64] = &[libc::SYS_connect];
+
+fn give_up(uid: u32, limits: &Limits) -> Result<()> {
+    limits.set().map_err(failed)?;
+    ::jail::become_user(uid).map_err(failed)?;
+    ::jail::no_way_back().map_err(failed)?;
+    ::jail::without_capabilities().map_err(failed)
+}
+
+const FILTER: Filter =
+    Filter { calls: ALLOWED, threads: true, sockets: &[], prctl: &PRCTL_ALLOWED, ioctl: &IOCTL_ALLOWED };
 
 /// Thread names and the name of a mapping; nothing else.
 const PRCTL_ALLOWED: [u32; 3] = [libc::PR_SET_NAME as u32, libc::PR_GET_NAME as u32, libc::PR_SET_VMA as u32];

@@ -9,11 +9,13 @@
 //! leaks from one request to the next.
 //!
 //! *Invariant:* the daemon never parses, compiles or maps a tenant's bytes.
-//! *Invariant:* a function has no file, no socket and no clock but those WASI hands it; outbound HTTP is refused.
+//! *Invariant:* a function has no file, no socket and no clock but those WASI hands it. Its own requests go where its list
+//! says, over connections that [`connect`] made in the pod's network namespace; without a list they are refused.
 #![deny(unsafe_code)]
 
 pub mod client;
 pub mod compile;
+pub mod connect;
 mod engine;
 mod error;
 pub mod host;
@@ -25,5 +27,7 @@ mod wire;
 
 pub use client::{Client, launch};
 pub use compile::Cache;
+pub use connect::{AllowList, ConnectSpec, launch_connector};
 pub use error::{Error, Result};
-pub use wire::{Exit, FunctionLimits, FunctionSpec, FunctionState, FunctionStats, Listing};
+pub use host::BOUNDS;
+pub use wire::{Exit, FunctionLimits, FunctionSpec, FunctionState, FunctionStats, Listing, Recorded};

@@ -1,8 +1,11 @@
-//! The calls that need `unsafe`: a peer's user id, executable mappings, compiled code.
+//! The calls that need `unsafe`: a peer's user id, a socket to wait for, executable mappings, compiled code.
 
 use rustix::fd::{AsFd, AsRawFd};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// User id of the other end of a Unix socket. (rustix's reading of the same needs a process id, and there is none for a
 /// process of another PID namespace.)
@@ -14,6 +17,12 @@ pub(crate) fn peer_uid(socket: impl AsFd) -> io::Result<u32> {
     let result =
         unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut peer).cast(), &raw mut length) };
     if result == 0 { Ok(peer.uid) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A socket that a task can wait for to be readable. In a runtime's context.
+pub(crate) fn pollable(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` gives the same open descriptor for as long as it lives, and the `AsyncFd` owns it.
+    unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 /// Maps a file read-only and private, for as long as the process lives: wasmtime's code registry may refer to machine code

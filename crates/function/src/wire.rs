@@ -4,6 +4,7 @@
 //! comes with the packet. Further descriptors belong to the request. One reply per request, in order.
 
 use crate::error::{Error, Result};
+use crate::host::Buckets;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{Errno, IoSlice, IoSliceMut};
 use rustix::net::{
@@ -40,6 +41,10 @@ pub struct FunctionLimits {
     pub cpu_ms: u64,
     /// Bytes of one answer's body.
     pub response_bytes: u64,
+    /// Requests that one request's instance may send itself.
+    pub outbound_requests: u32,
+    /// Bytes of the body of such a request, and of its answer's.
+    pub outbound_bytes: u64,
 }
 
 impl Default for FunctionLimits {
@@ -50,6 +55,8 @@ impl Default for FunctionLimits {
             timeout_ms: 60_000,
             cpu_ms: 0,
             response_bytes: 64 << 20,
+            outbound_requests: 64,
+            outbound_bytes: 64 << 20,
         }
     }
 }
@@ -85,13 +92,25 @@ pub struct Exit {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", default)]
 pub struct FunctionStats {
     /// Time in which the function's code or the host for it ran.
     pub cpu_nanos: u64,
     /// Linear memory of the instances alive now.
     pub memory_bytes: u64,
+    /// The most that one instance had.
+    pub memory_peak_bytes: u64,
     pub requests: u64,
+    /// Requests that were the first since the function's code was loaded.
+    pub cold_starts: u64,
+    /// Requests that wait for a place now, and how long those waited that have got one, microseconds.
+    pub waiting: u64,
+    pub queue_micros: u64,
+    /// Requests by how long they took, arrival to end, and all their time, microseconds. Bounds: [`crate::BOUNDS`].
+    pub durations: Buckets,
+    pub duration_micros: u64,
+    /// Bytes of requests' bodies.
+    pub received_bytes: u64,
     /// Requests answered with an error of the host's: traps, time limits, too many at once.
     pub failures: u64,
     pub in_flight: u64,
@@ -101,6 +120,10 @@ pub struct FunctionStats {
     pub memory_kib_micros: u64,
     /// Bytes of answers' bodies.
     pub sent_bytes: u64,
+    /// Requests that instances sent themselves, and bytes of their connections.
+    pub outbound_requests: u64,
+    pub outbound_sent_bytes: u64,
+    pub outbound_received_bytes: u64,
 }
 
 impl FunctionStats {
@@ -108,6 +131,14 @@ impl FunctionStats {
     pub fn gib_seconds(&self) -> f64 {
         self.memory_kib_micros as f64 / (1u64 << 20) as f64 / 1e6
     }
+}
+
+/// A span of one function's invocation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Recorded {
+    /// The function's id.
+    pub function: String,
+    pub span: spans::Span,
 }
 
 /// What a host has, and the number of the last change.
@@ -121,7 +152,8 @@ pub struct Listing {
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Request {
     Hello,
-    /// With three descriptors: compiled code, listening socket, log.
+    /// With three descriptors: compiled code, listening socket, log; or five, with a connector's socket and the list of
+    /// certificate authorities.
     Add(Box<FunctionSpec>),
     /// Lets requests under way finish for so long, then ends them.
     Stop {
@@ -141,6 +173,8 @@ pub(crate) enum Request {
     Stats {
         id: String,
     },
+    /// Spans of invocations; while they are fetched, new ones are kept.
+    Spans,
     /// Answered when the number of the last change is greater.
     Changed {
         since: u64,
@@ -158,6 +192,7 @@ pub(crate) enum Reply {
     Listing(Listing),
     Stats(FunctionStats),
     Changed { sequence: u64 },
+    Spans { spans: Vec<Recorded>, dropped: u64 },
     Unknown { id: String },
     Refused { message: String },
 }
@@ -195,16 +230,27 @@ pub(crate) fn send(socket: impl AsFd, message: &impl Serialize, descriptors: &[B
 
 /// Receives one message; `None` when the other side is gone.
 pub(crate) fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(T, Vec<OwnedFd>)>> {
+    match packet(socket.as_fd()) {
+        Ok(Some(packet)) => unpack(packet).map(Some),
+        Ok(None) => Ok(None),
+        Err(e) => Err(Error::Protocol(format!("receive: {e}"))),
+    }
+}
+
+/// What came with one packet; `None` when the other side is gone.
+pub(crate) type Packet = (Vec<u8>, Vec<OwnedFd>);
+
+pub(crate) fn packet(socket: BorrowedFd) -> rustix::io::Result<Option<Packet>> {
     let mut packet = vec![0u8; INLINE + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received = loop {
         let mut slices = [IoSliceMut::new(&mut packet)];
-        match recvmsg(&socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+        match recvmsg(socket, &mut slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
             Ok(received) => break received,
             Err(Errno::INTR) => {}
             Err(Errno::CONNRESET | Errno::NOTCONN) => return Ok(None),
-            Err(e) => return Err(Error::Protocol(format!("receive: {e}"))),
+            Err(e) => return Err(e),
         }
     };
     let mut descriptors: Vec<OwnedFd> = Vec::new();
@@ -216,14 +262,19 @@ pub(crate) fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(
     if received.bytes == 0 {
         return Ok(None);
     }
+    packet.truncate(received.bytes);
+    Ok(Some((packet, descriptors)))
+}
+
+pub(crate) fn unpack<T: DeserializeOwned>((packet, mut descriptors): Packet) -> Result<(T, Vec<OwnedFd>)> {
     let bad = |why: &str| Error::Protocol(why.to_owned());
-    let json = match packet.get(..received.bytes).and_then(<[u8]>::split_first) {
+    let json = match packet.split_first() {
         Some((0, json)) => json.to_vec(),
         Some((1, _)) if !descriptors.is_empty() => read_all(File::from(descriptors.remove(0)))?,
         _ => return Err(bad("a packet of unknown form")),
     };
     let message = serde_json::from_slice(&json).map_err(|e| bad(&format!("a message that cannot be read: {e}")))?;
-    Ok(Some((message, descriptors)))
+    Ok((message, descriptors))
 }
 
 fn read_all(file: File) -> Result<Vec<u8>> {

@@ -48,6 +48,18 @@ counters! {
     retries_total,
     ejections_total,
     upgrades_total,
+    /// Requests that were answered from a cache.
+    cache_hits_total,
+    /// Those that had to be asked for.
+    cache_misses_total,
+    /// Stored answers that were asked for again, and were still the current ones.
+    cache_validated_total,
+    /// Requests that waited for another one's answer.
+    cache_waits_total,
+    /// Answers that were compressed.
+    compressed_total,
+    /// Gauge.
+    compressions_active,
     mirrored_total,
     /// Gauge.
     mirrors_active,

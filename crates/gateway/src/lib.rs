@@ -13,6 +13,8 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod cache;
+mod compress;
 mod config;
 mod counters;
 mod direct;

@@ -12,6 +12,8 @@ mod token;
 pub use backend::Backends;
 pub use build::{Attached, Limiters};
 
+use crate::cache::Cache;
+use crate::compress::Compression;
 use crate::counters::Counters;
 use crate::peer::Peer;
 use crate::reply::{self, ReplyBody};
@@ -37,6 +39,12 @@ pub struct Policy {
     allow: Vec<Network>,
     deny: Vec<Network>,
     pub max_body: Option<u64>,
+    /// Header lines of a request.
+    max_headers: Option<usize>,
+    /// Bytes of all of them.
+    max_header_bytes: Option<usize>,
+    pub compression: Option<Compression>,
+    pub cache: Option<Arc<Cache>>,
     limits: Vec<Limit>,
     keys: Option<Keys>,
     basic: Option<Basic>,
@@ -160,6 +168,13 @@ impl Policy {
         let within = |list: &[Network]| list.iter().any(|network| network.contains(address));
         if within(&self.deny) || !(self.allow.is_empty() || within(&self.allow)) {
             return Err(refuse(StatusCode::FORBIDDEN, "requests from this address are not served"));
+        }
+        let bytes = |headers: &HeaderMap| headers.iter().map(|(n, v)| n.as_str().len() + v.len() + 4).sum::<usize>();
+        if self.max_headers.is_some_and(|most| parts.headers.len() > most)
+            || self.max_header_bytes.is_some_and(|most| bytes(&parts.headers) > most)
+        {
+            let text = "the request's headers are too many or too long";
+            return Err(refuse(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, text));
         }
         let length = parts.headers.get(http::header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
         if self.max_body.is_some_and(|most| length.is_some_and(|length| length > most)) {

@@ -4,6 +4,7 @@
 //! `attempt` is what happens between rule and endpoint, `mirror` the copies.
 
 mod attempt;
+mod cached;
 mod mirror;
 
 use crate::access::Line;
@@ -195,7 +196,10 @@ impl Visit<'_> {
         {
             cors.apply(&self.parts.headers, response.headers_mut());
         }
-        response
+        match entry.policies.iter().rev().find_map(|policy| policy.compression.as_ref()) {
+            Some(compression) => compression.apply(self.parts, response, counters),
+            None => response,
+        }
     }
 
     fn find<'t>(&self, table: &'t Table) -> Option<&'t Entry> {
@@ -265,7 +269,14 @@ impl Visit<'_> {
             Some(most) => body.at_most(most),
             None => body,
         };
-        let mut response = match self.send(rule, &chosen, &outgoing, body, upgrade, &mut served).await {
+        let answer = match entry.policies.iter().rev().find_map(|policy| policy.cache.as_ref()) {
+            None => self.send(rule, &chosen, &outgoing, body, upgrade, &mut served).await,
+            Some(cache) => {
+                let wanted = cached::Wanted { cache, rule, chosen: &chosen, outgoing: &outgoing, grant };
+                Box::pin(self.send_cached(&wanted, body, upgrade, &mut served)).await
+            }
+        };
+        let mut response = match answer {
             Ok(response) => response,
             Err(reply) => return *reply,
         };

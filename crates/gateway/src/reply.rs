@@ -1,5 +1,6 @@
 //! The gateway's own answers, and the body type of all answers.
 
+use crate::compress::Compressed;
 use crate::upstream::{Lease, UpstreamBody};
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, LOCATION};
@@ -7,6 +8,7 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -18,17 +20,28 @@ use tokio::time::{Instant, Sleep};
 #[allow(clippy::large_enum_variant)]
 pub enum ReplyBody {
     Text(Option<Bytes>),
+    /// From a cache.
+    Stored(Option<Bytes>),
+    /// What was read ahead, and the rest.
+    Ahead(Box<(VecDeque<io::Result<Frame<Bytes>>>, ReplyBody)>),
     Http1(UpstreamBody),
-    Http2 { body: Incoming, deadline: Option<Pin<Box<Sleep>>>, _lease: Lease },
+    Http2 {
+        body: Incoming,
+        deadline: Option<Pin<Box<Sleep>>>,
+        _lease: Lease,
+    },
+    Compressed(Box<Compressed>),
 }
 
 impl ReplyBody {
     /// Time by which all of it must have come.
     pub fn set_deadline(&mut self, time: Instant) {
         match self {
-            ReplyBody::Text(_) => {}
+            ReplyBody::Text(_) | ReplyBody::Stored(_) => {}
+            ReplyBody::Ahead(ahead) => ahead.1.set_deadline(time),
             ReplyBody::Http1(body) => body.set_deadline(time),
             ReplyBody::Http2 { deadline, .. } => *deadline = Some(Box::pin(tokio::time::sleep_until(time))),
+            ReplyBody::Compressed(body) => body.inner().set_deadline(time),
         }
     }
 }
@@ -39,7 +52,13 @@ impl Body for ReplyBody {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match self.get_mut() {
-            ReplyBody::Text(text) => Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            ReplyBody::Text(text) | ReplyBody::Stored(text) => {
+                Poll::Ready(text.take().map(|text| Ok(Frame::data(text))))
+            }
+            ReplyBody::Ahead(ahead) => match ahead.0.pop_front() {
+                Some(frame) => Poll::Ready(Some(frame)),
+                None => Pin::new(&mut ahead.1).poll_frame(cx),
+            },
             ReplyBody::Http1(body) => Pin::new(body).poll_frame(cx),
             ReplyBody::Http2 { body, deadline, .. } => {
                 if deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
@@ -47,22 +66,28 @@ impl Body for ReplyBody {
                 }
                 Pin::new(body).poll_frame(cx).map_err(io::Error::other)
             }
+            ReplyBody::Compressed(body) => body.poll(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            ReplyBody::Text(text) => text.is_none(),
+            ReplyBody::Text(text) | ReplyBody::Stored(text) => text.is_none(),
+            ReplyBody::Ahead(ahead) => ahead.0.is_empty() && ahead.1.is_end_stream(),
             ReplyBody::Http1(body) => body.is_end_stream(),
             ReplyBody::Http2 { body, .. } => body.is_end_stream(),
+            ReplyBody::Compressed(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            ReplyBody::Text(text) => SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64)),
+            ReplyBody::Text(text) | ReplyBody::Stored(text) => {
+                SizeHint::with_exact(text.as_ref().map_or(0, |text| text.len() as u64))
+            }
             ReplyBody::Http1(body) => body.size_hint(),
             ReplyBody::Http2 { body, .. } => body.size_hint(),
+            ReplyBody::Compressed(_) | ReplyBody::Ahead(_) => SizeHint::default(),
         }
     }
 }
@@ -121,7 +146,11 @@ pub fn speak_grpc(asked: &Parts, response: &mut Response<ReplyBody>) {
     };
     let message = match response.body_mut() {
         ReplyBody::Text(text) => text.take().unwrap_or_default(),
-        ReplyBody::Http1(_) | ReplyBody::Http2 { .. } => Bytes::new(),
+        ReplyBody::Stored(_)
+        | ReplyBody::Ahead(_)
+        | ReplyBody::Http1(_)
+        | ReplyBody::Http2 { .. }
+        | ReplyBody::Compressed(_) => Bytes::new(),
     };
     let message = percent_encoding::percent_encode(message.trim_ascii(), percent_encoding::CONTROLS).to_string();
     *response.status_mut() = StatusCode::OK;

@@ -91,7 +91,7 @@ fn authority(parts: &Parts) -> Result<&str, Refusal> {
 
 /// The path as RFC 3986, section 6.2.2, makes equal ones alike: escapes of unreserved characters are undone, `.` and `..`
 /// segments resolved, so that a rule for `/public` cannot be walked out of and one for `/private` not walked around.
-fn normalise(path: &str) -> Cow<'_, str> {
+pub fn normalise(path: &str) -> Cow<'_, str> {
     let plain = if path.contains('%') { Cow::Owned(unescape(path)) } else { Cow::Borrowed(path) };
     if !plain.contains("/.") {
         return plain;
@@ -177,6 +177,7 @@ pub enum Length {
 }
 
 /// A request's head for an endpoint.
+#[derive(Clone, Copy)]
 pub struct Outgoing<'a> {
     pub method: &'a Method,
     pub headers: &'a HeaderMap,

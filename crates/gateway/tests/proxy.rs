@@ -220,7 +220,7 @@ async fn bodies_stream_both_ways() {
                         Err(_) => return,
                     }
                 }
-                let answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n";
+                let answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n";
                 let _ = stream.write_all(answer).await;
                 if head.starts_with(b"GET") {
                     let _ = stream.write_all(b"0\r\n\r\n").await;
@@ -298,11 +298,13 @@ async fn protocols_are_switched() {
             let (stream, _) = listener.accept().await.unwrap();
             tokio::spawn(async move {
                 let mut stream = BufReader::new(stream);
-                let Some((head, _)) = read_request(&mut stream).await else { return };
-                if !head.contains("upgrade: websocket") {
+                let head = loop {
+                    let Some((head, _)) = read_request(&mut stream).await else { return };
+                    if head.contains("upgrade: websocket") {
+                        break head;
+                    }
                     let _ = stream.write_all(&ok("plain")).await;
-                    return;
-                }
+                };
                 assert!(head.contains("connection: upgrade") && head.contains("sec-websocket-key: k"), "{head}");
                 let answer =
                     "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nearly";
@@ -363,6 +365,33 @@ async fn an_endpoint_that_is_gone_costs_no_request() {
     }
     assert!(lab.count("upstream_connect_failures_total") < 20, "it is passed over after the first failures");
     lab.stop().await;
+}
+
+#[tokio::test]
+async fn a_server_that_closes_unannounced_costs_no_request() {
+    let lab = lab().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                // The answer leaves with the end of the connection: nobody can ask between the two.
+                rustix::net::sockopt::set_tcp_cork(&stream, true).unwrap();
+                let mut stream = BufReader::new(stream);
+                if read_request(&mut stream).await.is_some() {
+                    stream.write_all(&ok("once")).await.unwrap();
+                }
+            });
+        }
+    });
+    lab.simple(&[address]).await;
+    let url = format!("http://{}/", lab.address);
+    let args = [&["-d", "hello"][..], &[url.as_str(); 30]].concat();
+    assert_eq!(curl(&args).await, "once".repeat(30), "what must not be sent twice is not sent to who is gone");
+    assert_eq!(lab.count("upstream_failures_total"), 0);
+    lab.stop().await;
+    serving.abort();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

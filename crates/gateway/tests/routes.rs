@@ -104,7 +104,7 @@ async fn a_slow_endpoint_costs_one_attempt() {
     // Accepts and says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     lab.backend("web", &[silent.local_addr().unwrap(), fast.address]).await;
-    let rule = json!({"retry": {"attempts": 1, "backoff": "1ms"}, "timeouts": {"backendRequest": "50ms"}, "backendRefs": to("web")});
+    let rule = json!({"retry": {"attempts": 1, "backoff": "1ms"}, "timeouts": {"backendRequest": "1s"}, "backendRefs": to("web")});
     lab.route("r", &[], json!([rule])).await;
     lab.ready("/", 404).await;
     for _ in 0..4 {
@@ -160,7 +160,7 @@ async fn trailers_pass_both_ways() {
                     text.push(stream.read_u8().await.unwrap());
                 }
                 *keep.lock().unwrap() = String::from_utf8_lossy(&text).into_owned();
-                let answer = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n2\r\nhi\r\n0\r\nX-Sum: 7\r\nHost: evil\r\n\r\n";
+                let answer = "HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\nTrailer: x-sum\r\n\r\n2\r\nhi\r\n0\r\nX-Sum: 7\r\nHost: evil\r\n\r\n";
                 stream.write_all(answer.as_bytes()).await.unwrap();
             });
         }

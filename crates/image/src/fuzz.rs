@@ -55,9 +55,19 @@ pub fn layer(bytes: &[u8], scratch: &Path) {
     }
 }
 
+/// One file system of layers, the lowest first.
+pub fn erofs(layers: &[std::path::PathBuf], to: &Path, limits: &Limits) -> crate::Result<()> {
+    crate::erofs::for_tests(layers, to, limits)
+}
+
 /// A disk as another hypervisor keeps it.
 pub fn foreign(bytes: &[u8], scratch: &Path) {
     crate::foreign::fuzz(bytes, scratch);
+}
+
+/// The description and the checksums of an OVA.
+pub fn ova(bytes: &[u8]) {
+    crate::ova::fuzz(bytes);
 }
 
 /// A disk's header, a component's header.

@@ -7,6 +7,7 @@
 mod budget;
 
 use crate::digest::Digest;
+use crate::erofs::chain_id;
 use crate::error::{Error, Result, io};
 use crate::manifest::now;
 use crate::reference::Selector;
@@ -70,6 +71,8 @@ pub struct GcReport {
 pub(super) struct Marked {
     pub blobs: BTreeSet<Digest>,
     pub layers: BTreeSet<Digest>,
+    /// Chains of layers.
+    pub chains: BTreeSet<Digest>,
 }
 
 /// Temporary names without a living writer are garbage once this old: between creating and locking one is a moment.
@@ -88,6 +91,7 @@ impl Store {
             report.bytes += size;
         })?;
         self.sweep_files("disks", &marked.blobs, options.grace, |_| ())?;
+        self.sweep_files("blocks", &marked.chains, options.grace, |_| ())?;
         self.sweep_layers(&marked.layers, options.grace, &mut report)?;
         for name in ["uploads", "partial"] {
             report.unfinished += self.sweep_old(name, options.unfinished)?;
@@ -176,6 +180,7 @@ impl Store {
                     if KindName::of(&manifest) == KindName::Container
                         && let Ok(config) = self.config_of(&manifest)
                     {
+                        marked.chains.insert(chain_id(&config.rootfs.diff_ids));
                         marked.layers.extend(config.rootfs.diff_ids);
                     }
                 }

@@ -2,7 +2,7 @@
 //!
 //! What a file is is told by its content. Nothing has a name until all of it is here and verified.
 
-mod archive;
+pub(crate) mod archive;
 mod layout;
 
 use crate::digest::Digest;
@@ -35,6 +35,8 @@ pub struct ImportOptions {
     pub workdir: Option<String>,
     /// What a root file system is for, or which of several to require.
     pub platform: Option<Platform>,
+    /// Take only what describes a machine: an OVA.
+    pub machine: bool,
 }
 
 #[derive(Clone, Debug, serde::Serialize)]
@@ -42,6 +44,9 @@ pub struct Imported {
     pub names: Vec<String>,
     pub digest: Digest,
     pub kind: crate::resolve::KindName,
+    /// What an OVA says of the machine that it was made from. Its disks have `names`, in their order, if there is anything on them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Box<crate::ova::Machine>>,
 }
 
 impl ImportOptions {
@@ -164,11 +169,13 @@ impl Store {
         let mut name = [0; 100];
         let length = read_head(&plain, &mut name).map_err(io("read", path))?;
         let name = name.get(..length).unwrap_or_default().split(|byte| *byte == 0).next().unwrap_or_default();
-        if name.ends_with(b".ovf") {
-            let why = "it is an OVA; unpack it (tar -xf) and import the disk that is in it, its .vmdk".to_owned();
-            return Err(Error::Unrecognised { path: path.to_path_buf(), why });
-        }
+        let ova = name.ends_with(b".ovf");
         let source = TarSource::index(plain, &what, self.limits())?;
+        if ova {
+            let others = ImportOptions { machine: false, ..options.clone() };
+            self.refuse_run_options(path, &others, "an OVA")?;
+            return self.import_ova(&source, path, options, progress);
+        }
         if source.has("oci-layout") && source.has("index.json") {
             self.refuse_run_options(path, options, "an OCI layout")?;
             return self.import_layout(source, path, options, progress);
@@ -188,6 +195,7 @@ impl Store {
     }
 
     fn refuse_run_options(&self, path: &Path, options: &ImportOptions, what: &str) -> Result<()> {
+        refuse_machine(path, options, what)?;
         if options.has_run_options() {
             return Err(Error::Unrecognised {
                 path: path.to_path_buf(),
@@ -206,6 +214,7 @@ impl Store {
         options: &ImportOptions,
         progress: ProgressFn,
     ) -> Result<Imported> {
+        refuse_machine(path, options, "a root file system")?;
         let config = options.run_config()?;
         let layer = self.compress_layer("root file system", file, progress)?;
         progress(Progress::Step("unpacking".into()));
@@ -282,34 +291,37 @@ impl Store {
         options: &ImportOptions,
         progress: ProgressFn,
     ) -> Result<Imported> {
+        let names = self.names_for(options, path, Vec::new())?;
+        self.converted(path, file, format, progress)?.named(self, &names, options)
+    }
+
+    pub(crate) fn converted(
+        &self,
+        path: &Path,
+        file: &File,
+        format: crate::foreign::Format,
+        progress: ProgressFn,
+    ) -> Result<StoredDisk> {
         let (temporary, to) = self.temporary_file()?;
         let _remove = RemoveOnDrop(temporary.clone());
         crate::foreign::convert(file, format, path, to, progress)?;
         let converted = File::open(&temporary).map_err(io("open", &temporary))?;
-        let tag = self.names_for(options, path, Vec::new())?.first().map(Reference::to_string);
-        let options = ImportOptions { tag, ..options.clone() };
-        self.import_disk(&temporary, converted, &options, progress)
+        self.stored(&temporary, converted, progress)
     }
 
     fn import_disk(&self, path: &Path, file: File, options: &ImportOptions, progress: ProgressFn) -> Result<Imported> {
+        let names = self.names_for(options, path, Vec::new())?;
+        self.stored(path, file, progress)?.named(self, &names, options)
+    }
+
+    pub(crate) fn stored(&self, path: &Path, file: File, progress: ProgressFn) -> Result<StoredDisk> {
         let disk = DiskImage::probe(path)?;
         let total = file.metadata().map_err(io("stat", path))?.len();
         let what = path.display().to_string();
         let (digest, size) = self.blob_copy(&what, file, None, |done| {
             progress(Progress::Bytes { what: "disk".into(), done, total: Some(total) });
         })?;
-        let platform = options.wanted();
-        let config = serde_json::json!({
-            "created": clock::rfc3339(now().cast_signed()),
-            "architecture": platform.architecture,
-            "os": platform.os,
-            "format": disk.format,
-            "virtualSize": disk.virtual_size,
-        });
-        let kind = if disk.format == "qcow2" { media::DISK_QCOW2 } else { media::DISK_RAW };
-        let names = self.names_for(options, path, Vec::new())?;
-        let layer = Descriptor::new(kind, digest, size);
-        self.store_manifest(&names, media::DISK_CONFIG, Some(media::DISK_ARTIFACT), &to_json(&config)?, vec![layer])
+        Ok(StoredDisk { disk, digest, size })
     }
 
     /// Stores configuration and manifest under all names.
@@ -334,7 +346,8 @@ impl Store {
         let kind = crate::resolve::KindName::of(&manifest);
         let bytes = to_json(&manifest)?;
         self.put_names(names, media::OCI_MANIFEST, &bytes)?;
-        Ok(Imported { names: names.iter().map(Reference::to_string).collect(), digest: Digest::of(&bytes), kind })
+        let names = names.iter().map(Reference::to_string).collect();
+        Ok(Imported { names, digest: Digest::of(&bytes), kind, machine: None })
     }
 
     pub(crate) fn put_names(&self, names: &[Reference], media_type: &str, bytes: &[u8]) -> Result<()> {
@@ -366,8 +379,8 @@ impl Store {
         }
         let file_name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
         let stem = [
-            ".tar.gz", ".tar.zst", ".tgz", ".tar", ".wasm", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".img", ".raw", ".oci",
-            ".gz", ".zst",
+            ".tar.gz", ".tar.zst", ".tgz", ".tar", ".wasm", ".qcow2", ".vmdk", ".vhd", ".vhdx", ".ova", ".img", ".raw",
+            ".oci", ".gz", ".zst",
         ]
         .iter()
         .find_map(|end| file_name.strip_suffix(end))
@@ -378,6 +391,39 @@ impl Store {
             path: path.to_path_buf(),
             why: "it has no name in it; give one with --tag".into(),
         })
+    }
+}
+
+fn refuse_machine(path: &Path, options: &ImportOptions, what: &str) -> Result<()> {
+    match options.machine {
+        true => Err(Error::Unrecognised {
+            path: path.to_path_buf(),
+            why: format!("it is {what}, which describes no machine; OVA archives do (--manifest)"),
+        }),
+        false => Ok(()),
+    }
+}
+
+/// A disk that is a blob and not an image yet.
+pub(crate) struct StoredDisk {
+    disk: DiskImage,
+    digest: Digest,
+    size: u64,
+}
+
+impl StoredDisk {
+    pub fn named(self, store: &Store, names: &[Reference], options: &ImportOptions) -> Result<Imported> {
+        let platform = options.wanted();
+        let config = serde_json::json!({
+            "created": clock::rfc3339(now().cast_signed()),
+            "architecture": platform.architecture,
+            "os": platform.os,
+            "format": self.disk.format,
+            "virtualSize": self.disk.virtual_size,
+        });
+        let kind = if self.disk.format == "qcow2" { media::DISK_QCOW2 } else { media::DISK_RAW };
+        let layer = Descriptor::new(kind, self.digest, self.size);
+        store.store_manifest(names, media::DISK_CONFIG, Some(media::DISK_ARTIFACT), &to_json(&config)?, vec![layer])
     }
 }
 
@@ -393,7 +439,7 @@ pub(crate) fn to_json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|e| Error::invalid("document", e))
 }
 
-fn read_head(file: &File, head: &mut [u8]) -> std::io::Result<usize> {
+pub(crate) fn read_head(file: &File, head: &mut [u8]) -> std::io::Result<usize> {
     let mut done = 0;
     while let Some(rest) = head.get_mut(done..).filter(|r| !r.is_empty()) {
         match file.read_at(rest, done as u64)? {

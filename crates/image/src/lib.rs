@@ -14,6 +14,7 @@
 //! DATA/images/refs/HOST/PATH/_blobs/H         blobs that were sent there lately
 //! DATA/images/layers/H/fs      unpacked layer, by diff id, ready to be an overlayfs lower directory
 //! DATA/images/disks/H          decompressed disks, by the digest of the compressed blob
+//! DATA/images/blocks/H         root file systems as one EROFS file, by the chain id of the layers
 //! DATA/images/pins/NAME        what is in use, by whom: garbage collection leaves it alone
 //! DATA/images/uploads/ID       unfinished uploads of the registry
 //! DATA/images/partial/H        unfinished downloads
@@ -30,6 +31,7 @@ mod blob;
 mod build;
 mod digest;
 mod disk;
+mod erofs;
 mod error;
 mod export;
 mod foreign;
@@ -39,9 +41,11 @@ mod gc;
 mod import;
 mod inspect;
 pub mod jailed;
+pub mod kernels;
 mod links;
 mod lookup;
 mod manifest;
+mod ova;
 mod pull;
 mod push;
 mod reference;
@@ -63,6 +67,7 @@ pub use gc::{GcOptions, GcReport};
 pub use import::{ImportOptions, Imported};
 pub use inspect::{ImageInfo, Inspect, Removed};
 pub use manifest::{MANIFEST_LIMIT, StoredManifest};
+pub use ova::{Disk, Machine};
 pub use pull::{Credentials, PullOptions};
 pub use reference::{Reference, Repository, Selector};
 pub use resolve::{Kind, KindName, Resolved};

@@ -15,8 +15,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// First line of the marker file.
 const FORMAT: &str = "atoll images 1";
 /// Kinds of directories the store is made of.
-const DIRECTORIES: [&str; 11] =
-    ["blobs/sha256", "refs", "layers", "disks", "pins", "uploads", "partial", "tmp", "locks", "build", "caches"];
+const DIRECTORIES: [&str; 12] = [
+    "blobs/sha256",
+    "refs",
+    "layers",
+    "disks",
+    "blocks",
+    "pins",
+    "uploads",
+    "partial",
+    "tmp",
+    "locks",
+    "build",
+    "caches",
+];
 
 /// What one foreign image may cost.
 #[derive(Clone, Debug)]
@@ -34,6 +46,10 @@ pub struct Limits {
     pub config_bytes: u64,
     /// Layers of one image.
     pub layers: usize,
+    /// Files and directories of an image's file system, all layers together, where it is made one block device.
+    pub block_inodes: u64,
+    /// Bytes of that device, holes included.
+    pub block_bytes: u64,
 }
 
 impl Default for Limits {
@@ -46,6 +62,8 @@ impl Default for Limits {
             blob_bytes: 1 << 40,
             config_bytes: 8 << 20,
             layers: 500,
+            block_inodes: 4_000_000,
+            block_bytes: 256 << 30,
         }
     }
 }

@@ -26,6 +26,8 @@ pub(crate) enum Compression {
     None,
     Gzip,
     Zstd,
+    /// Of kernel packages alone; layers in it are refused.
+    Xz,
 }
 
 impl Compression {
@@ -45,6 +47,7 @@ impl Compression {
             Compression::None => Box::new(reader),
             Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(reader)),
             Compression::Zstd => Box::new(zstd::Decoder::new(reader)?),
+            Compression::Xz => Box::new(lzma_rust2::XzReader::new(reader, true)),
         })
     }
 }

@@ -87,17 +87,88 @@ fn a_root_file_system_becomes_an_image() {
     assert!(bench.store.import(&tar, &wrong, &silent).unwrap_err().to_string().contains("NAME=value"));
 }
 
-#[test]
-fn an_ova_is_told_from_a_root_file_system() {
-    let Some(bench) = bench() else { return };
-    let (description, disk, ova) = (bench.path("m.ovf"), bench.path("m.vmdk"), bench.path("m.ova"));
-    fs::write(description, "<Envelope/>").unwrap();
-    fs::write(disk, "KDMV").unwrap();
-    let made =
-        Command::new("tar").arg("-C").arg(bench.dir.path()).arg("-cf").arg(&ova).args(["m.ovf", "m.vmdk"]).status();
+/// An OVA of one disk, or an empty one besides; `sums` makes its list of checksums of the description's and the disk's.
+fn ova(bench: &Bench, name: &str, change: &dyn Fn(String) -> String, sums: &dyn Fn(&str, &str) -> String) -> PathBuf {
+    use sha2::Digest as _;
+    let dir = bench.path(name);
+    fs::create_dir(&dir).unwrap();
+    // A fixed VHD: a disk and its footer (Microsoft's "Virtual Hard Disk Image Format Specification").
+    let disk = [&[0x5a; 4096][..], &vhd_footer(4096)].concat();
+    let item = |inner: &str| format!("<Item>{inner}</Item>");
+    let description = format!(
+        r#"<Envelope xmlns:ovf="o"><References><File ovf:id="f" ovf:href="d.vhd" ovf:size="{}"/></References>
+           <DiskSection><Disk ovf:diskId="d" ovf:fileRef="f" ovf:capacity="4096"/><Disk ovf:diskId="e" ovf:capacity="1048576"/>
+           </DiskSection><VirtualSystem ovf:id="m"><VirtualHardwareSection>{}{}{}</VirtualHardwareSection></VirtualSystem></Envelope>"#,
+        disk.len(),
+        item("<ResourceType>4</ResourceType><VirtualQuantity>64</VirtualQuantity>"),
+        item("<ResourceType>17</ResourceType><HostResource>/disk/d</HostResource>"),
+        item("<ResourceType>17</ResourceType><HostResource>/disk/e</HostResource>"),
+    );
+    let description = change(description);
+    let hex = |bytes: &[u8]| sha2::Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect::<String>();
+    fs::write(dir.join("m.ovf"), &description).unwrap();
+    fs::write(dir.join("m.mf"), sums(&hex(description.as_bytes()), &hex(&disk))).unwrap();
+    fs::write(dir.join("d.vhd"), disk).unwrap();
+    let file = bench.path(&format!("{name}.ova"));
+    let made = Command::new("tar").arg("-C").arg(&dir).arg("-cf").arg(&file).args(["m.ovf", "m.mf", "d.vhd"]).status();
     assert!(made.unwrap().success());
-    let error = bench.store.import(&ova, &ImportOptions::default(), &silent).unwrap_err().to_string();
-    assert!(error.contains("import the disk that is in it"), "{error}");
+    file
+}
+
+fn vhd_footer(size: u64) -> Vec<u8> {
+    let mut footer = vec![0u8; 512];
+    footer[..8].copy_from_slice(b"conectix");
+    footer[11] = 2;
+    footer[12..16].copy_from_slice(&[0, 1, 0, 0]);
+    footer[16..24].fill(0xff);
+    footer[40..48].copy_from_slice(&size.to_be_bytes());
+    footer[48..56].copy_from_slice(&size.to_be_bytes());
+    footer[63] = 2;
+    let sum = !footer.iter().map(|b| u32::from(*b)).sum::<u32>();
+    footer[64..68].copy_from_slice(&sum.to_be_bytes());
+    footer
+}
+
+#[test]
+fn an_ova_is_its_disks_and_a_description() {
+    let Some(bench) = bench() else { return };
+    let sums = |ovf: &str, disk: &str| format!("SHA256(m.ovf)= {ovf}\nSHA256 (d.vhd) = {}\n", disk.to_uppercase());
+    let good = ova(&bench, "good", &|text| text, &sums);
+    let options = ImportOptions { tag: Some("shop/db:1".into()), ..Default::default() };
+    let imported = bench.store.import(&good, &options, &silent).unwrap();
+    assert_eq!(imported.names, ["shop/db:1"]);
+    let machine = imported.machine.unwrap();
+    assert_eq!((machine.name.as_str(), machine.memory, machine.disks.len()), ("m", 64 << 20, 2));
+    assert_eq!(machine.disks[0].image.as_deref(), Some("shop/db:1"));
+    assert_eq!((machine.disks[1].image.as_deref(), machine.disks[1].capacity), (None, 1 << 20));
+    let Kind::Disk(disk) = bench.store.resolve("shop/db:1").unwrap().kind else { panic!("no disk") };
+    assert_eq!((disk.format.as_str(), disk.virtual_size), ("qcow2", 4096));
+
+    let refused = |name: &str, change: &dyn Fn(String) -> String, sums: &dyn Fn(&str, &str) -> String| {
+        let options = ImportOptions { tag: Some(format!("bad/{name}:1")), ..Default::default() };
+        let error = bench.store.import(&ova(&bench, name, change, sums), &options, &silent).unwrap_err().chain();
+        assert!(bench.store.resolve(&format!("bad/{name}:1")).is_err(), "{name} left an image");
+        assert_eq!(fs::read_dir(bench.store.root().join("tmp")).unwrap().count(), 0, "{name}");
+        error
+    };
+    let as_is = |text: String| text;
+    let error =
+        refused("damaged", &as_is, &|ovf, _| format!("SHA256(m.ovf)= {ovf}\nSHA256(d.vhd)= {}", "00".repeat(32)));
+    assert!(error.contains(r#""d.vhd" is not what its checksum says"#), "{error}");
+    let error = refused("unlisted", &as_is, &|ovf, _| format!("SHA256(m.ovf)= {ovf}"));
+    assert!(error.contains(r#""d.vhd" is not in its list of checksums"#), "{error}");
+    let error = refused("changed", &as_is, &|_, disk| format!("SHA256(m.ovf)= {disk}\nSHA256(d.vhd)= {disk}"));
+    assert!(error.contains(r#""m.ovf" is not what its checksum says"#), "{error}");
+    let error = refused("unclear", &as_is, &|_, _| "MD5(m.ovf)= 00".into());
+    assert!(error.contains("no line of a list of checksums"), "{error}");
+    let error = refused("missing", &|text| text.replace("d.vhd", "../d.vhd"), &sums);
+    assert!(error.contains("described but is not in it"), "{error}");
+    let error = refused("size", &|text| text.replace("4608", "4609"), &sums);
+    assert!(error.contains("of 4608 bytes, not of 4609"), "{error}");
+    let error = refused("strange", &|text| text.replace("d.vhd", "m.mf").replace("4608", "200000"), &sums);
+    assert!(error.contains("m.mf"), "{error}");
+    let error = refused("not", &|_| "<Envelope/>".into(), &sums);
+    assert!(error.contains("m.ovf: it describes no machine"), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use crate::settings::{ImageConfig, NewCode, Wanted, name};
 use api::client::{Client, DeleteOptions, Patch};
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject};
+use api::status::Found;
 use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -200,11 +201,8 @@ impl Functions<'_> {
     async fn base(&self, runtime: Option<&str>) -> Result<Option<String>, Refused> {
         let runtime = runtime.filter(|runtime| !runtime.is_empty());
         let runtime = runtime.ok_or_else(|| Refused::parameter("Runtime: it is needed with ZipFile"))?;
-        let map = match self.client.get(&Resource::new("", "v1", "configmaps"), self.namespace, RUNTIMES).await {
-            Ok(map) => map,
-            Err(status) if status.is_not_found() => Arc::new(Value::Null),
-            Err(status) => return Err(status.into()),
-        };
+        let configmaps = Resource::new("", "v1", "configmaps");
+        let map = self.client.get(&configmaps, self.namespace, RUNTIMES).await.found()?.unwrap_or_default();
         let image = map.get("data").and_then(|data| data.get(runtime)).and_then(Value::as_str);
         match image {
             None if !runtime.starts_with("provided") => Err(Refused::parameter(format!(

@@ -2,7 +2,7 @@
 //! <https://docs.aws.amazon.com/lambda/latest/api/API_Operations.html>
 
 use crate::answer::{Answer, Refused, empty, with};
-use crate::dispatch::{Call, Error, Outcome, PAYLOAD};
+use crate::dispatch::{Call, Error, Form, Outcome, PAYLOAD};
 use crate::functions::{Functions, Packager, configuration, whole};
 use crate::keys::Keys;
 use crate::messages::{Event, LARGEST, Messages};
@@ -61,38 +61,46 @@ impl Shared {
 }
 
 /// Serves for ever.
-pub async fn serve(shared: Arc<Shared>, listener: TcpListener) {
+pub async fn serve<F, A>(listener: TcpListener, answer: F)
+where
+    F: Fn(Request<Incoming>) -> A + Clone + Send + 'static,
+    A: Future<Output = Answer> + Send + 'static,
+{
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         // The semaphore is never closed.
         let place = places.clone().acquire_owned().await;
         match listener.accept().await {
             Ok((stream, _)) => {
-                let shared = shared.clone();
+                let answer = answer.clone();
                 tokio::spawn(async move {
-                    connection(shared, stream).await;
+                    connection(answer, stream).await;
                     drop(place);
                 });
             }
             Err(error) => {
-                tracing::warn!("the Invoke API cannot accept a connection: {error}");
+                tracing::warn!("the Invoke API or the brokers cannot accept a connection: {error}");
                 tokio::time::sleep(PAUSE).await;
             }
         }
     }
 }
 
-async fn connection(shared: Arc<Shared>, stream: TcpStream) {
+async fn connection<F, A>(answer: F, stream: TcpStream)
+where
+    F: Fn(Request<Incoming>) -> A + Send + 'static,
+    A: Future<Output = Answer> + Send + 'static,
+{
     let _ = stream.set_nodelay(true);
     let answer = service_fn(move |request| {
-        let shared = shared.clone();
-        async move { Ok::<_, Infallible>(shared.answer(request).await) }
+        let answered = answer(request);
+        async move { Ok::<_, Infallible>(answered.await) }
     });
     let mut http = hyper::server::conn::http1::Builder::new();
     let served =
         http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).serve_connection(TokioIo::new(stream), answer);
     if let Err(error) = served.await {
-        tracing::debug!("a connection to the Invoke API ended: {error}");
+        tracing::debug!("a connection to the Invoke API or a broker ended: {error}");
     }
 }
 
@@ -143,7 +151,7 @@ fn header<'a>(parts: &'a Parts, name: &str) -> &'a str {
 }
 
 impl Shared {
-    async fn answer(&self, request: Request<Incoming>) -> Answer {
+    pub async fn answer(&self, request: Request<Incoming>) -> Answer {
         let id = self.request_id();
         let mut answer = self.handle(request, &id).await.unwrap_or_else(Refused::into_answer);
         if let Ok(id) = HeaderValue::from_str(&id) {
@@ -280,9 +288,9 @@ impl Shared {
     async fn call(&self, function: &SharedObject, parts: &Parts, body: Bytes, id: &str) -> Result<Answer, Refused> {
         let context = parts.headers.get("x-amz-client-context").map(client_context).transpose()?;
         let (name, begun, clock) = (function.name(), clock::now_nanos(), Instant::now());
-        let call = Call { event: body, client_context: context };
+        let call = Call { event: body, client_context: context, request: Form::default() };
         let outcome = self.messages.dispatcher.call(function.namespace(), name, call).await;
-        let Outcome { payload, failed, request_id, pod } = outcome.map_err(|error| refused(error, name))?;
+        let Outcome { payload, failed, request_id, pod, .. } = outcome.map_err(|error| refused(error, name))?;
         let took = clock.elapsed();
         let mut answer = Answer::new(Full::new(payload));
         let headers = answer.headers_mut();

@@ -10,6 +10,16 @@ const NEVER: u64 = 1 | 1 << 15;
 /// signals and abstract sockets outside of this domain, as far as the kernel knows how to. Descriptors open already are not
 /// touched. Tells the kernel's Landlock ABI, 0 if it has none.
 pub fn confine(open: Option<BorrowedFd<'_>>) -> Result<u32> {
+    restrict(open, 0b11)
+}
+
+/// The same without any directory, for a role that connects: TCP is left alone.
+pub fn confine_files() -> Result<u32> {
+    restrict(None, 0)
+}
+
+/// `network`: the `LANDLOCK_ACCESS_NET_*` that are denied.
+fn restrict(open: Option<BorrowedFd<'_>>, network: u64) -> Result<u32> {
     let abi = sys::landlock_abi();
     if abi == 0 {
         return Ok(0);
@@ -23,7 +33,7 @@ pub fn confine(open: Option<BorrowedFd<'_>>) -> Result<u32> {
     let handled = (1u64 << fs_rights) - 1;
     let attribute = sys::Ruleset {
         handled_access_fs: handled,
-        handled_access_net: if abi >= 4 { 0b11 } else { 0 },
+        handled_access_net: if abi >= 4 { network } else { 0 },
         scoped: if abi >= 6 { 0b11 } else { 0 },
     };
     let size = match abi {

@@ -5,7 +5,7 @@ mod landlock;
 mod seccomp;
 mod sys;
 
-pub use landlock::confine;
+pub use landlock::{confine, confine_files};
 pub use seccomp::Filter;
 pub use sys::{close_from, map_owners, unshare};
 
@@ -105,6 +105,16 @@ pub fn keep_capabilities(kept: CapabilitySet) -> Result {
     }
     set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable: CapabilitySet::empty() })
         .map_err(step("drop capabilities"))
+}
+
+/// Refuses to go on with a capability that the change of user should have taken.
+pub fn without_capabilities() -> Result {
+    let sets = thread::capabilities(None).map_err(step("look at the capabilities that are left"))?;
+    if sets.effective.is_empty() && sets.permitted.is_empty() {
+        return Ok(());
+    }
+    let error = io::Error::from(io::ErrorKind::PermissionDenied);
+    Err(step("go on: capabilities are left after the change of user")(error))
 }
 
 /// Nothing executed from here on has more privilege, and no one may look into this process. What a filter needs.

@@ -2,12 +2,15 @@
 
 use crate::{Result, step, sys};
 
-/// What a role may call.
+/// What a role may call. The default is nothing.
+#[derive(Default)]
 pub struct Filter<'a> {
     /// Without regard to arguments.
     pub calls: &'a [i64],
     /// Threads, but no namespaces.
     pub threads: bool,
+    /// `socket` with these address families.
+    pub sockets: &'a [u32],
     /// `prctl` with these first arguments.
     pub prctl: &'a [u32],
     /// `ioctl` with these requests.
@@ -63,9 +66,11 @@ impl Filter<'_> {
                 give(DENIED),
             ]);
         }
-        for (nr, offset, values) in
-            [(libc::SYS_prctl, ARGUMENT_0, self.prctl), (libc::SYS_ioctl, ARGUMENT_1, self.ioctl)]
-        {
+        for (nr, offset, values) in [
+            (libc::SYS_socket, ARGUMENT_0, self.sockets),
+            (libc::SYS_prctl, ARGUMENT_0, self.prctl),
+            (libc::SYS_ioctl, ARGUMENT_1, self.ioctl),
+        ] {
             let length = values.len() as u8 * 2 + 2;
             program.extend([step(EQUAL, 0, length, number(nr)), step(LOAD, 0, 0, offset)]);
             for value in values {
@@ -110,14 +115,17 @@ mod tests {
     #[test]
     fn what_is_on_the_list_is_allowed_and_nothing_else() {
         let calls = [libc::SYS_read, libc::SYS_futex];
+        let (sockets, prctl) = ([libc::AF_INET as u32, libc::AF_INET6 as u32], [libc::PR_SET_NAME as u32]);
         let filter =
-            Filter { calls: &calls, threads: true, prctl: &[libc::PR_SET_NAME as u32], ioctl: &[0x5421, 0x5451] };
+            Filter { calls: &calls, threads: true, sockets: &sockets, prctl: &prctl, ioctl: &[0x5421, 0x5451] };
         for nr in calls {
             assert_eq!(verdict(&filter, nr, 0, 0), ALLOW, "{nr}");
         }
         for nr in [libc::SYS_openat, libc::SYS_socket, libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill] {
             assert_eq!(verdict(&filter, nr, 0, 0), DENIED, "{nr}");
         }
+        assert_eq!(verdict(&filter, libc::SYS_socket, libc::AF_INET6 as u32, 0), ALLOW);
+        assert_eq!(verdict(&filter, libc::SYS_socket, libc::AF_NETLINK as u32, 0), DENIED);
         assert_eq!(verdict(&filter, libc::SYS_clone, libc::CLONE_VM as u32, 0), ALLOW);
         assert_eq!(verdict(&filter, libc::SYS_clone, libc::CLONE_NEWUSER as u32, 0), DENIED);
         assert_eq!(verdict(&filter, libc::SYS_clone3, 0, 0), ERRNO | libc::ENOSYS as u32);
@@ -126,8 +134,9 @@ mod tests {
         assert_eq!(verdict(&filter, libc::SYS_ioctl, 0, 0x5451), ALLOW);
         assert_eq!(verdict(&filter, libc::SYS_ioctl, 0, 0x5412), DENIED);
 
-        let single = Filter { threads: false, ..filter };
+        let single = Filter { threads: false, sockets: &[], ..filter };
         assert_eq!(verdict(&single, libc::SYS_clone, libc::CLONE_VM as u32, 0), DENIED);
         assert_eq!(verdict(&single, libc::SYS_clone3, 0, 0), DENIED);
+        assert_eq!(verdict(&single, libc::SYS_socket, libc::AF_INET as u32, 0), DENIED);
     }
 }

@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 /// The router's side of every link: locally administered, from 169.254.1.1.
-pub(crate) const ROUTER_MAC: Mac = mac_of(GATEWAY);
+pub const ROUTER_MAC: Mac = mac_of(GATEWAY);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LinkKind {
@@ -34,6 +34,15 @@ pub enum LinkKind {
     Namespace,
     /// A tap device in the router's namespace (machines).
     Tap,
+}
+
+/// Where a workload's address is from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// [`crate::Subnet::name`]; `None`: [`RouterConfig::pod_cidr`].
+    pub subnet: Option<String>,
+    /// An address that its key has elsewhere is given up for one from there.
+    pub moves: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +55,8 @@ pub struct AttachRequest {
     /// workload with the same key until [`Router::release_address`].
     pub address_key: Option<String>,
     pub kind: LinkKind,
+    /// Of an address that it does not have yet.
+    pub place: Place,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -123,6 +134,7 @@ impl Router {
     fn prepared_for(&self, request: &AttachRequest) -> Option<Prepared> {
         let is_new = request.kind == LinkKind::Namespace
             && request.address_key.is_none()
+            && request.place.subnet.is_none()
             && guard(&self.addresses).get(&request.uid).is_none()
             && !ns::is_pinned(&self.pin_of(&request.uid));
         if is_new { self.pool.take() } else { None }
@@ -131,10 +143,10 @@ impl Router {
     /// The workload's address: the one that was set aside for it, or its own, or a free one.
     fn lease(&self, request: &AttachRequest, kind: Kind, set_aside: Option<Ipv4Addr>) -> Result<Lease> {
         let (uid, namespace, key) = (&request.uid, &request.namespace, request.address_key.as_deref());
-        let lease = |set_aside| guard(&self.addresses).lease(uid, namespace, key, kind, set_aside);
+        let lease = |set_aside| guard(&self.addresses).lease(uid, namespace, key, kind, &request.place, set_aside);
         match lease(set_aside) {
             // The last addresses may be those that were set aside.
-            Err(Error::Exhausted { .. }) if self.prepared() > 0 => {
+            Err(Error::Exhausted { .. }) if request.place.subnet.is_none() && self.prepared() > 0 => {
                 self.pool.take().into_iter().for_each(|prepared| self.discard(prepared));
                 lease(None)
             }
@@ -180,7 +192,7 @@ impl Router {
         mark.regroup_link(name, route::DEAD);
         guard(&self.route).send(mark)?;
         let mut reaper = guard(&self.reaper);
-        if route::find_link(&mut reaper, name)?.is_some() {
+        if route::index_of(&reaper, name)?.is_some() {
             let mut batch = Batch::new();
             batch.delete_links(route::DEAD);
             reaper.send(batch)?;
@@ -191,7 +203,7 @@ impl Router {
     /// Opens a machine's tap device: frames with a virtio-net header, one queue, non-blocking. The descriptor works in
     /// any namespace and under any user.
     pub fn open_tap(&self, name: &str) -> Result<OwnedFd> {
-        if !name.starts_with(TAP_PREFIX) || route::find_link(&mut guard(&self.route), name)?.is_none() {
+        if !name.starts_with(TAP_PREFIX) || route::index_of(&guard(&self.route), name)?.is_none() {
             return Err(Error::NoLink(name.to_owned()));
         }
         self.run(|| bound_tap(name))?
@@ -204,14 +216,13 @@ impl Router {
         let pod = ns::open(pin)?;
         ns::in_ns(pod.as_fd(), || {
             let mut inside = Socket::route()?;
-            let ends =
-                (route::find_link(&mut guard(&self.route), name)?, route::find_link(&mut inside, WORKLOAD_LINK)?);
+            let ends = (route::index_of(&guard(&self.route), name)?, route::index_of(&inside, WORKLOAD_LINK)?);
             match ends {
-                (Some(link), Some(_)) => {
+                (Some(index), Some(_)) => {
                     // Links of before there was IPv6 here had it off.
                     ns::sysctl("ipv6/conf/eth0/disable_ipv6", "0")?;
                     self.configure_workload(address)?;
-                    self.configure_router_side(Kind::Namespace, link.index, address)
+                    self.configure_router_side(Kind::Namespace, index, address)
                 }
                 _ => {
                     self.remove_link(name)?;
@@ -273,7 +284,7 @@ impl Router {
     }
 
     fn link_tap(&self, name: &str, address: Ipv4Addr) -> Result<()> {
-        let found = route::find_link(&mut guard(&self.route), name)?;
+        let found = route::index_of(&guard(&self.route), name)?;
         if found.is_none() {
             self.renew_bandwidth(address);
             self.run(|| {
@@ -326,7 +337,7 @@ impl Router {
 
     pub(crate) fn remove_link(&self, name: &str) -> Result<()> {
         let mut route = guard(&self.route);
-        if route::find_link(&mut route, name)?.is_some() {
+        if route::index_of(&route, name)?.is_some() {
             let mut batch = Batch::new();
             batch.delete_link(name);
             route.send(batch)?;

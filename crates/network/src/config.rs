@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::limits::Limits;
+use crate::subnets::Pairs;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -45,6 +46,9 @@ impl Cidr {
     pub fn overlaps(self, other: Cidr) -> bool {
         self.contains(other.base()) || other.contains(self.base())
     }
+    pub fn covers(self, other: Cidr) -> bool {
+        other.prefix >= self.prefix && self.contains(other.base())
+    }
     /// Number of addresses.
     pub fn size(self) -> u32 {
         1 << (32 - u32::from(self.prefix))
@@ -74,6 +78,18 @@ impl FromStr for Cidr {
         };
         let (base, prefix) = text.split_once('/').ok_or_else(error)?;
         Cidr::new(base.parse().map_err(|_| error())?, prefix.parse().map_err(|_| error())?)
+    }
+}
+
+impl serde::Serialize for Cidr {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Cidr {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Cidr, D::Error> {
+        <std::borrow::Cow<'de, str>>::deserialize(from)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -108,15 +124,31 @@ impl Cidr6 {
     pub fn overlaps(self, other: Cidr6) -> bool {
         self.contains(other.base()) || other.contains(self.base())
     }
+    pub fn covers(self, other: Cidr6) -> bool {
+        other.prefix >= self.prefix && self.contains(other.base())
+    }
+    /// Number of addresses.
+    pub(crate) fn size(self) -> u128 {
+        1 << (128 - u32::from(self.prefix))
+    }
     /// The `n`th address.
     fn nth(self, n: u32) -> Ipv6Addr {
         (self.base | (u128::from(n) & !self.mask())).into()
+    }
+    /// What is as far from the beginning as `address` is in `other`.
+    pub(crate) fn paired(self, other: Cidr, address: Ipv4Addr) -> Ipv6Addr {
+        self.nth(address.to_bits() & !other.mask())
+    }
+    /// Undoes [`Cidr6::paired`].
+    pub(crate) fn pair_of(self, other: Cidr, address: Ipv6Addr) -> Option<Ipv4Addr> {
+        let offset = self.contains(address).then(|| address.to_bits() & !self.mask())?;
+        u32::try_from(offset).ok().filter(|n| *n < other.size()).map(|n| other.nth(n))
     }
     fn mask(self) -> u128 {
         u128::MAX << (128 - u32::from(self.prefix))
     }
     /// Whether what is `n` addresses from the beginning is in it.
-    fn reaches(self, n: u32) -> bool {
+    pub(crate) fn reaches(self, n: u32) -> bool {
         u128::from(n) & self.mask() == 0
     }
 }
@@ -137,6 +169,18 @@ impl FromStr for Cidr6 {
         };
         let (base, prefix) = text.split_once('/').ok_or_else(error)?;
         Cidr6::new(base.parse().map_err(|_| error())?, prefix.parse().map_err(|_| error())?)
+    }
+}
+
+impl serde::Serialize for Cidr6 {
+    fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        to.collect_str(self)
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for Cidr6 {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> std::result::Result<Cidr6, D::Error> {
+        <std::borrow::Cow<'de, str>>::deserialize(from)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -166,6 +210,13 @@ pub struct RouterConfig {
     pub pod_cidr: Cidr,
     /// Workloads' IPv6 addresses, each as far from the beginning as the workload's IPv4 address is in `pod_cidr`.
     pub pod_cidr6: Cidr6,
+    /// One part in so many of `subnet_cidr`, and of `subnet_cidr6`, is what a namespace's subnets may have together.
+    pub subnet_share: u32,
+    /// Where subnets ([`crate::Subnet`]) may be.
+    pub subnet_cidr: Cidr,
+    pub subnet_cidr6: Cidr6,
+    /// IPv6 networks of subnets that have one of their own; clones share them.
+    pub pairs: Pairs,
     /// ClusterIPs.
     pub service_cidr: Cidr,
     pub service_cidr6: Cidr6,
@@ -174,6 +225,8 @@ pub struct RouterConfig {
     pub limits: Limits,
     /// The command that plays [`crate::relay::main`], without its last argument.
     pub relay: Vec<String>,
+    /// Whether an uplink may lead IPv6 out by `force_forwarding`, where the kernel has it.
+    pub force_forwarding: bool,
 }
 
 impl RouterConfig {
@@ -184,11 +237,16 @@ impl RouterConfig {
             run_dir: run_dir.into(),
             pod_cidr: Cidr { base: Ipv4Addr::new(10, 42, 0, 0).to_bits(), prefix: 16 },
             pod_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x42, 0, 0, 0, 0, 0).to_bits(), prefix: 64 },
+            subnet_cidr: Cidr { base: Ipv4Addr::new(10, 44, 0, 0).to_bits(), prefix: 16 },
+            subnet_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x44, 0, 0, 0, 0, 0).to_bits(), prefix: 48 },
+            subnet_share: 8,
+            pairs: Pairs::default(),
             service_cidr: Cidr { base: Ipv4Addr::new(10, 43, 0, 0).to_bits(), prefix: 16 },
             service_cidr6: Cidr6 { base: Ipv6Addr::new(0xfd00, 0x10, 0x43, 0, 0, 0, 0, 0).to_bits(), prefix: 112 },
             dns_address: Ipv4Addr::new(10, 43, 0, 10),
             limits: Limits::default(),
             relay: vec!["/proc/self/exe".to_owned(), "egress-relay".to_owned()],
+            force_forwarding: true,
         }
     }
     /// Whether Services may have this address.
@@ -207,11 +265,12 @@ impl RouterConfig {
         match address {
             IpAddr::V4(own) => {
                 let nobodys = own.octets()[0] == 0 || own.octets()[0] >= 240 || own.is_link_local();
-                !nobodys && !self.pod_cidr.contains(own) && !self.service_cidr.contains(own)
+                !nobodys && !self.is_workloads(own) && !self.service_cidr.contains(own)
             }
             IpAddr::V6(own) => {
                 let mapped = own.to_ipv4_mapped().is_some() || own.is_unicast_link_local();
-                !mapped && !self.pod_cidr6.contains(own) && !self.service_cidr6.contains(own)
+                let ours = [self.pod_cidr6, self.subnet_cidr6, self.service_cidr6];
+                !mapped && !ours.into_iter().any(|network| network.contains(own))
             }
         }
     }
@@ -222,21 +281,44 @@ impl RouterConfig {
     pub fn router_address6(&self) -> Ipv6Addr {
         self.v6_of(self.router_address())
     }
-    /// The IPv6 address that goes with an address of `pod_cidr`.
+    /// The host's IPv6 address on the link to it, where its refusals come from: the last of `pod_cidr`'s, which no workload has.
+    pub(crate) fn host_address6(&self) -> Ipv6Addr {
+        self.v6_of(self.pod_cidr.nth(self.pod_cidr.size() - 1))
+    }
+    /// Whether workloads can have this address.
+    pub fn is_workloads(&self, address: Ipv4Addr) -> bool {
+        self.pod_cidr.contains(address) || self.subnet_cidr.contains(address)
+    }
+    /// The IPv6 address that goes with a workload's address: as far from the beginning of its subnet's own IPv6 network, or
+    /// else of the one that goes with `pod_cidr` or `subnet_cidr`.
     pub fn v6_of(&self, address: Ipv4Addr) -> Ipv6Addr {
-        self.pod_cidr6.nth(address.to_bits() & !self.pod_cidr.mask())
+        if !self.subnet_cidr.contains(address) {
+            return self.pod_cidr6.paired(self.pod_cidr, address);
+        }
+        self.pairs.v6_of(address).unwrap_or_else(|| self.subnet_cidr6.paired(self.subnet_cidr, address))
     }
     /// The IPv4 address that goes with an IPv6 address, if that is one that a workload can have.
     pub fn v4_of(&self, address: Ipv6Addr) -> Option<Ipv4Addr> {
-        let offset = self.pod_cidr6.contains(address).then(|| address.to_bits() & !self.pod_cidr6.mask())?;
-        u32::try_from(offset).ok().filter(|n| *n < self.pod_cidr.size()).map(|n| self.pod_cidr.nth(n))
+        if let Some(found) = self.pod_cidr6.pair_of(self.pod_cidr, address) {
+            return Some(found);
+        }
+        self.subnet_cidr6.contains(address).then_some(())?;
+        let common = || self.subnet_cidr6.pair_of(self.subnet_cidr, address);
+        self.pairs.v4_of(address).or_else(common).filter(|found| self.v6_of(*found) == address)
+    }
+    /// The part of `subnet_cidr6` that goes with `subnet_cidr`, first and last.
+    pub(crate) fn common6(&self) -> (Ipv6Addr, Ipv6Addr) {
+        (self.subnet_cidr6.base(), self.subnet_cidr6.nth(self.subnet_cidr.size() - 1))
     }
     pub fn dns_address6(&self) -> Ipv6Addr {
         self.service_cidr6.nth(self.dns_address.to_bits() & !self.service_cidr.mask())
     }
-    /// All workloads' and Services' addresses.
+    /// All workloads' and Services' addresses, and what subnets may be cut from.
     pub fn networks(&self) -> Networks {
-        Networks { v4: vec![self.pod_cidr, self.service_cidr], v6: vec![self.pod_cidr6, self.service_cidr6] }
+        Networks {
+            v4: vec![self.pod_cidr, self.service_cidr, self.subnet_cidr],
+            v6: vec![self.pod_cidr6, self.service_cidr6, self.subnet_cidr6],
+        }
     }
     /// Whether such a router can be: what [`crate::Router::open`] checks first.
     pub fn check(&self) -> Result<()> {
@@ -245,7 +327,13 @@ impl RouterConfig {
         if pods.overlaps(services) {
             return error("service_cidr", services.to_string(), "overlaps pod_cidr; choose networks that do not");
         }
-        for (field, cidr) in [("pod_cidr", pods), ("service_cidr", services)] {
+        let subnets = self.subnet_cidr;
+        for (other, cidr) in [("pod_cidr", pods), ("service_cidr", services)] {
+            if subnets.overlaps(cidr) {
+                return error("subnet_cidr", subnets.to_string(), &format!("overlaps {other} {cidr}"));
+            }
+        }
+        for (field, cidr) in [("pod_cidr", pods), ("service_cidr", services), ("subnet_cidr", subnets)] {
             let base = cidr.base();
             let taken = [Ipv4Addr::LOCALHOST, Ipv4Addr::UNSPECIFIED, GATEWAY, Ipv4Addr::new(224, 0, 0, 0)];
             if taken.into_iter().any(|a| cidr.contains(a)) || base.octets()[0] == 127 || base.octets()[0] >= 224 {
@@ -262,7 +350,8 @@ impl RouterConfig {
     fn check6(&self) -> Result<()> {
         let error = |field, value: Cidr6, why: String| Err(Error::Config { field, value: value.to_string(), why });
         let (pods, services) = (self.pod_cidr6, self.service_cidr6);
-        for (field, cidr) in [("pod_cidr", pods), ("service_cidr", services)] {
+        let subnets = self.subnet_cidr6;
+        for (field, cidr) in [("pod_cidr", pods), ("service_cidr", services), ("subnet_cidr", subnets)] {
             // Global (2000::/3) or unique local (fc00::/7) unicast; a short prefix of anything else would cover more.
             let first = cidr.base().segments()[0];
             if first & 0xe000 != 0x2000 && first & 0xfe00 != 0xfc00 {
@@ -276,6 +365,15 @@ impl RouterConfig {
         if !pods.reaches(self.pod_cidr.size() - 1) {
             let why = format!("is smaller than {}; every workload has an address in both", self.pod_cidr);
             return error("pod_cidr", pods, why);
+        }
+        for (other, cidr) in [("pod_cidr", pods), ("service_cidr", services)] {
+            if subnets.overlaps(cidr) {
+                return error("subnet_cidr", subnets, format!("overlaps {other} {cidr}"));
+            }
+        }
+        if !subnets.reaches(self.subnet_cidr.size() - 1) {
+            let why = format!("is smaller than {}; every workload has an address in both", self.subnet_cidr);
+            return error("subnet_cidr", subnets, why);
         }
         if !services.reaches(self.dns_address.to_bits() & !self.service_cidr.mask()) {
             let why =
@@ -335,6 +433,28 @@ mod tests {
         }
         for bad in ["", "fd00::", "fd00::1/64", "fd00::/8", "fd00::/127", "10.0.0.0/16", "fd00::/x"] {
             assert!(bad.parse::<Cidr6>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn where_subnets_may_be_is_apart() {
+        let config = |v4: &str, v6: &str| {
+            let (subnet_cidr, subnet_cidr6) = (v4.parse().unwrap(), v6.parse().unwrap());
+            RouterConfig { subnet_cidr, subnet_cidr6, ..RouterConfig::new("/x", "/y") }
+        };
+        assert!(config("192.168.0.0/16", "fd00:1::/112").check().is_ok());
+        for (v4, v6) in [
+            ("10.42.128.0/20", "fd00:1::/64"),
+            ("10.43.0.0/16", "fd00:1::/64"),
+            ("10.0.0.0/8", "fd00:1::/64"),
+            ("169.254.0.0/16", "fd00:1::/64"),
+            ("10.44.0.0/16", "fd00:10:42::/64"),
+            ("10.44.0.0/16", "fd00:10:40::/42"),
+            ("10.44.0.0/16", "fd00:1::/113"),
+            ("10.44.0.0/16", "fe80::/64"),
+        ] {
+            let told = config(v4, v6).check().unwrap_err().to_string();
+            assert!(told.starts_with("subnet_cidr: "), "{v4} {v6}: {told}");
         }
     }
 

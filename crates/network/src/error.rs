@@ -32,8 +32,12 @@ pub enum Error {
     JournalVersion { path: PathBuf, found: String, known: u32 },
     #[error("{path} is in use by another process: one instance only may run on a data directory")]
     InUse { path: PathBuf },
-    #[error("no free address in {cidr}: {used} are in use; remove workloads or choose a larger pod CIDR")]
-    Exhausted { cidr: String, used: usize },
+    #[error("no free address in {network}: {used} are in use; remove workloads or choose a larger {larger}")]
+    Exhausted { network: String, used: usize, larger: &'static str },
+    #[error("there is no Network {0} here")]
+    NoSubnet(String),
+    #[error("Network {name}: {why}")]
+    Subnet { name: String, why: crate::subnets::Misfit },
     #[error("address {address} of key {key:?} is in use by workload {uid}; detach that one first")]
     KeyInUse { key: String, address: Ipv4Addr, uid: String },
     #[error("no link of that name: {0:?}")]

@@ -4,6 +4,7 @@
 //! ```text
 //! prerouting -450  sources       a frame comes from a link with that link's own MAC and IP address, or by the way out with
 //!                                one from outside, or is dropped; in `ip6` without extension headers that say how to route it.
+//!                                What the router alone may send (DHCP's answers, router advertisements, redirects): to `router_alone`.
 //!                                Fragments, questions to DNS, questions for an address: no more than `limits.rs` says
 //! prerouting -150  returns       answers to connections that the relay made for clients outside are led to its sockets
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
@@ -11,6 +12,7 @@
 //! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
+//!                                again nothing that the router alone may send, which a Service's port could hide; then
 //!                                map `ingress` by destination: the same -> `counted`: accept, if the source may have
 //!                                one more connection; or out by the uplink, if there is one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
 //! output        0  output        what the relay sends for clients outside starts at `ingress`; the refusal of endpointless services and of the outside for the router's own connections
@@ -26,14 +28,14 @@
 use crate::attach::{ALL_DHCP_SERVERS, TAP_PREFIX};
 use crate::config::{GATEWAY, GATEWAY6, RouterConfig};
 use crate::error::Result;
-use crate::limits::{self, Limits};
+use crate::limits::{self, Cause, Limits};
 use crate::netlink::Socket;
 use crate::netlink::nft::{
     self, AnonymousSet, BaseChain, Element, Family, Field, Hook, Policy, R0, R4, R6, Rule, Transaction, Unreachable,
     Value, concat, interface_name, octets,
 };
 use crate::netlink::route::Mac;
-use crate::policy::{Block, Network, Ranges, ranges};
+use crate::policy::{Block, Network, Ranges, dhcp_client, ranges};
 use crate::relay::MARK;
 use crate::router::VOID;
 use crate::uplink::{LINK as UPLINK, RELAY};
@@ -45,7 +47,7 @@ const BEFORE_FRAGMENTS: i32 = -450;
 /// ICMPv6, which may be of neighbours.
 const DISCOVERY: &str = "discovery";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 10;
+const VERSION: u32 = 12;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -83,6 +85,7 @@ const ICMP6: u8 = 58;
 /// router (source routes, alerts, home addresses) nobody here may ask.
 const EXTENSIONS: [u8; 3] = [0, 43, 60];
 const ROUTER_SOLICITATION: u8 = 133;
+const ROUTER_ADVERTISEMENT: u8 = 134;
 const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 const REDIRECT: u8 = 137;
@@ -105,7 +108,7 @@ pub struct Link {
 pub(crate) struct Side {
     pub family: Family,
     /// All workloads' addresses; all ClusterIPs.
-    pods: (IpAddr, u8),
+    pods: [(IpAddr, u8); 2],
     services: (IpAddr, u8),
     loopback: (IpAddr, u8),
     /// What the way out does not lead to.
@@ -114,6 +117,8 @@ pub(crate) struct Side {
     pub limits: Limits,
     router: IpAddr,
     gateway: IpAddr,
+    /// The host on the link to it, where it has an address there.
+    host: Option<IpAddr>,
     /// The link that leads nowhere: where what has no other route leaves.
     nowhere: &'static str,
     echo_request: u8,
@@ -124,7 +129,7 @@ impl Side {
         match family {
             Family::Ip | Family::Arp => Side {
                 family,
-                pods: (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
+                pods: [config.pod_cidr, config.subnet_cidr].map(|pods| (pods.base().into(), pods.prefix())),
                 services: (config.service_cidr.base().into(), config.service_cidr.prefix()),
                 loopback: (Ipv4Addr::new(127, 0, 0, 0).into(), 8),
                 inside: inside(config),
@@ -132,12 +137,13 @@ impl Side {
                 limits: config.limits,
                 router: config.router_address().into(),
                 gateway: GATEWAY.into(),
+                host: None,
                 nowhere: "lo",
                 echo_request: 8,
             },
             Family::Ip6 => Side {
                 family,
-                pods: (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
+                pods: [config.pod_cidr6, config.subnet_cidr6].map(|pods| (pods.base().into(), pods.prefix())),
                 services: (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
                 loopback: (Ipv6Addr::LOCALHOST.into(), 128),
                 inside: inside(config),
@@ -145,6 +151,7 @@ impl Side {
                 limits: config.limits,
                 router: config.router_address6().into(),
                 gateway: GATEWAY6.into(),
+                host: Some(config.host_address6().into()),
                 nowhere: VOID,
                 echo_request: 128,
             },
@@ -161,12 +168,13 @@ impl Side {
     }
     /// Says what the table was made for. The `arp` table does not depend on anything.
     fn comment(&self) -> String {
-        let (pods, services) = (self.pods, self.services);
+        let ([pods, subnets], services) = (self.pods, self.services);
         let Limits { connections, questions } = self.limits;
         match self.family {
             Family::Arp => format!("ruleset {VERSION}"),
             Family::Ip | Family::Ip6 => {
-                let networks = format!("{}/{} {}/{} {}", pods.0, pods.1, services.0, services.1, self.dns);
+                let networks = [pods, subnets, services].map(|(base, prefix)| format!("{base}/{prefix}")).join(" ");
+                let networks = format!("{networks} {}", self.dns);
                 format!("ruleset {VERSION}: {networks}, {connections} connections, {questions} questions")
             }
         }
@@ -289,7 +297,9 @@ fn chains(t: &mut Transaction) {
         t.add_base_chain(&chain);
     }
     let limits = [limits::COUNTED, limits::GROUPS, limits::FRAGMENTS, limits::QUESTIONS, limits::ASKING];
-    for chain in [TO_INGRESS, EGRESS_DEFAULT, INGRESS_DEFAULT, REFUSED, DISCOVERY].into_iter().chain(limits) {
+    for chain in
+        [TO_INGRESS, EGRESS_DEFAULT, INGRESS_DEFAULT, DISCOVERY].into_iter().chain(limits).chain(Cause::chains())
+    {
         t.add_chain(chain);
     }
 }
@@ -313,13 +323,20 @@ fn sources(t: &mut Transaction, side: &Side) {
         }
     }
     t.add_rule("sources", side.rule().if_not_to_us().goto(limits::GROUPS));
+    router_alone(t, side, "sources");
     if side.family == Family::Ip6 {
         t.add_rule("sources", side.rule().if_protocol(ICMP6).jump(DISCOVERY));
         t.add_rule("sources", side.rule().load_source(R0).if_within(R0, LINK_LOCAL.0, LINK_LOCAL.1).drop());
     }
     // What the relay writes: workloads' own SYNs, which go to its listener, and answers from outside.
-    let written = side.rule().if_input(RELAY).if_protocol(TCP).load_source(R0).if_within(R0, side.pods.0, side.pods.1);
-    t.add_rule("sources", written.untracked().accept());
+    for (base, prefix) in side.pods {
+        let written = side.rule().if_input(RELAY).if_protocol(TCP).load_source(R0).if_within(R0, base, prefix);
+        t.add_rule("sources", written.untracked().accept());
+    }
+    if let Some(host) = side.host {
+        let refusals = side.rule().if_input(UPLINK).if_protocol(ICMP6).if_source(host);
+        t.add_rule("sources", refusals.accept().comment("the host's, about what it cannot forward"));
+    }
     for link in [UPLINK, RELAY] {
         let inside = side.inside(t);
         t.add_rule("sources", side.rule().if_input(link).load_source(R0).if_in(inside, R0).drop());
@@ -343,6 +360,19 @@ fn sources(t: &mut Transaction, side: &Side) {
     } else {
         let asks = asks.if_source(Ipv4Addr::UNSPECIFIED).if_destination(Ipv4Addr::BROADCAST);
         t.add_rule(limits::GROUPS, asks.if_destination_port(67).goto(limits::ASKING));
+    }
+}
+
+/// DHCP's answers, from whatever port; router advertisements (RFC 1256; RFC 4861) and redirects.
+fn router_alone(t: &mut Transaction, side: &Side, chain: &str) {
+    let client = side.rule().if_protocol(UDP).if_destination_port(dhcp_client(side.family));
+    t.add_rule(chain, client.goto(Cause::Announcements.word()));
+    let kinds = match side.family {
+        Family::Ip | Family::Arp => [5, 9],
+        Family::Ip6 => [ROUTER_ADVERTISEMENT, REDIRECT],
+    };
+    for kind in kinds {
+        t.add_rule(chain, side.rule().if_icmp_type(kind).goto(Cause::Announcements.word()));
     }
 }
 
@@ -410,7 +440,8 @@ fn forward(t: &mut Transaction, side: &Side) {
     // What has no other route leads nowhere: a workload's is refused below like any other, the router's own here.
     // A redirected connection still counts as leaving that way here, so pods are let through by address.
     let whole = |address| (address, if side.family == Family::Ip6 { 128 } else { 32 });
-    for (base, prefix) in [side.loopback, whole(side.router), whole(side.gateway), side.pods] {
+    let here = [side.loopback, whole(side.router), whole(side.gateway)];
+    for (base, prefix) in here.into_iter().chain(side.pods) {
         t.add_rule("output", side.rule().if_destination_in(base, prefix).accept());
     }
     t.add_rule("output", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
@@ -423,6 +454,7 @@ fn forward(t: &mut Transaction, side: &Side) {
     t.add_rule("forward", side.rule().if_input(UPLINK).goto(TO_INGRESS));
     t.add_rule("forward", side.rule().load_source(R0).verdict_map(EGRESS, R0));
     t.add_rule("forward", side.rule().goto(REFUSED));
+    router_alone(t, side, TO_INGRESS);
     t.add_rule(TO_INGRESS, side.rule().load_destination(R0).verdict_map(INGRESS, R0));
     let inside = side.inside(t);
     t.add_rule(TO_INGRESS, side.rule().load_destination(R0).if_in(inside, R0).goto(REFUSED));
@@ -443,6 +475,12 @@ const METADATA: [(IpAddr, u8); 5] = [
     (IpAddr::V6(Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)), 128),
 ];
 
+/// Whether clouds keep secrets at this address.
+pub(crate) fn is_metadata(address: IpAddr) -> bool {
+    let network = |(base, prefix): (IpAddr, u8)| Block { network: Network { base, prefix }, except: Vec::new() };
+    METADATA.into_iter().any(|one| ranges(&[network(one)]).contains(address))
+}
+
 /// What is never outside: what nobody has, workloads and Services, this machine, links, groups, clouds' secrets; and
 /// those IPv4 addresses in the clothes of IPv6 (RFC 4291, 2.5.5; RFC 6052).
 pub(crate) fn inside(config: &RouterConfig) -> Ranges {
@@ -454,18 +492,18 @@ pub(crate) fn inside(config: &RouterConfig) -> Ranges {
         v4(127, 0, 0, 0, 8),
         v4(169, 254, 0, 0, 16),
         v4(224, 0, 0, 0, 3),
-        (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
-        (config.service_cidr.base().into(), config.service_cidr.prefix()),
         v6(0, 64),
         v6(LINK_LOCAL.0.segments()[0], LINK_LOCAL.1),
         v6(MULTICAST.0.segments()[0], MULTICAST.1),
         translated(0x7f00, 104),
         translated(0xa9fe, 112),
-        (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
-        (config.service_cidr6.base().into(), config.service_cidr6.prefix()),
     ];
+    let own = config.networks();
+    let own4 = own.v4.into_iter().map(|network| (network.base().into(), network.prefix()));
+    let own6 = own.v6.into_iter().map(|network| (network.base().into(), network.prefix()));
+    let all = all.into_iter().chain(own4).chain(own6);
     let network = |(base, prefix)| Block { network: Network { base, prefix }, except: Vec::new() };
-    let blocks: Vec<Block> = all.into_iter().chain(METADATA).map(network).collect();
+    let blocks: Vec<Block> = all.chain(METADATA).map(network).collect();
     ranges(&blocks)
 }
 

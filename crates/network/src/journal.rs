@@ -9,6 +9,7 @@
 //! cut (those with a key) are synced before they are used; others only have to survive the process, since a reboot
 //! takes their workloads with it.
 
+use crate::config::{Cidr, Cidr6};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -40,6 +41,10 @@ pub enum Record {
     Reserve { key: String, address: Ipv4Addr },
     /// A key's reservation has ended.
     Forget { key: String },
+    /// A subnet, before what has addresses of it.
+    Subnet { name: String, cidr: Cidr, cidr6: Option<Cidr6> },
+    /// It has gone.
+    NoSubnet { name: String },
 }
 
 pub struct Journal {
@@ -173,6 +178,11 @@ mod tests {
                     \"address\":\"10.42.0.2\",\"kind\":\"tap\"}}\n";
         assert_eq!(line(&record), want);
         assert_eq!(parse(want.trim().as_bytes()), Some(record));
+        let (cidr, cidr6) = ("10.44.1.0/24".parse().unwrap(), "fd00:10:44:1::/64".parse().ok());
+        let record = Record::Subnet { name: "shop/edge".into(), cidr, cidr6 };
+        let want = "{\"subnet\":{\"name\":\"shop/edge\",\"cidr\":\"10.44.1.0/24\",\"cidr6\":\"fd00:10:44:1::/64\"}}\n";
+        assert_eq!(line(&record).get(9..), Some(want));
+        assert_eq!(parse(line(&record).trim().as_bytes()), Some(record));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! administrator asks for.
 //!
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
+//! - [`Router::add_subnet`] lets workloads have addresses of other networks than `pod_cidr`.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
 //! - [`Router::set_egress`] makes the way out ([`relay`] is the process of the one that touches nothing of the host);
@@ -39,6 +40,7 @@ pub mod refused;
 pub mod relay;
 mod router;
 mod services;
+mod subnets;
 mod sys;
 mod uplink;
 pub mod watch;
@@ -52,7 +54,7 @@ pub mod fuzz {
 /// Builders and parsers of the kernel's netlink messages; public so that fuzz targets reach the parsers.
 pub mod netlink;
 
-pub use attach::{AttachRequest, Attachment, LinkKind};
+pub use attach::{AttachRequest, Attachment, LinkKind, Place, ROUTER_MAC};
 pub use bandwidth::Bandwidth;
 pub use config::{Cidr, Cidr6, GATEWAY, GATEWAY6, MTU, RouterConfig};
 pub use dns::{DnsServer, Records};
@@ -63,7 +65,8 @@ pub use limits::{Cause, Limits};
 pub use names::{NameSet, Names, Pattern};
 pub use ns::in_netns;
 pub use policy::{Isolation, Policies};
-pub use probe::{probe, probe_relay};
+pub use probe::{probe, probe_relay, probe_uplink6};
 pub use router::{Leased, Router};
 pub use services::{Protocol, ServiceRule};
+pub use subnets::{Misfit, Pairs, Subnet, SubnetUse};
 pub use uplink::{Egress, NODE};

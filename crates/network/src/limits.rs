@@ -23,19 +23,23 @@ pub enum Cause {
     Questions,
     /// To everyone or to a group: there is no layer 2.
     Groups,
+    /// Addresses, routes or a better way, which the router alone gives and announces.
+    Announcements,
 }
 
 impl Cause {
-    const LIMITS: [Cause; 4] = [Cause::Connections, Cause::Fragments, Cause::Questions, Cause::Groups];
+    const LIMITS: [Cause; 5] =
+        [Cause::Connections, Cause::Fragments, Cause::Questions, Cause::Groups, Cause::Announcements];
 
     /// The word that the kernel's log carries; also the name of the chain that refuses.
-    fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Cause::Policy => crate::firewall::REFUSED,
             Cause::Connections => "limit_connections",
             Cause::Fragments => "limit_fragments",
             Cause::Questions => "limit_questions",
             Cause::Groups => "no_groups",
+            Cause::Announcements => "router_alone",
         }
     }
     pub(crate) fn of_word(word: &str) -> Cause {
@@ -147,7 +151,6 @@ pub(crate) fn ruleset(t: &mut Transaction, side: &Side) {
     t.add_metered_set(QUESTIONS_OF, &[address], true, KEYS);
     t.add_metered_set(ASKING_OF, &[Field::InterfaceName], true, KEYS);
     for cause in Cause::LIMITS {
-        t.add_chain(cause.word());
         let log = side.rule().at_most(LOG_RATE).log_as(cause.word(), LOG_GROUP, LOG_BYTES);
         t.add_rule(cause.word(), log);
         if cause == Cause::Connections {

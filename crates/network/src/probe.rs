@@ -27,6 +27,11 @@ pub fn probe() -> Result<()> {
     })
 }
 
+/// Whether an uplink would carry IPv6 in the thread's namespace; elsewhere `nat` has a relay for it, and `routed` nothing.
+pub fn probe_uplink6() -> bool {
+    uplink::carries6(true).unwrap_or(false)
+}
+
 /// Makes the relay's link and rules in a fresh network namespace that ends with the call.
 pub fn probe_relay() -> Result<()> {
     ns::in_scratch(|| uplink::probe_relay(&RouterConfig::new("", "")))

@@ -91,6 +91,7 @@ impl Router {
             ns::pin(ns::fresh(|_| Ok(()))?.as_fd(), &pin)?;
         }
         let netns = ns::open(&pin)?;
+        config.pairs.set(addresses.pairs());
         let (mut route, reaper, mut socket, of_names, ipv6) = ns::in_ns(netns.as_fd(), || {
             sysctls()?;
             limits::sysctls()?;
@@ -325,10 +326,8 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     for address in [router, GATEWAY, config.dns_address] {
         batch.add_address(lo, address);
     }
-    let (pods, services) = (config.pod_cidr, config.service_cidr);
-    for (base, prefix) in
-        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (NODE, 32), (Ipv4Addr::UNSPECIFIED, 0)]
-    {
+    let networks = config.networks().v4.into_iter().map(|network| (network.base(), network.prefix()));
+    for (base, prefix) in networks.chain([(NODE, 32), (Ipv4Addr::UNSPECIFIED, 0)]) {
         batch.add_link_route(base, prefix, lo, router);
     }
     batch.deliver_marked(false, firewall::RELAYED, RELAY_TABLE, WIDE);
@@ -354,10 +353,8 @@ fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     for address in [router, config.dns_address6()] {
         batch.add_address6(route::LOOPBACK, address);
     }
-    let (pods, services) = (config.pod_cidr6, config.service_cidr6);
-    for (base, prefix) in
-        [(services.base(), services.prefix()), (pods.base(), pods.prefix()), (Ipv6Addr::UNSPECIFIED, 0)]
-    {
+    let networks = config.networks().v6.into_iter().map(|network| (network.base(), network.prefix()));
+    for (base, prefix) in networks.chain([(Ipv6Addr::UNSPECIFIED, 0)]) {
         batch.add_link_route6(base, prefix, void, router);
     }
     batch.deliver_marked(true, firewall::RELAYED, RELAY_TABLE, WIDE);

@@ -6,7 +6,10 @@ mod common;
 use common::*;
 use network::dns::{Views, codec};
 use network::policy::{Action, Direction, Otherwise, Ports, Profile, Rule, Workload};
-use network::{AttachRequest, Attachment, DnsServer, Isolation, LinkKind, Policies, Protocol, Records, in_netns};
+use network::refused::RefusedLog;
+use network::{
+    AttachRequest, Attachment, Cause, DnsServer, Isolation, LinkKind, Policies, Protocol, Records, in_netns,
+};
 use rustix::fd::OwnedFd;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::time::Duration;
@@ -233,6 +236,93 @@ fn rogue_servers_and_multicast() {
     });
     assert!(found.is_empty(), "{found:?}");
     assert_eq!(routes(), before);
+}
+
+/// A socket that hears the victim's ICMP.
+fn icmp_ear(pod: &Attachment) -> OwnedFd {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, socket_with};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let open = || socket_with(AddressFamily::INET, SocketType::RAW, flags, Some(ipproto::ICMP)).unwrap();
+    in_netns(&netns(pod), open).unwrap()
+}
+
+/// Types of ICMP that have come.
+fn kinds(ear: &OwnedFd) -> Vec<u8> {
+    let mut all = Vec::new();
+    let mut buffer = [0; 2048];
+    while let Ok((length, _)) = rustix::net::recv(ear, &mut buffer, rustix::net::RecvFlags::empty()) {
+        all.extend(buffer[..length].get(20));
+    }
+    all
+}
+
+/// What attacker and victim do is allowed: only what the router alone may send is not.
+#[test]
+fn addresses_and_routes_come_from_the_router_alone() {
+    let Some(field) = field() else { return };
+    let other = field.lab.pod("other");
+    field.lab.defaults(Isolation::Open);
+    let log = RefusedLog::start(field.lab.router()).unwrap();
+    let (ear, icmp) = (listen(&field.victim, 68), icmp_ear(&field.victim));
+    let to = field.victim.address;
+    let by_service = Ipv4Addr::new(10, 43, 0, 68);
+    let rule = service(by_service, Protocol::Udp, 6868, &[(to, 68)]);
+    field.lab.router().sync_services(&[rule]).unwrap();
+    let offer = [&[2, 1, 6, 0][..], &[0; 232], &[99, 130, 83, 99, 53, 1, 5, 255]].concat();
+    let mut found = field.reaches(&ear, || {
+        for port in [67u16, 68, 4000] {
+            let mut packet = datagram(68, &offer);
+            packet[..2].copy_from_slice(&port.to_be_bytes());
+            // More than once: what the firewall has let pass would take the short way from then on.
+            for _ in 0..5 {
+                field.send(field.mac, &ip(field.own, to, 17, 1, 0, &[], &packet));
+                packet[2..4].copy_from_slice(&6868u16.to_be_bytes());
+                field.send(field.mac, &ip(field.own, by_service, 17, 1, 0, &[], &packet));
+                packet[2..4].copy_from_slice(&68u16.to_be_bytes());
+            }
+            for (id, cut) in [(21, 8), (22, 16)] {
+                field.send(field.mac, &ip(field.own, to, 17, id + port, 0x2000, &[], &packet[..cut]));
+                field.send(field.mac, &ip(field.own, to, 17, id + port, (cut / 8) as u16, &[], &packet[cut..]));
+                packet[2..4].copy_from_slice(&6868u16.to_be_bytes());
+                field.send(field.mac, &ip(field.own, by_service, 17, id + port, 0x2000, &[], &packet[..cut]));
+                field.send(field.mac, &ip(field.own, by_service, 17, id + port, (cut / 8) as u16, &[], &packet[cut..]));
+                packet[2..4].copy_from_slice(&68u16.to_be_bytes());
+            }
+        }
+        // From a container, which needs no frames of its own for this.
+        let server = in_netns(&netns(&other), || UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 67)).unwrap()).unwrap();
+        for destination in [(to, 68), (by_service, 6868)] {
+            let _ = server.send_to(&offer, destination);
+        }
+    });
+    found.retain(|packet| packet != b"own");
+    assert!(found.is_empty(), "{found:?}");
+    eventually("the refusals are told", || {
+        let all = log.since(0);
+        all.iter().any(|refused| refused.cause == Cause::Announcements && refused.flow.source == field.own)
+    });
+    // Redirects and router advertisements, alone and about a connection that is there.
+    field.ear.send_to(b"opens a connection", (field.own, 4000)).unwrap();
+    let about =
+        ip(to, field.own, 17, 1, 0, &[], &[&99u16.to_be_bytes()[..], &4000u16.to_be_bytes(), &[0, 26, 0, 0]].concat());
+    let said = |kind: u8, rest: &[u8]| {
+        let mut body = [&[kind, 1, 0, 0][..], &field.own.octets(), rest].concat();
+        let check = sum(&body).to_be_bytes();
+        body[2..4].copy_from_slice(&check);
+        body
+    };
+    field.reaches(&ear, || {
+        for kind in [5, 9] {
+            for source in [field.own, field.victim.gateway] {
+                let body = said(kind, &about);
+                field.send(field.mac, &ip(source, to, 1, 3, 0, &[], &body));
+                field.send(field.mac, &ip(source, to, 1, 40 + u16::from(kind), 0x2000, &[], &body[..16]));
+                field.send(field.mac, &ip(source, to, 1, 40 + u16::from(kind), 2, &[], &body[16..]));
+            }
+        }
+        field.send(field.mac, &ip(field.own, to, 1, 4, 0, &[], &said(8, b"ping")));
+    });
+    assert_eq!(kinds(&icmp), [8]);
 }
 
 #[test]

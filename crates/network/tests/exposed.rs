@@ -9,10 +9,8 @@ use rustix::fd::AsFd;
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 const HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
@@ -25,51 +23,21 @@ const PORT: u16 = 30080;
 
 /// A host with one link to a world; both go with it.
 struct Outside {
-    host: PathBuf,
-    world: PathBuf,
-}
-
-fn ip(netns: &Path, line: &str) {
-    let (good, said) = run(netns, "ip", &line.split(' ').collect::<Vec<_>>());
-    assert!(good, "ip {line}: {said}");
+    host: Netns,
+    world: Netns,
 }
 
 impl Outside {
     fn new() -> Outside {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let [host, world] = ["xhost", "xworld"].map(|what| {
-            let name = format!("atoll-t-{what}-{}-{number}", std::process::id());
-            assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
-            Path::new("/run/netns").join(name)
-        });
-        let peer = world.file_name().unwrap().to_str().unwrap();
-        ip(&host, &format!("link add wan type veth peer name eth0 netns {peer}"));
-        for (netns, link, addresses) in [
-            (&host, "wan", [HOST.to_string(), ALIAS.to_string(), HOST6.to_string()]),
-            (&world, "eth0", [WORLD.to_string(), OTHER.to_string(), WORLD6.to_string()]),
-        ] {
-            ip(netns, "link set lo up");
-            ip(netns, &format!("link set {link} up"));
-            for address in addresses {
-                let how = if address.contains(':') { "/64 nodad" } else { "/24" };
-                ip(netns, &format!("address add {address}{how} dev {link}").replace(" nodad dev", " dev"));
-            }
-        }
+        let of_host = [format!("{HOST}/24"), format!("{ALIAS}/24"), format!("{HOST6}/64 nodad")];
+        let of_world = [format!("{WORLD}/24"), format!("{OTHER}/24"), format!("{WORLD6}/64 nodad")];
+        let (host, world) = outside(&of_host, &of_world);
         ip(&host, &format!("route add default via {WORLD}"));
         Outside { host, world }
     }
 
     fn exposer(&self, lab: &Lab) -> Exposer {
         Exposer::new(lab.router(), File::open(&self.host).unwrap().into()).unwrap()
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        for path in [&self.host, &self.world] {
-            let _ = Command::new("ip").args(["netns", "del"]).arg(path.file_name().unwrap()).status();
-        }
     }
 }
 
@@ -275,9 +243,13 @@ fn datagrams_are_answered_from_where_they_went() {
     let ask = |address: Ipv4Addr| {
         client.send_to(b"?", (address, PORT)).unwrap();
         let mut buffer = [0; 64];
-        let (length, from) = client.recv_from(&mut buffer).ok()?;
-        assert_eq!(from, SocketAddr::from((address, PORT)));
-        Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+        loop {
+            let (length, from) = client.recv_from(&mut buffer).ok()?;
+            // Not a late one to an earlier question.
+            if from == SocketAddr::from((address, PORT)) {
+                return Some(String::from_utf8_lossy(&buffer[..length]).into_owned());
+            }
+        }
     };
     for address in [HOST, ALIAS] {
         eventually("an answer comes", || ask(address).as_deref() == Some("one"));

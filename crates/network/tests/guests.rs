@@ -4,7 +4,7 @@
 
 mod common;
 use common::*;
-use network::{AttachRequest, Attachment, GuestServer, Isolation, LinkKind, in_netns};
+use network::{AttachRequest, Attachment, GuestServer, Isolation, LinkKind, Place, Subnet, in_netns};
 use rustix::fd::OwnedFd;
 use std::net::{SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
@@ -24,8 +24,17 @@ struct Guest {
 }
 
 fn guest() -> Option<Guest> {
+    guest_in(None)
+}
+
+/// A machine of this subnet.
+fn guest_in(subnet: Option<&Subnet>) -> Option<Guest> {
     let (lab, lab2) = (lab()?, lab()?);
-    let machine = match lab.router().attach(&AttachRequest { kind: LinkKind::Tap, ..request("vm") }) {
+    if let Some(subnet) = subnet {
+        lab.router().add_subnet(None, subnet).unwrap();
+    }
+    let place = Place { subnet: subnet.map(|subnet| subnet.name.clone()), moves: false };
+    let machine = match lab.router().attach(&AttachRequest { kind: LinkKind::Tap, place, ..request("vm") }) {
         Err(error) if format!("{error:?}").contains("/dev/net/tun") => {
             println!("SKIPPED: no /dev/net/tun here");
             return None;
@@ -112,12 +121,18 @@ fn the_next_hop_is_announced_and_found() {
     });
     let (_, addresses) = run(&guest.netns, "ip", &["-6", "-o", "addr", "show", "dev", "eth0", "scope", "global"]);
     assert_eq!(addresses, "", "addresses are told, not made up");
+    gets_the_address6(&guest);
+    let (ok, text) = run(&guest.netns, "ping", &["-6", "-c1", "-W3", "fd00:10:42::1"]);
+    assert!(ok || text.contains("No such file"), "{text}");
+}
+
+fn gets_the_address6(guest: &Guest) {
     let (_, link) = run(&guest.netns, "ip", &["-o", "link", "show", "eth0"]);
     let index: u32 = link.split(':').next().unwrap().trim().parse().unwrap();
     // DHCPv6: who am I, for association 9.
     let question = [&[1, 7, 7, 7][..], &[0, 1, 0, 4, 0, 3, 0, 1], &[0, 3, 0, 12, 0, 0, 0, 9], &[0; 8]].concat();
     let to = SocketAddrV6::new("ff02::1:2".parse().unwrap(), 547, 0, index);
-    let answer = ask(&guest, &question, "[::]:546".parse().unwrap(), to.into());
+    let answer = ask(guest, &question, "[::]:546".parse().unwrap(), to.into());
     let address = guest.machine.address6.unwrap();
     assert_eq!(answer[..4], [2, 7, 7, 7]);
     assert!(answer.windows(16).any(|part| part == address.octets()), "{answer:?}");
@@ -127,13 +142,25 @@ fn the_next_hop_is_announced_and_found() {
     let listener = in_netns(&guest.netns, || TcpListener::bind((address, 80)).unwrap()).unwrap();
     let stream = guest.lab.router().run(|| TcpStream::connect((address, 80))).unwrap().unwrap();
     assert_eq!(listener.accept().unwrap().1, stream.local_addr().unwrap());
-    let (ok, text) = run(&guest.netns, "ping", &["-6", "-c1", "-W3", "fd00:10:42::1"]);
-    assert!(ok || text.contains("No such file"), "{text}");
 }
 
 #[test]
 fn a_dhcp_client_gets_the_address() {
     let Some(guest) = guest() else { return };
+    gets_the_address(&guest);
+}
+
+#[test]
+fn a_dhcp_client_gets_an_address_of_its_subnet() {
+    let six = Some("fd00:10:44:7::/64".parse().unwrap());
+    let edge = Subnet { name: "default/edge".into(), cidr: "10.44.7.0/24".parse().unwrap(), cidr6: six };
+    let Some(guest) = guest_in(Some(&edge)) else { return };
+    assert_eq!(guest.machine.address.octets()[..3], [10, 44, 7]);
+    gets_the_address(&guest);
+    gets_the_address6(&guest);
+}
+
+fn gets_the_address(guest: &Guest) {
     if !std::process::Command::new("busybox").args(["udhcpc", "--help"]).output().is_ok_and(|o| o.status.success()) {
         println!("SKIPPED: no busybox udhcpc here");
         return;

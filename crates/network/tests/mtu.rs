@@ -13,32 +13,20 @@ use rustix::fd::AsFd;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::Arc;
 
 const WORLD: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
 const BYTES: usize = 2 << 20;
 
-struct Hops([PathBuf; 4]);
-
-fn ip(netns: &Path, line: &str) {
-    let (good, said) = run(netns, "ip", &line.split(' ').collect::<Vec<_>>());
-    assert!(good, "ip {line}: {said}");
-}
+struct Hops([Netns; 4]);
 
 impl Hops {
     fn new(to_near: u32, to_far: u32) -> Hops {
-        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let hops = Hops(["host", "near", "far", "world"].map(|what| {
-            let name = format!("atoll-t-mtu-{what}-{}-{number}", std::process::id());
-            assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
-            Path::new("/run/netns").join(name)
-        }));
+        let hops = Hops(["host", "near", "far", "world"].map(Netns::new));
         let [host, near, far, world] = &hops.0;
-        let join = |one: &Path, other: &Path, network: &str, mtu: u32| {
-            let peer = other.file_name().unwrap().to_str().unwrap();
+        let join = |one: &Path, other: &Netns, network: &str, mtu: u32| {
+            let peer = other.name();
             ip(one, &format!("link add out mtu {mtu} type veth peer name in mtu {mtu} netns {peer}"));
             ip(one, &format!("address add {network}.1/24 dev out"));
             ip(other, &format!("address add {network}.2/24 dev in"));
@@ -59,14 +47,6 @@ impl Hops {
             in_netns(netns, on).unwrap();
         }
         hops
-    }
-}
-
-impl Drop for Hops {
-    fn drop(&mut self) {
-        for path in &self.0 {
-            let _ = Command::new("ip").args(["netns", "del"]).arg(path.file_name().unwrap()).status();
-        }
     }
 }
 

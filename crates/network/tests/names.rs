@@ -14,9 +14,6 @@ use rustix::fd::AsFd;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,37 +29,16 @@ type Script = dyn Fn(&Query, bool) -> Vec<Vec<u8>> + Send + Sync;
 
 /// A host with a link to a world, where web servers and a resolver are.
 struct World {
-    host: PathBuf,
-    world: PathBuf,
+    host: Netns,
+    world: Netns,
     script: Arc<Mutex<Arc<Script>>>,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
-fn ip(netns: &Path, line: &str) {
-    let (good, said) = run(netns, "ip", &line.split(' ').collect::<Vec<_>>());
-    assert!(good, "ip {line}: {said}");
-}
-
 impl World {
     fn new() -> World {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let [host, world] = ["host", "world"].map(|what| {
-            let name = format!("atoll-n-{what}-{}-{number}", std::process::id());
-            assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
-            Path::new("/run/netns").join(name)
-        });
-        let peer = world.file_name().unwrap().to_str().unwrap();
-        ip(&host, &format!("link add wan type veth peer name eth0 netns {peer}"));
-        run(&host, "sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=1"]);
-        ip(&host, &format!("address add {HOST}/24 dev wan"));
-        for address in [RESOLVER, TEN, ELEVEN, TWELVE] {
-            ip(&world, &format!("address add {address}/24 dev eth0"));
-        }
-        for (netns, link) in [(&host, "wan"), (&world, "eth0")] {
-            ip(netns, "link set lo up");
-            ip(netns, &format!("link set {link} up"));
-        }
+        let of_world = [RESOLVER, TEN, ELEVEN, TWELVE].map(|address| format!("{address}/24"));
+        let (host, world) = outside(&[format!("{HOST}/24")], &of_world);
         ip(&host, &format!("route add default via {RESOLVER}"));
         let nothing: Arc<Script> = Arc::new(|_, _| Vec::new());
         let world = World { host, world, script: Arc::new(Mutex::new(nothing)), asked: Arc::default() };
@@ -126,14 +102,6 @@ impl World {
     }
     fn was_asked(&self, name: &str) -> bool {
         self.asked.lock().unwrap().iter().any(|asked| asked == name)
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        for path in [&self.host, &self.world] {
-            let _ = Command::new("ip").args(["netns", "del"]).arg(path.file_name().unwrap()).status();
-        }
     }
 }
 

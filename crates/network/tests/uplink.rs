@@ -2,144 +2,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+use common::uplinked::*;
 use common::*;
-use network::policy::{Action, Direction, Network, Otherwise, Profile, Rule, ranges};
-use network::{Attachment, Egress, NODE, Protocol, in_netns};
+use network::{Attachment, Egress, NODE, Place, Protocol, Subnet, in_netns};
 use rustix::fd::AsFd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-
-const HOST: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 2);
-const ALIAS: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 9);
-const WORLD: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-const METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-
-/// A host with one link to a world that has servers; both go with it.
-struct Outside {
-    host: PathBuf,
-    world: PathBuf,
-}
-
-fn ip(netns: &Path, line: &str) {
-    let (good, said) = run(netns, "ip", &line.split(' ').collect::<Vec<_>>());
-    assert!(good, "ip {line}: {said}");
-}
-
-impl Outside {
-    fn new() -> Outside {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let [host, world] = ["host", "world"].map(|what| {
-            let name = format!("atoll-t-{what}-{}-{number}", std::process::id());
-            assert!(Command::new("ip").args(["netns", "add", &name]).status().unwrap().success());
-            Path::new("/run/netns").join(name)
-        });
-        let peer = world.file_name().unwrap().to_str().unwrap();
-        ip(&host, &format!("link add wan type veth peer name eth0 netns {peer}"));
-        run(&host, "sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=1"]);
-        ip(&host, &format!("address add {HOST}/24 dev wan"));
-        ip(&host, &format!("address add {ALIAS}/24 dev wan"));
-        ip(&world, &format!("address add {WORLD}/24 dev eth0"));
-        ip(&world, &format!("address add {METADATA}/32 dev eth0"));
-        for netns in [&host, &world] {
-            ip(netns, "link set lo up");
-            ip(netns, if netns == &host { "link set wan up" } else { "link set eth0 up" });
-        }
-        ip(&host, &format!("route add default via {WORLD}"));
-        ip(&world, &format!("route add 10.42.0.0/16 via {HOST}"));
-        let outside = Outside { host, world };
-        for netns in [&outside.host, &outside.world] {
-            serve(netns, 80);
-        }
-        outside
-    }
-
-    fn set(&self, lab: &Lab, egress: Egress) {
-        lab.router().set_egress(File::open(&self.host).unwrap().as_fd(), egress).unwrap();
-    }
-
-    /// Everything of the host that could have been touched.
-    fn state(&self) -> BTreeSet<String> {
-        let look = |program: &str, args: &[&str]| run(&self.host, program, args).1;
-        let sysctls: Vec<String> = look("sysctl", &["-a"])
-            .lines()
-            .filter(|line| {
-                ["net.ipv4.conf", "net.ipv4.ip_forward", "net.ipv6.conf"].iter().any(|part| line.starts_with(part))
-            })
-            .map(str::to_owned)
-            .collect();
-        let looks: [(&str, &[&str]); 5] = [
-            // Not `ip link`, which stumbles over peers in namespaces that other tests remove.
-            ("cut", &["-d:", "-f1", "/proc/net/dev"]),
-            ("ip", &["-o", "address"]),
-            ("ip", &["route", "show", "table", "all"]),
-            ("ip", &["neighbour", "show", "nud", "permanent"]),
-            ("nft", &["list", "ruleset"]),
-        ];
-        let said = looks.iter().flat_map(|(program, args)| {
-            look(program, args).lines().map(|line| format!("{program} {args:?}: {line}")).collect::<Vec<_>>()
-        });
-        said.chain(sysctls).collect()
-    }
-}
-
-impl Drop for Outside {
-    fn drop(&mut self) {
-        for path in [&self.host, &self.world] {
-            let _ = Command::new("ip").args(["netns", "del"]).arg(path.file_name().unwrap()).status();
-        }
-    }
-}
-
-#[track_caller]
-fn same(now: &BTreeSet<String>, then: &BTreeSet<String>) {
-    let (new, gone): (Vec<_>, Vec<_>) = (now.difference(then).collect(), then.difference(now).collect());
-    assert!(new.is_empty() && gone.is_empty(), "new {new:#?}, gone {gone:#?}");
-}
-
-/// Tells each client who it seems to be, and the segment size that it offered.
-fn serve(netns: &Path, port: u16) {
-    let listener = in_netns(netns, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap()).unwrap();
-    std::thread::spawn(move || {
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let peer = stream.peer_addr().unwrap().ip();
-            let _ = stream.write_all(peer.to_string().as_bytes());
-        }
-    });
-}
-
-/// Lets workloads out, to addresses in these networks.
-fn let_out(lab: &Lab, networks: &[&str]) {
-    let leases = lab.router().leases();
-    let workloads = leases.iter().map(|l| (l.address, l.namespace.as_str(), l.uid.as_str()));
-    let mut policies = network::Policies::without_rules(network::Isolation::Private, workloads);
-    let key: Arc<str> = "out".into();
-    let blocks: Vec<_> = networks
-        .iter()
-        .map(|text| network::policy::Block { network: text.parse::<Network>().unwrap(), except: Vec::new() })
-        .collect();
-    let rule = Rule {
-        origin: key.clone(),
-        action: Action::Allow,
-        anyone: false,
-        group: None,
-        blocks: ranges(&blocks),
-        names: None,
-        ports: Vec::new(),
-    };
-    let otherwise = Otherwise::Refuse;
-    let profile = Profile { direction: Direction::Egress, origin: key.clone(), rules: vec![rule], otherwise };
-    policies.profiles.insert(key.clone(), profile);
-    policies.workloads.values_mut().for_each(|workload| workload.egress = Some(key.clone()));
-    lab.router().sync_policies(policies).unwrap();
-}
+use std::io::{ErrorKind, Read};
+use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 
 /// Who the world says that the pod is.
 fn seen(pod: &Attachment) -> String {
@@ -174,7 +44,7 @@ fn only_what_policies_let_out_gets_out() {
     }
     // The router itself has no business outside.
     assert!(lab.router().run(|| call(WORLD, 80)).unwrap().is_err());
-    let sources = BTreeMap::from([(pod.address, ALIAS)]);
+    let sources = BTreeMap::from([(IpAddr::from(pod.address), ALIAS.into())]);
     lab.router().sync_egress_addresses(&sources).unwrap();
     assert_eq!(seen(&pod), ALIAS.to_string());
     lab.router().sync_egress_addresses(&BTreeMap::new()).unwrap();
@@ -202,6 +72,32 @@ fn routed_keeps_addresses_and_policies_judge_who_comes() {
     assert_eq!(greeting, format!("pod {WORLD}"));
     outside.set(&lab, Egress::None);
     refused(&pod, WORLD);
+}
+
+#[test]
+fn subnets_have_the_way_out_too() {
+    let Some(mut lab) = lab() else { return };
+    let outside = Outside::new();
+    let edge = |name: &str, cidr: &str| Subnet { name: name.into(), cidr: cidr.parse().unwrap(), cidr6: None };
+    lab.router().add_subnet(None, &edge("default/edge", "10.44.1.0/24")).unwrap();
+    let place = Place { subnet: Some("default/edge".into()), moves: false };
+    let pod = lab.attach(&network::AttachRequest { place, ..request("a") });
+    let_out(&lab, &["0.0.0.0/0"]);
+    outside.set(&lab, Egress::Nat);
+    assert_eq!(seen(&pod), HOST.to_string());
+    lab.router().sync_egress_addresses(&BTreeMap::from([(IpAddr::from(pod.address), ALIAS.into())])).unwrap();
+    assert_eq!(seen(&pod), ALIAS.to_string());
+    let routes = || run(&outside.host, "ip", &["route", "show", "dev", "atoll-run"]).1;
+    assert!(routes().contains("10.44.1.0/24"), "{}", routes());
+    lab.router().add_subnet(None, &edge("default/later", "10.44.2.0/24")).unwrap();
+    assert!(routes().contains("10.44.2.0/24"), "{}", routes());
+    lab.router().remove_subnet("default/later").unwrap();
+    assert!(!routes().contains("10.44.2.0/24"), "{}", routes());
+    lab.reopen();
+    outside.set(&lab, Egress::Routed);
+    ip(&outside.world, &format!("route add 10.44.1.0/24 via {HOST}"));
+    assert_eq!(seen(&pod), pod.address.to_string());
+    outside.set(&lab, Egress::None);
 }
 
 #[test]

@@ -1,16 +1,17 @@
 //! The ports over `image::Store` and `network::Router`. Both are synchronous: their work goes to blocking threads.
 
-use crate::boundary::{Rootfs, SandboxNetwork};
+use crate::boundary::{Rootfs, SandboxImage, SandboxNetwork};
 use crate::ports::{
     Attach, Bandwidth, Compiled, Credentials, DiskImage, Exposure, ImageConfig, ImageError, Images, Leased,
-    NetworkError, Networks, NotOpen, Records, ResolvedImage, ServiceRule,
+    NetworkError, Networks, NotOpen, Records, Refused, ResolvedImage, ServiceRule,
 };
 use async_trait::async_trait;
 use image::{Digest, Kind, PullOptions, Reference, Store};
 use network::dns::{Outside, Views};
-use network::{AttachRequest, DnsServer, Exposer, Isolation, LinkKind, Router};
+use network::{AttachRequest, DnsServer, Exposer, Isolation, LinkKind, Router, Subnet, SubnetUse};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -141,6 +142,18 @@ impl Images for StoreImages {
         self.run(reference, work).await
     }
 
+    async fn block(&self, reference: &str) -> Result<SandboxImage, ImageError> {
+        let work = |store: &Store, name: &str| {
+            let found = store.resolve(name)?;
+            let path = store.block_image(&found, &image::silent)?;
+            match found.kind {
+                Kind::Container { layers, .. } => Ok(SandboxImage { layers, path }),
+                Kind::Component { .. } | Kind::Disk(_) => Err(image::Error::NotFound(name.to_owned())),
+            }
+        };
+        self.run(reference, work).await
+    }
+
     async fn disk(&self, reference: &str) -> Result<DiskImage, ImageError> {
         let disk = self.run(reference, |store, name| store.disk_image(name, None)).await?;
         Ok(DiskImage { path: disk.path, format: disk.format })
@@ -186,13 +199,21 @@ impl RouterNetworks {
         work: impl FnOnce(&Router) -> network::Result<T> + Send + 'static,
     ) -> Result<T, NetworkError> {
         let router = self.router.clone();
-        let failed = |message: String| NetworkError { operation, message };
         match tokio::task::spawn_blocking(move || work(&router)).await {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(failed(crate::volumes::chain(&error))),
-            Err(error) => Err(failed(error.to_string())),
+            Ok(Err(error)) => Err(failed(operation, &error)),
+            Err(error) => Err(NetworkError { operation, message: error.to_string(), reason: None }),
         }
     }
+}
+
+fn failed(operation: &'static str, error: &network::Error) -> NetworkError {
+    let reason = match error {
+        network::Error::Exhausted { .. } => Some("NetworkExhausted"),
+        network::Error::NoSubnet(_) => Some("NetworkNotReady"),
+        _ => None,
+    };
+    NetworkError { operation, message: crate::volumes::chain(error), reason }
 }
 
 #[async_trait]
@@ -203,6 +224,7 @@ impl Networks for RouterNetworks {
             namespace: request.namespace.clone(),
             address_key: request.address_key.clone(),
             kind: if request.tap { LinkKind::Tap } else { LinkKind::Namespace },
+            place: request.place.clone(),
         };
         let bandwidth = request.bandwidth;
         let attach = move |router: &Router| {
@@ -222,6 +244,31 @@ impl Networks for RouterNetworks {
             mtu: attachment.mtu,
             ..SandboxNetwork::default()
         })
+    }
+
+    async fn add_subnet(&self, subnet: &Subnet) -> Result<(), Refused> {
+        const WHAT: &str = "subnet";
+        let (subnet, path) = (subnet.clone(), self.host_netns.clone());
+        let work = move |router: &Router| {
+            let host = path.as_deref().map(std::fs::File::open).transpose();
+            let host = host.map_err(|error| format!("the host's network namespace: {error}"));
+            Ok(host.map(|host| router.add_subnet(host.as_ref().map(AsFd::as_fd), &subnet)))
+        };
+        let failed_here = |message: String| Refused::Failed(NetworkError { operation: WHAT, message, reason: None });
+        match self.run(WHAT, work).await.map_err(Refused::Failed)?.map_err(failed_here)? {
+            Ok(()) => Ok(()),
+            Err(network::Error::Subnet { why, .. }) => Err(Refused::Misfit(why)),
+            Err(error) => Err(Refused::Failed(failed(WHAT, &error))),
+        }
+    }
+
+    async fn remove_subnet(&self, name: &str) -> Result<bool, NetworkError> {
+        let name = name.to_owned();
+        self.run("subnet", move |router| router.remove_subnet(&name)).await
+    }
+
+    async fn subnets(&self) -> Vec<SubnetUse> {
+        self.router.subnets()
     }
 
     async fn set_bandwidth(&self, uid: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
@@ -287,7 +334,7 @@ impl Networks for RouterNetworks {
         self.router.outside()
     }
 
-    async fn sync_egress_addresses(&self, sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {
+    async fn sync_egress_addresses(&self, sources: BTreeMap<IpAddr, IpAddr>) -> Result<(), NetworkError> {
         if !self.router.leads_out() {
             return Ok(());
         }

@@ -8,8 +8,9 @@ use crate::etc_files::Resolver;
 use crate::events::Recorder;
 use crate::exposed;
 use crate::kept;
+use crate::kept_logs;
 use crate::pod::{self, Update};
-use crate::policy::inspect::Inspector;
+use crate::policy::inspect::{Desk, Inspector};
 use crate::policy::{Enforced, Enforcer};
 use crate::ports::{Images, Networks};
 use crate::proxy;
@@ -18,6 +19,7 @@ use crate::registration::{Machine, Registration};
 use crate::shared::Shared;
 use crate::snapshots;
 use crate::streams::Streams;
+use crate::subnets::{self, Subnets};
 use crate::views::Views;
 use crate::volumes::tree;
 use api::client::{Client, ListOptions};
@@ -49,17 +51,26 @@ pub struct Agent {
     inspector: Arc<OnceLock<Arc<Inspector>>>,
 }
 
-/// What the network counts, once the agent runs.
-struct Counters(Arc<OnceLock<Arc<Inspector>>>);
+/// What boundaries count, and the network once the agent runs.
+struct Counters {
+    inspector: Arc<OnceLock<Arc<Inspector>>>,
+    boundaries: Vec<Arc<dyn Boundary>>,
+}
 
 #[async_trait::async_trait]
 impl api::metrics::Source for Counters {
     async fn metrics(&self) -> api::metrics::Text {
-        let Some(inspector) = self.0.get() else { return Default::default() };
-        inspector.metrics().await.unwrap_or_else(|error| {
-            tracing::warn!("counters of the network: {error}");
-            Default::default()
-        })
+        let mut text = api::metrics::Text::default();
+        for boundary in &self.boundaries {
+            text.append(&boundary.metrics().await);
+        }
+        if let Some(inspector) = self.inspector.get() {
+            match inspector.metrics().await {
+                Ok(network) => text.append(&network),
+                Err(error) => tracing::warn!("counters of the network: {error}"),
+            }
+        }
+        text
     }
 }
 
@@ -122,12 +133,20 @@ impl Agent {
 
     /// How the API reaches into pods. Works while the agent runs.
     pub fn streams(&self) -> Arc<dyn PodStreams> {
-        Arc::new(Streams { views: self.views.clone() })
+        Arc::new(Streams { views: self.views.clone(), data_dir: self.config.data_dir.clone() })
+    }
+
+    /// Answers what the network is asked, once the agent runs.
+    pub fn inspect(&self) -> Arc<dyn api::inspect::Inspect> {
+        Arc::new(Desk(self.inspector.clone()))
     }
 
     /// Counters for Prometheus.
     pub fn metrics(&self) -> Arc<dyn api::metrics::Source> {
-        Arc::new(Counters(self.inspector.clone()))
+        Arc::new(Counters {
+            inspector: self.inspector.clone(),
+            boundaries: self.boundaries.values().cloned().collect(),
+        })
     }
 
     /// Stops every workload from what is on disk alone; the API is not asked. Answers how many ran.
@@ -211,10 +230,12 @@ impl Running {
             helpers.spawn(enforcer.clone().run());
             let objects = (services.clone(), slices.clone());
             let inspector = Inspector::new(&config, router.clone(), enforcer.clone(), objects);
-            let inspector = Arc::new(inspector);
-            let _ = agent.inspector.set(inspector.clone());
-            helpers.spawn(inspector.run(config.run_dir.clone()));
-            networks = Arc::new(Enforced { inner, enforcer });
+            let _ = agent.inspector.set(Arc::new(inspector));
+            let networks_of_pods = Informer::spawn(client.clone(), subnets::resource(), "", ListOptions::default());
+            let followed = (networks_of_pods, enforcer.namespaces().clone(), pods.clone());
+            let subnets = Arc::new(Subnets::new(client.clone(), inner.clone(), followed));
+            helpers.spawn(subnets.clone().run());
+            networks = Arc::new(Enforced { inner, enforcer, subnets });
         }
         let events = Recorder::spawn(client.clone(), &config.name);
         let exposed = exposed::Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
@@ -386,7 +407,13 @@ async fn remove_orphan(shared: Arc<Shared>, record: Record) {
         return;
     }
     let (dir, run_dir, base) = (sandbox.dir.clone(), sandbox.run_dir.clone(), sandbox.id_base);
-    let removed = tokio::task::spawn_blocking(move || tree::remove(&run_dir).and_then(|()| tree::remove(&dir))).await;
+    let (data, namespace) = (shared.config.data_dir.clone(), sandbox.namespace.clone());
+    let owner = sandbox.labels.get(kept_logs::OWNER).cloned();
+    let work = move || {
+        kept_logs::keep(&data, &namespace, owner.as_deref(), &dir, None);
+        tree::remove(&run_dir).and_then(|()| tree::remove(&dir))
+    };
+    let removed = tokio::task::spawn_blocking(work).await;
     if let Ok(Err(error)) = removed {
         tracing::error!(pod = record.sandbox.name, "orphan's directory: {error}");
     }

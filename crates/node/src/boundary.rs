@@ -41,6 +41,20 @@ pub struct SandboxSpec {
     pub annotations: BTreeMap<String, String>,
     /// Only for virtual machines.
     pub machine: Option<MachineSpec>,
+    /// The images of all containers, where the boundary [`Boundary::wants_block_images`].
+    #[serde(default)]
+    pub images: Vec<SandboxImage>,
+    /// Of each container's log.
+    #[serde(default)]
+    pub log_max_bytes: u64,
+}
+
+/// An image as one read-only file system in a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxImage {
+    /// What it was made of, as in [`Rootfs::Layers`].
+    pub layers: Vec<PathBuf>,
+    pub path: PathBuf,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -119,6 +133,17 @@ pub struct Mount {
     pub read_only: bool,
     /// `None`, `HostToContainer`, `Bidirectional`.
     pub propagation: String,
+    /// The pod's volume that `source` is, or is in; files that Atoll adds are in none.
+    #[serde(default)]
+    pub volume: Option<PodVolume>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodVolume {
+    pub name: String,
+    pub sub_path: String,
+    /// Made of files that Atoll writes and replaces (configMap, secret, ...), not of what containers write.
+    pub files: bool,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -157,6 +182,8 @@ pub struct MachineSpec {
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     pub kernel_args: String,
+    #[serde(default)]
+    pub efi: bool,
     pub disks: Vec<Disk>,
     pub cloud_init: Option<CloudInit>,
     #[serde(default)]
@@ -264,6 +291,10 @@ pub trait Boundary: Send + Sync + 'static {
     fn wants_tap(&self) -> bool {
         false
     }
+    /// Whether a sandbox is prepared with the images of all its containers, as block devices.
+    fn wants_block_images(&self) -> bool {
+        false
+    }
     /// Makes the sandbox, or finds it again. Nothing of the tenant runs yet.
     async fn prepare(&self, sandbox: &SandboxSpec) -> Result<()>;
     /// Starts one container (or the machine, or the function). Returns when its process is executed.
@@ -283,6 +314,10 @@ pub trait Boundary: Send + Sync + 'static {
     async fn stats(&self, sandbox: &SandboxSpec, container: &str) -> Result<Stats>;
     async fn pause(&self, sandbox: &SandboxSpec) -> Result<()>;
     async fn resume(&self, sandbox: &SandboxSpec) -> Result<()>;
+    /// Volumes made of files have others now, in the pod's directory.
+    async fn volumes_changed(&self, _: &SandboxSpec) -> Result<()> {
+        Ok(())
+    }
     /// Presses a machine's power button and starts it again when it has shut down.
     async fn soft_reboot(&self, _: &SandboxSpec) -> Result<()> {
         let why = "only machines can".into();
@@ -292,6 +327,10 @@ pub trait Boundary: Send + Sync + 'static {
     async fn machine_stream(&self, _: &SandboxSpec, _: MachineStream) -> Result<Box<dyn Duplex>> {
         let why = "only machines have them".into();
         Err(BoundaryError::Unsupported { boundary: self.name(), what: "a console or screen", why })
+    }
+    /// What it counts beside the containers' own statistics.
+    async fn metrics(&self) -> api::metrics::Text {
+        api::metrics::Text::default()
     }
     /// Kills what is left and removes every trace but the pod's directory itself.
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()>;

@@ -7,6 +7,7 @@
 //! - [`agent`](Agent): who is here, one worker for each pod, what an earlier agent left.
 //! - `pod`: the life of one pod, as a state machine; `pod::plan` has the restart rules, `pod::status` the reports.
 //! - `volumes`, `env`, `security`, `etc_files`, `machine`: what a container or machine is given, mostly pure.
+//! - `subnets`: Networks, and which of them a pod has its address from.
 //! - `proxy`: Services and names for the network; [`policy`]: NetworkPolicies for it.
 //! - `streams`, `logs`: how the API reaches into pods.
 //! - `snapshots`: files of machines' snapshots, and machines that begin as one.
@@ -24,6 +25,7 @@ mod etc_files;
 mod events;
 mod exposed;
 mod kept;
+mod kept_logs;
 mod layers;
 mod logs;
 mod machine;
@@ -41,6 +43,7 @@ mod shared;
 mod snapshots;
 mod sources;
 mod streams;
+mod subnets;
 mod views;
 mod volumes;
 

@@ -83,6 +83,7 @@ struct DomainResources {
 #[serde(rename_all = "camelCase", default)]
 struct Devices {
     disks: Vec<DiskDevice>,
+    interfaces: Vec<Interface>,
     autoattach_graphics_device: Option<bool>,
 }
 
@@ -108,6 +109,33 @@ struct Target {
 #[serde(rename_all = "camelCase", default)]
 struct Firmware {
     kernel_boot: Option<KernelBoot>,
+    bootloader: Option<Bootloader>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Bootloader {
+    bios: Option<Bios>,
+    efi: Option<Efi>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Bios {
+    use_serial: bool,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Efi {
+    secure_boot: Option<bool>,
+    persistent: bool,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Interface {
+    mac_address: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -241,6 +269,43 @@ impl InstanceSpec {
         Ok(u32::try_from(count).unwrap_or(1))
     }
 
+    /// Whether its firmware is EFI.
+    fn efi(&self) -> Result<bool, MachineError> {
+        let field = |name: &str| format!("spec.domain.firmware.bootloader.{name}");
+        let firmware = &self.domain.firmware;
+        let Some(bootloader) = firmware.bootloader.as_ref().filter(|_| firmware.kernel_boot.is_none()) else {
+            return Ok(false);
+        };
+        if bootloader.bios.as_ref().is_some_and(|bios| bios.use_serial) {
+            return Err(invalid(field("bios.useSerial"), "the BIOS has no serial console here; leave it out"));
+        }
+        let Some(efi) = &bootloader.efi else { return Ok(false) };
+        // KubeVirt's default is true
+        if efi.secure_boot != Some(false) {
+            return Err(invalid(field("efi.secureBoot"), "is not there; set it to false to boot by EFI without it"));
+        }
+        if efi.persistent {
+            return Err(invalid(field("efi.persistent"), "EFI variables do not last here; leave it out"));
+        }
+        Ok(true)
+    }
+
+    /// A machine's hardware address follows from its address in the network, which knows it by both.
+    fn check_interfaces(&self, mac: &str) -> Result<(), MachineError> {
+        for (index, interface) in self.domain.devices.interfaces.iter().enumerate() {
+            let wanted = interface.mac_address.replace('-', ":").to_ascii_lowercase();
+            if !wanted.is_empty() && wanted != mac {
+                return Err(invalid(
+                    format!("spec.domain.devices.interfaces[{index}].macAddress"),
+                    format!(
+                        "\"{wanted}\" cannot be had: it follows from the machine's address and is {mac}; leave it out"
+                    ),
+                ));
+            }
+        }
+        Ok(())
+    }
+
     fn memory(&self) -> Result<u64, MachineError> {
         let resources = &self.domain.resources;
         let found = self.domain.memory.guest.as_ref();
@@ -323,14 +388,15 @@ pub(crate) async fn resolve(images: &dyn Images, input: &MachineInput<'_>) -> Re
             "nothing to boot from: give a containerDisk or domain.firmware.kernelBoot",
         ));
     }
-    let (vcpus, memory_bytes) = (instance.vcpus()?, instance.memory()?);
+    let (vcpus, memory_bytes, efi) = (instance.vcpus()?, instance.memory()?, instance.efi()?);
+    instance.check_interfaces(&input.network.mac)?;
     // as KubeVirt has it, but for machines that say nothing and boot a kernel, which has its console
     let display = instance.domain.devices.autoattach_graphics_device.unwrap_or(kernel.is_none());
     let go_on = input.origin.filter(|origin| origin.go_on).and_then(|origin| {
         let from = origin.saved.restore(&origin.dir)?;
         Some(GoOn { state: from.state, memory: from.memory, engine: from.engine })
     });
-    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, disks, cloud_init, go_on, display })
+    Ok(MachineSpec { vcpus, memory_bytes, kernel, initrd, kernel_args, efi, disks, cloud_init, go_on, display })
 }
 
 impl Origin {

@@ -267,6 +267,7 @@ impl Worker {
     }
 
     async fn run(mut self) {
+        self.done("agent");
         loop {
             self.at = Instant::now() + RESYNC;
             // Each round does what it can do at once; a few rounds later nothing is left. Should there be more, others
@@ -288,6 +289,11 @@ impl Worker {
         if matches!(self.stage, Stage::Gone) {
             self.shared.views.remove(&self.uid);
         }
+    }
+
+    /// For `make bench`, which takes the times from the log: `ATOLL_LOG=node::steps=trace`.
+    fn done(&self, step: &'static str) {
+        tracing::trace!(target: "node::steps", pod = self.object.name(), step);
     }
 
     /// Waits for anything that may give reason to act.

@@ -1,14 +1,15 @@
 //! What the agent needs of the image store and of the network, as two narrow traits. The adaptors over
 //! `image::Store` and `network::Router` are in [`crate::adaptors`]; tests bring fakes.
 
-use crate::boundary::{Rootfs, SandboxNetwork};
+use crate::boundary::{Rootfs, SandboxImage, SandboxNetwork};
 pub use crate::policy::Compiled;
 use async_trait::async_trait;
 pub use network::dns::Records;
-pub use network::{Bandwidth, Exposure, Leased, NotOpen, Protocol, ServiceRule};
+pub use network::{Bandwidth, Exposure, Leased, NotOpen, Place, Protocol, ServiceRule};
+use network::{Misfit, Subnet, SubnetUse};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 /// The parts of an OCI image configuration that shape a container.
@@ -78,6 +79,11 @@ pub trait Images: Send + Sync + 'static {
     async fn find(&self, reference: &str) -> Result<Option<ResolvedImage>, ImageError>;
     /// Fetches the image (again) and unpacks it. Concurrent pulls of one reference share the work.
     async fn pull(&self, reference: &str, credentials: &[Credentials]) -> Result<ResolvedImage, ImageError>;
+    /// The root file system of an image that is here as a block device, made if need be.
+    async fn block(&self, reference: &str) -> Result<SandboxImage, ImageError> {
+        let message = "no block device can be made of it here".into();
+        Err(ImageError::Unusable { reference: reference.into(), message })
+    }
     /// The disk in an image that is here.
     async fn disk(&self, reference: &str) -> Result<DiskImage, ImageError>;
     /// Lets the store drop what no pod uses; called from time to time. Returns bytes freed.
@@ -94,6 +100,7 @@ pub struct Attach {
     /// A tap in the router instead of a namespace.
     pub tap: bool,
     pub bandwidth: Bandwidth,
+    pub place: Place,
 }
 
 #[derive(Debug, Clone, thiserror::Error)]
@@ -101,12 +108,36 @@ pub struct Attach {
 pub struct NetworkError {
     pub operation: &'static str,
     pub message: String,
+    /// For the state of containers that wait for it, where the user has to do something.
+    pub reason: Option<&'static str>,
+}
+
+/// Why there is no such subnet.
+#[derive(Debug, Clone)]
+pub enum Refused {
+    Misfit(Misfit),
+    Failed(NetworkError),
 }
 
 #[async_trait]
 pub trait Networks: Send + Sync + 'static {
     /// Idempotent by `uid`.
     async fn attach(&self, request: &Attach) -> Result<SandboxNetwork, NetworkError>;
+    /// Where a pod's address is to be from; `asked` is what the pod itself says.
+    async fn place(&self, _uid: &str, _namespace: &str, _asked: Option<&str>) -> Result<Place, NetworkError> {
+        Ok(Place::default())
+    }
+    /// Lets workloads have addresses of a subnet; idempotent.
+    async fn add_subnet(&self, _subnet: &Subnet) -> Result<(), Refused> {
+        Ok(())
+    }
+    /// Ends a subnet; answers whether it has ended: nobody has an address of it.
+    async fn remove_subnet(&self, _name: &str) -> Result<bool, NetworkError> {
+        Ok(true)
+    }
+    async fn subnets(&self) -> Vec<SubnetUse> {
+        Vec::new()
+    }
     /// Limits what an attached pod sends and receives from now on.
     async fn set_bandwidth(&self, _uid: &str, _bandwidth: Bandwidth) -> Result<(), NetworkError> {
         Ok(())
@@ -138,7 +169,7 @@ pub trait Networks: Send + Sync + 'static {
         network::policy::Ranges::default()
     }
     /// Replaces the sources that workloads' connections leave by the uplink with, where it is not the host's choice.
-    async fn sync_egress_addresses(&self, _sources: BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<(), NetworkError> {
+    async fn sync_egress_addresses(&self, _sources: BTreeMap<IpAddr, IpAddr>) -> Result<(), NetworkError> {
         Ok(())
     }
     /// Replaces all policies.

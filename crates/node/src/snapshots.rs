@@ -10,7 +10,7 @@ use api::client::{ListOptions, Patch};
 use api::informer::Informer;
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use serde_json::{Value, json};
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -173,10 +173,7 @@ impl Keeper {
         patch.metadata_mut().insert("uid".into(), content.uid().into());
         let (namespace, name) = (content.namespace(), content.name());
         let client = &self.shared.client;
-        match client.patch(&self.contents, namespace, name, subresource, Patch::Merge(patch)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        client.patch(&self.contents, namespace, name, subresource, Patch::Merge(patch)).await.found().map(drop)
     }
 
     async fn take(&self, content: &SharedObject, dir: &Path) -> Result<Saved, Refused> {

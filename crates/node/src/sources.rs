@@ -3,7 +3,7 @@
 use api::client::Client;
 use api::k8s::api::core::v1::{ConfigMap, Container, Pod, Secret};
 use api::kind::Resource;
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -124,11 +124,8 @@ async fn get<T: DeserializeOwned>(
     namespace: &str,
     name: &str,
 ) -> StatusResult<Option<T>> {
-    match client.get(&kind.resource(), namespace, name).await {
-        Ok(object) => T::deserialize(&*object).map(Some).map_err(api::Status::internal),
-        Err(status) if status.is_not_found() => Ok(None),
-        Err(status) => Err(status),
-    }
+    let object = client.get(&kind.resource(), namespace, name).await.found()?;
+    object.map(|object| T::deserialize(&*object)).transpose().map_err(api::Status::internal)
 }
 
 /// What the environment of `container` refers to.

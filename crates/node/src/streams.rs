@@ -2,19 +2,21 @@
 
 use crate::boundary::{BoundaryError, ExecRequest};
 use crate::config::log_path;
-use crate::logs;
 use crate::views::{ContainerView, Live, PodView, ViewState, Views};
+use crate::{kept_logs, logs};
 use api::status::{Reason, Status, StatusResult};
 use api::streams::{Duplex, LogOptions, MachineAction, MachineStream, PodStreams, Session, Target, Wanted};
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures_util::stream::BoxStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 const COMMAND_LIMIT: usize = 128 << 10;
 
 pub(crate) struct Streams {
     pub views: Arc<Views>,
+    pub data_dir: PathBuf,
 }
 
 impl Streams {
@@ -158,6 +160,18 @@ impl PodStreams for Streams {
             container.is_some_and(|c| c.attempt == Some(attempt) && c.state == ViewState::Running)
         };
         Ok(logs::stream(path, options, alive))
+    }
+
+    async fn kept_logs(
+        &self,
+        namespace: &str,
+        owner: &str,
+        options: LogOptions,
+    ) -> StatusResult<BoxStream<'static, std::io::Result<Bytes>>> {
+        match kept_logs::path(&self.data_dir, namespace, owner) {
+            Some(path) => Ok(logs::stream(path, options, || false)),
+            None => Err(Status::bad_request(format!("{owner:?} is no uid"))),
+        }
     }
 
     async fn machine(&self, target: &Target, action: MachineAction) -> StatusResult<()> {

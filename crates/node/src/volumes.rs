@@ -8,7 +8,7 @@ pub(crate) mod payload;
 pub(crate) mod subpath;
 pub(crate) mod tree;
 
-use crate::boundary::{Mount, MountSource};
+use crate::boundary::{Mount, MountSource, PodVolume};
 use crate::env::{self, Facts};
 use crate::quantity;
 use crate::sources::{SourceKind, Sources};
@@ -355,6 +355,7 @@ pub(crate) fn container_mounts(
             (_, Some(path)) => path.clone(),
             (_, None) => String::new(),
         };
+        let of_pod = PodVolume { name: volume.name.clone(), sub_path: sub.clone(), files: ours };
         let path = if sub.is_empty() {
             root
         } else {
@@ -366,6 +367,7 @@ pub(crate) fn container_mounts(
             target,
             read_only: ours || mount.read_only == Some(true),
             propagation: mount.mount_propagation.clone().unwrap_or_else(|| "None".into()),
+            volume: (!host).then_some(of_pod),
         });
     }
     Ok(out)

@@ -62,6 +62,8 @@ fn pod(base: &Path) -> SandboxSpec {
         labels: Default::default(),
         annotations: Default::default(),
         machine: None,
+        images: Vec::new(),
+        log_max_bytes: 0,
     }
 }
 
@@ -189,6 +191,7 @@ async fn mounts_and_exits(boundary: &ContainerBoundary, pod: &SandboxSpec, base:
         target: target.into(),
         read_only,
         propagation: "None".into(),
+        volume: None,
     };
     first.mounts =
         vec![mount(volume.clone(), "/data", false), mount(base.join("resolv.conf"), "/etc/resolv.conf", true)];

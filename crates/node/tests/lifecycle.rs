@@ -313,7 +313,7 @@ async fn runtime_classes() {
     node.client.register(classes.clone(), api::kind::Scope::Cluster, "RuntimeClass");
     let class = json!({"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "vm"}, "handler": "microvm"});
     node.client.create(&classes, "", class).await.unwrap();
-    node.until("p", "no machine", |p| p.str_at("/status/message").contains("must be made by a VirtualMachine")).await;
+    node.until("p", "no block device", |p| waiting(p, "c") == "ImageInspectError").await;
     node.delete("p", None).await;
     node.until_gone("p").await;
 

@@ -15,6 +15,7 @@ fn main() {
     let args: Vec<String> = std::env::args().collect();
     match args.get(1).map(String::as_str) {
         Some("function-host") => std::process::exit(function::host::main(&args[2..])),
+        Some("function-connect") => std::process::exit(function::connect::main(&args[2..])),
         Some("function-compile") => std::process::exit(function::compile::main(&args[2..])),
         Some("--list") => return,
         _ => {}
@@ -71,6 +72,8 @@ impl Bench {
             labels: Default::default(),
             annotations: Default::default(),
             machine: None,
+            images: Vec::new(),
+            log_max_bytes: 0,
         }
     }
 

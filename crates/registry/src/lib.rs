@@ -22,7 +22,7 @@ mod uploads;
 
 pub use access::{Access, Administrator, Caller, Denied, Verb};
 pub use rules::{InvalidRule, TagRules};
-pub use server::{Config, Limits, serve};
+pub use server::{Config, Limits, Pushed, serve};
 
 #[doc(hidden)]
 pub use route::fuzz;

@@ -2,7 +2,7 @@
 
 use crate::access::Permit;
 use crate::answer::{Answer, Refusal, bytes, empty, not_modified, set, warn};
-use crate::server::{Registry, blocking};
+use crate::server::{Pushed, Registry, blocking};
 use http::header::CONTENT_TYPE;
 use http::{HeaderMap, StatusCode};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -49,8 +49,16 @@ pub(crate) async fn put(
 ) -> Result<Answer, Refusal> {
     let media_type = headers.get(CONTENT_TYPE).and_then(|v| v.to_str().ok()).map(str::to_owned);
     let content = receive(body).await?;
-    let (registry, target) = (registry.clone(), permit.repository().clone());
-    let put = blocking_refusing(move || registry.put(permit, &selector, media_type.as_deref(), &content)).await?;
+    let (own, target) = (registry.clone(), permit.repository().clone());
+    let (tag, told_type) = match &selector {
+        Selector::Tag(tag) => (Some(tag.to_string()), media_type.clone()),
+        Selector::Digest(_) => (None, media_type.clone()),
+    };
+    let put = blocking_refusing(move || own.put(permit, &selector, media_type.as_deref(), &content)).await?;
+    if let Some(pushed) = &registry.pushed {
+        let (digest, media_type) = (put.stored.digest.to_string(), told_type.unwrap_or_default());
+        pushed(Pushed { repository: target.to_string(), tag, digest, media_type });
+    }
     let mut answer = empty(StatusCode::CREATED);
     set(&mut answer, "location", &format!("/v2/{target}/manifests/{}", put.stored.digest));
     set(&mut answer, "docker-content-digest", &put.stored.digest.to_string());

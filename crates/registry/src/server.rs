@@ -40,13 +40,24 @@ pub struct Config {
     pub access: Arc<dyn Access>,
     pub rules: TagRules,
     pub limits: Limits,
+    /// Told of every manifest that was put.
+    pub pushed: Option<Arc<dyn Fn(Pushed) + Send + Sync>>,
+}
+
+/// A manifest that was put.
+#[derive(Clone, Debug)]
+pub struct Pushed {
+    pub repository: String,
+    pub tag: Option<String>,
+    pub digest: String,
+    pub media_type: String,
 }
 
 impl Config {
     /// Everything but the listener and the store as it is by default.
     pub fn new(listener: std::net::TcpListener, store: Arc<Store>) -> Config {
         let (access, rules, limits) = (Arc::new(Administrator), TagRules::default(), Limits::default());
-        Config { listener, store, access, rules, limits }
+        Config { listener, store, access, rules, limits, pushed: None }
     }
 }
 
@@ -71,6 +82,7 @@ pub(crate) struct Registry {
     pub access: Arc<dyn Access>,
     pub rules: TagRules,
     pub limits: Limits,
+    pub pushed: Option<Arc<dyn Fn(Pushed) + Send + Sync>>,
     /// Places for bodies of blobs.
     pub receiving: Arc<Semaphore>,
     fixed_tags: Mutex<()>,
@@ -85,9 +97,9 @@ impl Registry {
 
 /// Serves until `shutdown` resolves, then lets requests under way finish for a few seconds.
 pub async fn serve(config: Config, shutdown: impl Future<Output = ()> + Send) -> io::Result<()> {
-    let Config { listener, store, access, rules, limits } = config;
+    let Config { listener, store, access, rules, limits, pushed } = config;
     let receiving = Arc::new(Semaphore::new(limits.uploads));
-    let registry = Arc::new(Registry { store, access, rules, limits, receiving, fixed_tags: Mutex::new(()) });
+    let registry = Arc::new(Registry { store, access, rules, limits, pushed, receiving, fixed_tags: Mutex::new(()) });
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let places = Arc::new(Semaphore::new(CONNECTIONS));

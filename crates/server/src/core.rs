@@ -6,6 +6,7 @@ use crate::kinds::Kinds;
 use crate::ranges::ServiceRanges;
 use crate::rest::storage::{Storage, status_of};
 use crate::watch::Feeds;
+use api::inspect::Inspect;
 use api::kind::{Kind, Scope};
 use api::metrics::Source;
 use api::status::{Reason, Status, StatusResult};
@@ -22,6 +23,7 @@ pub struct Core {
     pub tokens: TokenIssuer,
     streams: RwLock<Option<Arc<dyn PodStreams>>>,
     metrics: std::sync::OnceLock<Arc<dyn Source>>,
+    inspect: std::sync::OnceLock<Arc<dyn Inspect>>,
     expiry: tokio::sync::Mutex<Option<Expiry>>,
 }
 
@@ -45,6 +47,7 @@ impl Core {
             tokens,
             streams: RwLock::new(None),
             metrics: std::sync::OnceLock::new(),
+            inspect: std::sync::OnceLock::new(),
             expiry: tokio::sync::Mutex::new(None),
         }
     }
@@ -56,6 +59,15 @@ impl Core {
     /// Only the first counts.
     pub fn set_metrics(&self, source: Arc<dyn Source>) {
         let _ = self.metrics.set(source);
+    }
+
+    /// Only the first counts.
+    pub fn set_inspect(&self, inspect: Arc<dyn Inspect>) {
+        let _ = self.inspect.set(inspect);
+    }
+
+    pub fn inspect(&self) -> StatusResult<&Arc<dyn Inspect>> {
+        self.inspect.get().ok_or_else(no_node)
     }
 
     pub fn metrics(&self) -> Option<&Arc<dyn Source>> {
@@ -78,8 +90,12 @@ impl Core {
 
     pub fn streams(&self) -> StatusResult<Arc<dyn PodStreams>> {
         let streams = self.streams.read().unwrap_or_else(|e| e.into_inner()).clone();
-        streams.ok_or_else(|| Status::new(Reason::ServiceUnavailable, "no node is connected to this API server yet"))
+        streams.ok_or_else(no_node)
     }
+}
+
+fn no_node() -> Status {
+    Status::new(Reason::ServiceUnavailable, "no node is connected to this API server yet")
 }
 
 /// An object, or where one will be. `name` is empty for collections and before `generateName` was used.

@@ -10,7 +10,7 @@ use crate::watch::{Change, Filter};
 use api::client::DeleteOptions;
 use api::kind::Kind;
 use api::object::{Meta, Object};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -110,10 +110,7 @@ async fn follow(core: &Arc<Core>, kind: &Arc<Kind>) -> StatusResult<()> {
 /// that was done.
 async fn end(core: &Arc<Core>, kind: &Arc<Kind>, name: &str) -> StatusResult<bool> {
     let target = Target::new(kind, "", name);
-    let definition = match core.get(&target).await {
-        Err(status) if status.is_not_found() => return Ok(true),
-        other => other?,
-    };
+    let Some(definition) = core.get(&target).await.found()? else { return Ok(true) };
     if !definition.is_deleting() || !definition.finalizers().contains(&crds::FINALIZER) {
         return Ok(true);
     }
@@ -145,8 +142,6 @@ async fn end(core: &Arc<Core>, kind: &Arc<Kind>, name: &str) -> StatusResult<boo
         new.metadata_mut().insert("finalizers".into(), left.into());
         Ok(new)
     };
-    match core.modify(&permit, &target, &WriteOptions::default(), &Preconditions::default(), change).await {
-        Err(status) if !status.is_not_found() => Err(status),
-        _ => Ok(true),
-    }
+    let (options, always) = (WriteOptions::default(), Preconditions::default());
+    core.modify(&permit, &target, &options, &always, change).await.found().map(|_| true)
 }

@@ -109,6 +109,11 @@ impl Server {
         self.core.set_streams(streams);
     }
 
+    /// Who answers what the network is asked; until then that is refused.
+    pub fn set_inspect(&self, inspect: Arc<dyn api::inspect::Inspect>) {
+        self.core.set_inspect(inspect);
+    }
+
     /// What `/metrics` tells beside the server's own counters.
     pub fn set_metrics(&self, source: Arc<dyn api::metrics::Source>) {
         self.core.set_metrics(source);

@@ -29,6 +29,54 @@ async fn metrics_are_for_administrators() {
     running.send(&As::Anonymous, "GET", "/metrics", &[], "").await.refusal(401);
 }
 
+/// Tells of two connections, and of refusals without end.
+struct Told;
+
+#[async_trait::async_trait]
+impl api::inspect::Inspect for Told {
+    async fn ask(&self, question: api::inspect::Question) -> api::StatusResult<api::inspect::Lines> {
+        use api::inspect::Question;
+        use futures_util::StreamExt;
+        match question {
+            Question::Connections => Ok(futures_util::stream::iter(["1\n", "2\n"]).map(|line| Ok(line.into())).boxed()),
+            Question::Log { .. } => Ok(futures_util::stream::repeat("0\n").map(|line| Ok(line.into())).boxed()),
+            Question::Capture { pod, .. } => Err(api::Status::new(api::status::Reason::NotFound, format!("no {pod}"))),
+            Question::Explain { .. } => Err(api::Status::bad_request("from: nobody")),
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_network_is_asked_by_administrators_alone() {
+    const BASE: &str = "/apis/subresources.atoll.dev/v1alpha1";
+    let running = Running::start().await;
+    let connections = format!("{BASE}/connections");
+    running.send(&As::Admin, "GET", &connections, &[], "").await.refusal(503);
+    running.server.set_inspect(std::sync::Arc::new(Told));
+    let told = running.get(&connections).await;
+    assert_eq!((told.code, told.header("content-type"), &told.body[..]), (200, "application/jsonl", &b"1\n2\n"[..]));
+    let capture = format!("{BASE}/namespaces/default/pods/web/capture");
+    assert_eq!(running.send(&As::Admin, "GET", &capture, &[], "").await.refusal(404), "no web");
+    let explain = format!("{BASE}/explanations?from=a&to=b&protocol=tcp&port=1");
+    assert_eq!(running.send(&As::Admin, "GET", &explain, &[], "").await.refusal(400), "from: nobody");
+    running.send(&As::Admin, "POST", &connections, &[JSON], "{}").await.refusal(405);
+    running.send(&As::Admin, "GET", &format!("{BASE}/nothing"), &[], "").await.refusal(404);
+    let answer = running
+        .post(
+            "/api/v1/namespaces/default/serviceaccounts/default/token",
+            &json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {"expirationSeconds": 600}}),
+        )
+        .await;
+    let token = As::Token(answer.json()["status"]["token"].as_str().unwrap().to_owned());
+    for path in [connections, format!("{BASE}/refusals?follow=true"), capture, explain] {
+        running.send(&As::Anonymous, "GET", &path, &[], "").await.refusal(401);
+        let refusal = running.send(&token, "GET", &path, &[], "").await.refusal(403);
+        assert!(refusal.contains("in API group \"subresources.atoll.dev\""), "{refusal}");
+        // Reading packets is reaching into a pod.
+        assert!(!path.ends_with("capture") || refusal.contains("cannot create resource \"pods/capture\""), "{refusal}");
+    }
+}
+
 #[tokio::test]
 async fn anonymous_gets_nothing_but_health_and_version() {
     let running = Running::start().await;
@@ -215,9 +263,8 @@ async fn hostile_bodies() {
     for n in 1..14 {
         bomb.push_str(&format!("a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 10].join(",")));
     }
-    let started = std::time::Instant::now();
+    // One that went off would have 10^14 values.
     post("application/yaml", bomb).await.refusal(400);
-    assert!(started.elapsed() < std::time::Duration::from_secs(5), "a bomb is refused before it goes off");
     let yaml = "apiVersion: v1\nkind: ConfigMap\nmetadata:\n  name: from-yaml\ndata:\n  k: v\n";
     assert_eq!(post("application/yaml", yaml.into()).await.code, 201);
     let accept = [("accept", "text/html")];

@@ -4,10 +4,10 @@ use crate::channel;
 use crate::engine::{SNAPSHOT_DEADLINE, SnapshotFiles};
 use crate::machine::{Error, Machine, Result};
 use serde::{Deserialize, Serialize};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -95,6 +95,44 @@ pub fn launch(
         return Err(Error::Monitor(String::from_utf8_lossy(&output.stderr).trim().to_owned()));
     }
     Client::connect(&machine.run_dir)?.request(Request::State)
+}
+
+/// Below the run directory: the byte stream of [`Machine::channel`] in QEMU, and the vsock of our own engine.
+pub(crate) const CHANNEL: &str = "channel.sock";
+pub(crate) const VSOCK: &str = "vsock.sock";
+const LONGEST_GREETING: usize = 32;
+
+/// For root alone.
+pub(crate) fn listen(path: &Path) -> Result<UnixListener> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).map_err(Error::io("listen on", path))?;
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).map_err(Error::io("set mode", path))?;
+    Ok(listener)
+}
+
+/// A machine's [`Machine::channel`], whichever way its engine has it: one client at a time with virtio-serial, on our
+/// own engine a connection to `port`.
+pub fn channel(run_dir: &Path, port: u32) -> Result<UnixStream> {
+    if let Ok(stream) = UnixStream::connect(run_dir.join(CHANNEL)) {
+        return Ok(stream);
+    }
+    let mut stream = UnixStream::connect(run_dir.join(VSOCK)).map_err(|_| Error::NotRunning)?;
+    let fail = |e: std::io::Error| Error::Monitor(format!("channel: {e}"));
+    stream.set_read_timeout(Some(DEADLINE)).map_err(fail)?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).map_err(fail)?;
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while !line.ends_with(b"\n") && line.len() < LONGEST_GREETING {
+        if stream.read(&mut byte).map_err(fail)? == 0 {
+            return Err(Error::Monitor("channel: nothing listens in the guest".into()));
+        }
+        line.extend_from_slice(&byte);
+    }
+    if !line.starts_with(b"OK ") {
+        return Err(Error::Monitor("channel: nothing listens in the guest".into()));
+    }
+    stream.set_read_timeout(None).map_err(fail)?;
+    Ok(stream)
 }
 
 /// What is on disk of a machine that ended, whose monitor is gone.

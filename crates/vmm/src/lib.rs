@@ -23,4 +23,4 @@ mod sys;
 
 pub use client::{Client, launch};
 pub use engine::SnapshotFiles;
-pub use machine::{Choice, Console, Disk, DiskFormat, Error, Link, Machine, Restore, Result};
+pub use machine::{Choice, Console, Disk, DiskFormat, Error, Link, Machine, Rate, Restore, Result};

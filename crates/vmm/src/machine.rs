@@ -46,6 +46,9 @@ pub struct Machine {
     pub kernel: Option<PathBuf>,
     pub initrd: Option<PathBuf>,
     pub kernel_args: String,
+    /// The firmware is UEFI, without secure boot and without variables that last; otherwise a PC's BIOS.
+    #[serde(default)]
+    pub efi: bool,
     pub disks: Vec<Disk>,
     /// A read-only disk added last (the cloud-init seed).
     pub seed: Option<PathBuf>,
@@ -68,6 +71,10 @@ pub struct Machine {
     /// A screen, as far as the engine has any ([`crate::Client::display`]).
     #[serde(default)]
     pub display: bool,
+    /// A byte stream to the program in the guest that holds the virtio-serial port of this name, or listens on the vsock
+    /// port of [`crate::client::channel`].
+    #[serde(default)]
+    pub channel: Option<String>,
 }
 
 /// A snapshot to go on from, with the description it was taken with; its link alone may be another. [`Machine::engine`]
@@ -122,6 +129,15 @@ pub struct Disk {
     /// A copy of this is what the overlay begins as.
     #[serde(default)]
     pub begins: Option<PathBuf>,
+    #[serde(default)]
+    pub rate: Rate,
+}
+
+/// How much a disk may do in a second; 0: as much as it can. A disk that rested may do the tenth of it at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    pub bytes: u64,
+    pub operations: u64,
 }
 
 /// The tap that is this machine's only way out.
@@ -164,6 +180,9 @@ impl Machine {
         if self.kernel.is_none() && self.initrd.is_some() {
             return bad("initrd", "set".into(), "an initrd needs a kernel");
         }
+        if self.kernel.is_some() && self.efi {
+            return bad("efi", "true".into(), "a machine with a kernel of its own has no firmware");
+        }
         if self.disks.len() > MAX_DISKS {
             return bad("disks", self.disks.len().to_string(), "at most 24 disks");
         }
@@ -172,6 +191,9 @@ impl Machine {
         }
         if self.uid == 0 {
             return bad("uid", "0".into(), "a machine never runs as root");
+        }
+        if let Some(name) = self.channel.as_ref().filter(|name| !name.split('.').all(|part| plain(part, 63))) {
+            return bad("channel", name.clone(), "letters, digits, -, _ and . only");
         }
         for disk in &self.disks {
             if !matches!(disk.bus.as_str(), "virtio" | "sata" | "scsi") {
@@ -209,6 +231,7 @@ pub(crate) fn sample() -> Machine {
         kernel: Some("/k".into()),
         initrd: Some("/i".into()),
         kernel_args: "root=/dev/vda console=ttyS0".into(),
+        efi: false,
         disks: vec![Disk {
             name: "root".into(),
             path: "/d".into(),
@@ -219,6 +242,7 @@ pub(crate) fn sample() -> Machine {
             boot_order: None,
             overlay: true,
             begins: None,
+            rate: Rate::default(),
         }],
         seed: None,
         link: Some(Link {
@@ -236,6 +260,7 @@ pub(crate) fn sample() -> Machine {
         restore: None,
         kvm_cache: None,
         display: false,
+        channel: None,
     }
 }
 
@@ -247,14 +272,16 @@ mod tests {
     fn refuses_what_cannot_run_and_names_the_field() {
         assert!(sample().validate().is_ok());
         type Spoil = fn(&mut Machine);
-        let cases: [(Spoil, &str); 7] = [
+        let cases: [(Spoil, &str); 9] = [
             (|m| m.vcpus = 0, "machine.vcpus"),
             (|m| m.memory_bytes = 1, "machine.memory_bytes"),
+            (|m| m.efi = true, "machine.efi"),
             (|m| m.uid = 0, "machine.uid"),
             (|m| m.disks[0].bus = "virtio,readonly=off".into(), "machine.disks.bus"),
             (|m| m.disks[0].serial = "a,b=c".into(), "machine.disks.serial"),
             (|m| m.link.as_mut().unwrap().mac = "52:54".into(), "machine.link.mac"),
             (|m| m.kernel_args = "a\nb".into(), "machine.kernel_args"),
+            (|m| m.channel = Some("a,b".into()), "machine.channel"),
         ];
         for (spoil, field) in cases {
             let mut machine = sample();

@@ -3,9 +3,9 @@
 
 use crate::engine::{Control, Engine, Plan, Program, Work};
 use crate::kvm::snapshot::{self, Outline};
-use crate::machine::{Disk, DiskFormat, Error, Machine, Restore, Result};
+use crate::machine::{Disk, DiskFormat, Error, Machine, Rate, Restore, Result};
 use crate::qmp::Qmp;
-use crate::{disk, qcow2, sys};
+use crate::{client, disk, qcow2, sys};
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -13,6 +13,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 const PROGRAM: &str = "/usr/bin/qemu-system-x86_64";
+/// Debian's package ovmf; in one file, so that it can be read as a BIOS.
+const EFI: &str = "/usr/share/ovmf/OVMF.fd";
 const FIRST_DESCRIPTOR: i32 = 10;
 
 pub struct Qemu {
@@ -99,6 +101,13 @@ impl Engine for Qemu {
         if let Some(restore) = &machine.restore {
             incoming(&mut b, machine, restore)?;
         }
+        if let Some(name) = &machine.channel {
+            // it listens on what it is handed; nobody but root reaches the socket's name
+            let number = b.descriptor(client::listen(&machine.run_dir.join(client::CHANNEL))?.into());
+            b.arg("-chardev").arg(format!("socket,id=channel,fd={number},server=on,wait=off"));
+            b.arg("-device").arg("virtio-serial-pci,max_ports=2");
+            b.arg("-device").arg(format!("virtserialport,chardev=channel,name={name}"));
+        }
         let console = channel(&mut b, "console")?;
         b.arg("-serial").arg("chardev:console");
         let control = channel(&mut b, "qmp")?;
@@ -170,13 +179,19 @@ fn channel(b: &mut Builder, id: &str) -> Result<UnixStream> {
     Ok(ours)
 }
 
-/// Kernel and initrd are copied beside the machine's state, for its user alone to read; QEMU cannot take them as
+/// Firmware, kernel and initrd are copied beside the machine's state, for its user alone to read; QEMU cannot take them as
 /// descriptors.
 fn boot_files(b: &mut Builder, machine: &Machine) -> Result<Vec<(PathBuf, PathBuf)>> {
     let mut files = Vec::new();
-    for (flag, inside, source) in
-        [("-kernel", "/boot/kernel", &machine.kernel), ("-initrd", "/boot/initrd", &machine.initrd)]
-    {
+    let efi = machine.efi.then(|| Path::new(EFI));
+    if efi.is_some_and(|path| !path.exists()) {
+        return Err(Error::NoEngine(format!("{EFI} is not here, and the machine boots by EFI; apt-get install ovmf")));
+    }
+    for (flag, inside, source) in [
+        ("-bios", "/boot/firmware", efi),
+        ("-kernel", "/boot/kernel", machine.kernel.as_deref()),
+        ("-initrd", "/boot/initrd", machine.initrd.as_deref()),
+    ] {
         let Some(source) = source else { continue };
         let copy = machine.state_dir.join(inside.trim_start_matches("/boot/"));
         fs::copy(source, &copy).map_err(Error::io("copy boot file", source))?;
@@ -203,6 +218,7 @@ fn add_disk(b: &mut Builder, machine: &Machine, index: usize, one: &Disk) -> Res
     } else {
         b.node(&node, disk::open(&one.path, !one.read_only)?, one.format, one.read_only, None);
     }
+    let drive = limited(b, &node, one.rate);
     let device = match one.bus.as_str() {
         "sata" => "ide-hd".to_owned(),
         "scsi" => {
@@ -211,7 +227,7 @@ fn add_disk(b: &mut Builder, machine: &Machine, index: usize, one: &Disk) -> Res
         }
         _ => "virtio-blk-pci".to_owned(),
     };
-    let mut text = format!("{device},drive={node}");
+    let mut text = format!("{device},drive={drive}");
     if !one.serial.is_empty() {
         text.push_str(&format!(",serial={}", one.serial));
     }
@@ -220,6 +236,21 @@ fn add_disk(b: &mut Builder, machine: &Machine, index: usize, one: &Disk) -> Res
     }
     b.arg("-device").arg(text);
     Ok(())
+}
+
+/// The node that the guest's disk is on: one with limits before it, where there are any.
+fn limited(b: &mut Builder, node: &str, rate: Rate) -> String {
+    if rate == Rate::default() {
+        return node.to_owned();
+    }
+    let Rate { bytes, operations } = rate;
+    let group = format!("{node}-rate");
+    b.arg("-object").arg(format!(
+        r#"{{"qom-type":"throttle-group","id":"{group}","limits":{{"bps-total":{bytes},"iops-total":{operations}}}}}"#
+    ));
+    let limited = format!("{node}-limited");
+    b.arg("-blockdev").arg(format!("driver=throttle,node-name={limited},throttle-group={group},file={node}"));
+    limited
 }
 
 #[cfg(test)]
@@ -249,7 +280,7 @@ mod tests {
             println!("SKIPPED: needs root to give files to the machine's user");
             return;
         }
-        let (plan, _dir) = plan(|_| ());
+        let (plan, _dir) = plan(|m| m.disks[0].rate = Rate { bytes: 1000, operations: 7 });
         let Work::Execute(plan) = plan.unwrap().work else { panic!("QEMU is a program") };
         let text = plan.args.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ");
         assert!(text.contains("node-name=disk0-base-file,filename=/dev/fdset/1,locking=off,read-only=on"), "{text}");
@@ -258,6 +289,11 @@ mod tests {
                 "driver=qcow2,node-name=disk0,file=disk0-file,read-only=off,discard=unmap,backing=disk0-base"
             )
         );
+        assert!(
+            text.contains("driver=throttle,node-name=disk0-limited,throttle-group=disk0-rate,file=disk0"),
+            "{text}"
+        );
+        assert!(text.contains(r#""limits":{"bps-total":1000,"iops-total":7}"#) && text.contains("drive=disk0-limited"));
         assert!(text.contains("-sandbox on") && text.contains("-nodefaults"));
         assert!(plan.descriptors.iter().all(|(number, _)| *number >= FIRST_DESCRIPTOR));
     }

@@ -73,6 +73,8 @@ impl Qmp {
     }
 }
 
+/// A guest that powered off, of a machine that waits.
+const OFF: &str = "shutdown";
 const LOOK: Duration = Duration::from_millis(5);
 
 /// Snapshots are QEMU's migration to a file and back.
@@ -99,6 +101,15 @@ impl Qmp {
     /// `poweroff`: QEMU ends; `pause`: it waits.
     fn on_power_off(&mut self, action: &str) -> Result<()> {
         self.execute_with("set-action", json!({ "shutdown": action }), &[]).map(drop)
+    }
+
+    /// From here on a power-off is one again. Whether the guest is off already and waits for what comes.
+    fn end_reboot(&mut self) -> Result<bool> {
+        if self.reboot_until.take().is_none() {
+            return Ok(false);
+        }
+        self.on_power_off("poweroff")?;
+        Ok(self.status()? == OFF)
     }
 
     fn past(&self, until: Instant) -> Result<()> {
@@ -135,13 +146,13 @@ impl Qmp {
 
 impl Control for Qmp {
     fn power_button(&mut self) -> Result<()> {
-        if self.reboot_until.take().is_some() {
-            self.on_power_off("poweroff")?;
-        }
-        self.execute("system_powerdown").map(drop)
+        let command = if self.end_reboot()? { "quit" } else { "system_powerdown" };
+        self.execute(command).map(drop)
     }
     fn reset(&mut self) -> Result<()> {
-        self.execute("system_reset").map(drop)
+        let off = self.end_reboot()?;
+        self.execute("system_reset")?;
+        if off { self.resume() } else { Ok(()) }
     }
     fn pause(&mut self) -> Result<()> {
         self.execute("stop").map(drop)
@@ -159,17 +170,12 @@ impl Control for Qmp {
     }
     fn rebooting(&mut self) -> Result<bool> {
         let Some(until) = self.reboot_until else { return Ok(false) };
-        let off = self.status()? == "shutdown";
-        if !off && Instant::now() < until {
+        if self.status()? != OFF && Instant::now() < until {
             return Ok(true);
         }
-        self.reboot_until = None;
-        if off {
+        if self.end_reboot()? {
             self.execute("system_reset")?;
-        }
-        self.on_power_off("poweroff")?;
-        if off {
-            self.execute("cont")?;
+            self.resume()?;
         }
         Ok(false)
     }
@@ -213,5 +219,58 @@ pub fn fuzz(bytes: &[u8]) {
     }
     if let Ok(mut control) = Qmp::greet(ours) {
         while control.pause().is_ok() {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a machine is told that stands at `status`.
+    fn told(status: &'static str, by: impl FnOnce(&mut Qmp)) -> Vec<String> {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let qemu = std::thread::spawn(move || {
+            let mut writer = theirs.try_clone().unwrap();
+            writer.write_all(b"{\"QMP\":{}}\n").unwrap();
+            let mut commands = Vec::new();
+            for line in BufReader::new(theirs).lines() {
+                let line: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let command = line["execute"].as_str().unwrap().to_owned();
+                writeln!(writer, "{}", json!({ "return": { "status": status } })).unwrap();
+                commands.push(match line["arguments"]["shutdown"].as_str() {
+                    Some(action) => format!("on power off {action}"),
+                    None => command,
+                });
+            }
+            commands.retain(|c| !c.starts_with("q") || c == "quit");
+            commands
+        });
+        let mut qmp = Qmp::greet(ours).unwrap();
+        by(&mut qmp);
+        drop(qmp);
+        qemu.join().unwrap()
+    }
+
+    const BEGUN: [&str; 2] = ["on power off pause", "system_powerdown"];
+
+    #[test]
+    fn a_button_or_a_reset_in_a_reboot_finds_a_guest_that_is_off_already() {
+        let after = |status, by: fn(&mut Qmp)| {
+            let told = told(status, |qmp| {
+                qmp.soft_reboot().unwrap();
+                by(qmp);
+            });
+            assert_eq!(told[..2], BEGUN);
+            told[2..].join(", ")
+        };
+        let button = |qmp: &mut Qmp| qmp.power_button().unwrap();
+        let reset = |qmp: &mut Qmp| qmp.reset().unwrap();
+        assert_eq!(after("running", button), "on power off poweroff, system_powerdown");
+        assert_eq!(after("shutdown", button), "on power off poweroff, quit");
+        assert_eq!(after("running", reset), "on power off poweroff, system_reset");
+        assert_eq!(after("shutdown", reset), "on power off poweroff, system_reset, cont");
+        let see = |qmp: &mut Qmp| while qmp.rebooting().unwrap() {};
+        assert_eq!(after("shutdown", see), "on power off poweroff, system_reset, cont");
+        assert_eq!(told("running", button).join(", "), "system_powerdown");
     }
 }

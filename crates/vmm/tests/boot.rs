@@ -80,6 +80,7 @@ fn machine(dir: &Path) -> Machine {
         kernel: None,
         initrd: None,
         kernel_args: String::new(),
+        efi: false,
         disks: vec![Disk {
             name: "root".into(),
             path: disk,
@@ -90,6 +91,7 @@ fn machine(dir: &Path) -> Machine {
             boot_order: Some(1),
             overlay: true,
             begins: None,
+            rate: vmm::Rate { bytes: 64 << 20, operations: 1000 },
         }],
         seed: None,
         link: None,
@@ -101,7 +103,28 @@ fn machine(dir: &Path) -> Machine {
         restore: None,
         kvm_cache: None,
         display: false,
+        channel: None,
     }
+}
+
+/// OVMF finds nothing to boot and says so on the serial port.
+#[test]
+fn firmware_is_efi_where_that_is_asked_for() {
+    let Some(exe) = role() else { panic!("examples/vmm is built with the tests") };
+    for path in ["/usr/bin/qemu-system-x86_64", "/usr/share/ovmf/OVMF.fd"] {
+        if !Path::new(path).exists() || !rustix::process::getuid().is_root() {
+            println!("SKIPPED: needs root and {path}; apt-get install qemu-system-x86 ovmf");
+            return;
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path());
+    (machine.efi, machine.memory_bytes) = (true, 256 << 20);
+    let _running = start(&exe, &machine);
+    let log = machine.console.log_path.clone();
+    let said = || String::from_utf8_lossy(&std::fs::read(&log).unwrap_or_default()).into_owned();
+    wait_for("the firmware's line", || said().contains("BdsDxe"));
+    assert!(!said().contains("hi from the guest"), "a boot sector is nothing to it");
 }
 
 #[test]

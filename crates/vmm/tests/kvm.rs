@@ -1,56 +1,18 @@
 //! Our own engine, in its jail, with the test guest in it: it drives every device, and plays the hostile guest. Runs on
 //! whatever KVM there is; an emulated one is enough.
 
+mod lab;
 mod running;
 
+use lab::{UID, again, console, end, guest, machine, role, says, snapshot, wait_for};
 use running::start;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
-use vmm::client::{self, Exit, Request};
-use vmm::kvm::Support;
-use vmm::{Choice, Client, Console, Disk, DiskFormat, Machine, Restore, SnapshotFiles};
-
-const UID: u32 = 1_234_568;
-
-fn role() -> PathBuf {
-    let exe = std::env::current_exe().ok().and_then(|e| Some(e.parent()?.parent()?.join("examples/vmm")));
-    let exe = std::env::var_os("ATOLL_VMM").map(PathBuf::from).or(exe).unwrap();
-    assert!(exe.exists(), "{}: examples/vmm is built with the tests", exe.display());
-    exe
-}
-
-/// The guest, built once; `Err` says what is missing.
-fn guest() -> Result<&'static Path, &'static str> {
-    static GUEST: OnceLock<Result<(PathBuf, tempfile::TempDir), String>> = OnceLock::new();
-    let built = GUEST.get_or_init(|| {
-        if let Support::Absent { why } = vmm::kvm::probe() {
-            return Err(format!("no KVM: {why}"));
-        }
-        if !rustix::process::getuid().is_root() {
-            return Err("needs root".into());
-        }
-        let dir = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let (elf, source) = (dir.path().join("guest"), Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guest"));
-        let mut command = Command::new("rustc");
-        command.args(["--edition", "2024", "--crate-name", "guest", "-o"]).arg(&elf);
-        // emulated kernel code knows no SSE
-        let flags = "panic=abort opt-level=1 strip=symbols relocation-model=static no-redzone=yes \
-             target-feature=-sse2,-sse,+soft-float linker=ld linker-flavor=ld link-arg=-static link-arg=--gc-sections \
-             link-self-contained=no default-linker-libraries=no";
-        for flag in flags.split_whitespace() {
-            command.args(["-C", flag]);
-        }
-        command.arg("-C").arg(format!("link-arg=-T{}", source.join("link.ld").display())).arg(source.join("kernel.rs"));
-        let output = command.output().map_err(|e| format!("rustc: {e}"))?;
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        Ok((elf, dir))
-    });
-    built.as_ref().map(|(elf, _)| elf.as_path()).map_err(String::as_str)
-}
+use std::time::Duration;
+use vmm::client::{Exit, Request};
+use vmm::{Client, Machine, Restore};
 
 /// Says why this test cannot run here.
 macro_rules! guest_or_skip {
@@ -63,67 +25,6 @@ macro_rules! guest_or_skip {
             }
         }
     };
-}
-
-fn disk(dir: &Path, name: &str, content: &[u8], read_only: bool) -> Disk {
-    let path = dir.join(name);
-    let mut bytes = content.to_vec();
-    bytes.resize(64 << 10, 0);
-    std::fs::write(&path, bytes).unwrap();
-    let (serial, bus) = (name.to_owned(), "virtio".to_owned());
-    Disk {
-        name: name.into(),
-        path,
-        format: DiskFormat::Raw,
-        read_only,
-        bus,
-        serial,
-        boot_order: None,
-        overlay: false,
-        begins: None,
-    }
-}
-
-fn machine(dir: &Path, kernel: &Path, args: &str) -> Machine {
-    Machine {
-        id: "test".into(),
-        vcpus: 2,
-        memory_bytes: 64 << 20,
-        kernel: Some(kernel.into()),
-        initrd: None,
-        kernel_args: args.into(),
-        disks: vec![disk(dir, "data", b"atoll test disk", false), disk(dir, "fixed", b"read only", true)],
-        seed: None,
-        link: None,
-        uid: UID,
-        run_dir: dir.join("run"),
-        state_dir: dir.join("state"),
-        console: Console { log_path: dir.join("logs/compute/0.log"), log_max_bytes: 1 << 20 },
-        engine: Choice::Kvm,
-        restore: None,
-        kvm_cache: None,
-        display: false,
-    }
-}
-
-fn wait_for<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + Duration::from_secs(120);
-    loop {
-        if let Some(value) = found() {
-            return value;
-        }
-        assert!(Instant::now() < until, "{what} did not happen");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-fn console(machine: &Machine) -> String {
-    std::fs::read_to_string(&machine.console.log_path).unwrap_or_default()
-}
-
-fn end(machine: &Machine) -> Exit {
-    let what = format!("the end; the console says\n{}", console(machine));
-    wait_for(&what, || client::recorded(&machine.state_dir)?.exit)
 }
 
 fn run(kernel: &Path, args: &str) -> (String, Exit) {
@@ -369,56 +270,6 @@ fn what_cannot_be_booted_is_named() {
     }
 }
 
-fn snapshot(machine: &Machine, dir: &Path, base: Option<&Path>) -> Restore {
-    std::fs::create_dir_all(dir).unwrap();
-    let make = |name: &str| std::fs::File::create_new(dir.join(name)).unwrap();
-    let files = SnapshotFiles {
-        state: make("state"),
-        memory: make("memory"),
-        base: base.map(|path| std::fs::File::open(path).unwrap()),
-    };
-    Client::connect(&machine.run_dir).unwrap().snapshot(&files).unwrap();
-    match base {
-        None => Restore {
-            state: dir.join("state"),
-            memory: dir.join("memory"),
-            difference: None,
-            verify: true,
-            engine: String::new(),
-        },
-        Some(base) => Restore {
-            state: dir.join("state"),
-            memory: base.into(),
-            difference: Some(dir.join("memory")),
-            verify: true,
-            engine: String::new(),
-        },
-    }
-}
-
-/// Another machine of the same description, with disks of its own as they are now.
-fn again(machine: &Machine, dir: &Path, restore: Restore) -> Machine {
-    std::fs::create_dir_all(dir).unwrap();
-    let mut other = machine.clone();
-    for disk in &mut other.disks {
-        let copy = dir.join(&disk.name);
-        std::fs::copy(&disk.path, &copy).unwrap();
-        disk.path = copy;
-    }
-    (other.run_dir, other.state_dir) = (dir.join("run"), dir.join("state"));
-    other.console.log_path = dir.join("logs/compute/0.log");
-    other.restore = Some(restore);
-    other
-}
-
-fn says(machine: &Machine, what: &str) {
-    let ended = || client::recorded(&machine.state_dir);
-    wait_for(what, || {
-        assert!(ended().is_none(), "{:?}\n{}", ended(), console(machine));
-        console(machine).contains(what).then_some(())
-    });
-}
-
 fn type_in(machine: &Machine, text: &str) {
     let mut typed = Client::connect(&machine.run_dir).unwrap().console().unwrap();
     typed.write_all(text.as_bytes()).unwrap();
@@ -472,6 +323,24 @@ fn a_machine_goes_on_from_its_snapshot_as_often_as_wanted() {
     generations.sort();
     generations.dedup();
     assert_eq!(generations.len(), 5, "each life has a generation of its own: {generations:?}");
+}
+
+/// Two operations for each byte typed: the sixth begins 2.5 s after the first, less the tenth of a second that rest earns.
+#[test]
+fn a_limited_disk_takes_its_time_and_loses_nothing() {
+    let kernel = guest_or_skip!();
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = machine(dir.path(), kernel, "count");
+    machine.disks[0].rate = vmm::Rate { bytes: 0, operations: 2 };
+    let _running = start(&role(), &machine);
+    says(&machine, "ready");
+    let begun = std::time::Instant::now();
+    type_in(&machine, "+++");
+    says(&machine, "count 3");
+    assert!(begun.elapsed() >= Duration::from_millis(2300), "{:?}", begun.elapsed());
+    type_in(&machine, "q");
+    let exit = end(&machine);
+    assert_good(&console(&machine), &exit);
 }
 
 #[test]

@@ -19,7 +19,7 @@ pub use machines::{
     virtual_machine, virtual_machine_clone, virtual_machine_instance, virtual_machine_restore,
     virtual_machine_snapshot, virtual_machine_snapshot_content,
 };
-pub use network::{admin_network_policy, baseline_admin_network_policy, egress_policy, network_policy};
+pub use network::{admin_network_policy, baseline_admin_network_policy, egress_policy, network_policy, subnet};
 pub use pod::pod;
 pub use workloads::{deployment, replica_set};
 
@@ -169,6 +169,25 @@ pub fn schedule() -> Vec<Column> {
         ("Next", "string", 0, ".status.nextScheduleTime"),
         ("Ready", "string", 0, ".status.conditions[?(@.type=='Ready')].status"),
         ("Age", "date", 0, CREATED),
+    ])
+}
+
+pub fn broker() -> Vec<Column> {
+    paths(&[
+        ("URL", "string", 0, ".status.address.url"),
+        ("Age", "date", 0, CREATED),
+        ("Ready", "string", 0, READY),
+        ("Reason", "string", 0, READY_REASON),
+    ])
+}
+
+pub fn trigger() -> Vec<Column> {
+    paths(&[
+        ("Broker", "string", 0, ".spec.broker"),
+        ("Subscriber_URI", "string", 0, ".status.subscriberUri"),
+        ("Age", "date", 0, CREATED),
+        ("Ready", "string", 0, READY),
+        ("Reason", "string", 0, READY_REASON),
     ])
 }
 

@@ -4,7 +4,7 @@
 //! Types have been checked before any of this runs; what is absent or odd all the same reads as empty.
 
 mod admin;
-mod bandwidth;
+mod annotations;
 mod config;
 mod custom;
 mod egress;
@@ -22,6 +22,7 @@ mod policy;
 mod probe;
 mod service;
 mod snapshot;
+mod subnet;
 mod volume;
 mod workload;
 
@@ -147,6 +148,14 @@ pub fn schedule() -> Hooks {
     Hooks { validate: Some(event::validate_schedule), ..Default::default() }
 }
 
+pub fn broker() -> Hooks {
+    Hooks { validate: Some(event::validate_broker), ..Default::default() }
+}
+
+pub fn trigger() -> Hooks {
+    Hooks { validate: Some(event::validate_trigger), ..Default::default() }
+}
+
 pub fn ingress() -> Hooks {
     Hooks { default: Some(ingress::default_ingress), validate: Some(ingress::validate_ingress), ..Default::default() }
 }
@@ -165,6 +174,10 @@ pub fn baseline_admin_network_policy() -> Hooks {
 
 pub fn egress_policy() -> Hooks {
     Hooks { validate: Some(egress::validate), ..Default::default() }
+}
+
+pub fn subnet() -> Hooks {
+    Hooks { validate: Some(subnet::validate), ..Default::default() }
 }
 
 pub fn ingress_class() -> Hooks {

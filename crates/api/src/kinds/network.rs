@@ -42,5 +42,14 @@ pub(super) fn entries() -> Vec<Entry> {
             "dev.atoll.v1alpha1.EgressPolicy",
             egress_policy
         ),
+        entry!(
+            ("atoll.dev", "v1alpha1", "networks", "Network"),
+            &["net"],
+            &[],
+            Namespaced,
+            Full,
+            "dev.atoll.v1alpha1.Network",
+            subnet
+        ),
     ]
 }

@@ -26,7 +26,9 @@ pub const SOURCES: &[&str] = &[
     include_str!("policy.types"),
     include_str!("network.types"),
     include_str!("functions.types"),
+    include_str!("eventing.types"),
     include_str!("egress.types"),
+    include_str!("subnet.types"),
 ];
 
 /// Adds the types that `source` describes.

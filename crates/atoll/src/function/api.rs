@@ -1,6 +1,6 @@
 //! The API and the gateway as the command line sees them: HTTPS with what the kubeconfig says, HTTP for functions.
 
-use crate::cli::{Failure, explain};
+use crate::cli::{Failure, Outcome, explain};
 use base64::Engine as _;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Bytes, Incoming};
@@ -179,18 +179,35 @@ impl Api {
         let response = self.send(method, path, kind, body).await?;
         let status = response.status();
         let bytes = read(response.into_body()).await?;
-        let value: Value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
-        if status.is_success() {
-            return Ok(value);
+        match status.is_success() {
+            true => Ok(serde_json::from_slice(&bytes).unwrap_or(Value::Null)),
+            false => Err(refused(status, &bytes)),
         }
-        let message = value.get("message").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
-        match status {
-            StatusCode::NOT_FOUND => Err(Refusal::NotFound(message)),
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                Err(Failure(format!("{message} ({status}); the kubeconfig's user may not do that")).into())
+    }
+
+    /// The lines of an answer as they come, without their ends.
+    pub async fn lines(&self, path: &str, mut each: impl FnMut(&[u8]) -> Outcome) -> Outcome {
+        let response = self.send("GET", path, "application/json", Vec::new()).await?;
+        let (status, mut body) = (response.status(), response.into_body());
+        if !status.is_success() {
+            return Err(refused(status, &read(body).await?).into());
+        }
+        let mut begun = Vec::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|e| Failure(format!("the answer broke off: {e}")))?;
+            let Ok(bytes) = frame.into_data() else { continue };
+            begun.extend_from_slice(&bytes);
+            let whole = begun.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
+            let rest = begun.split_off(whole);
+            for line in begun.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+                each(line)?;
             }
-            _ => Err(Failure(format!("{message} ({status})")).into()),
+            begun = rest;
+            if begun.len() > ANSWER_LIMIT {
+                return Err(Failure(format!("the answer has a line of more than {ANSWER_LIMIT} bytes")));
+            }
         }
+        Ok(())
     }
 
     pub async fn get(&self, path: &str) -> Answer {
@@ -215,6 +232,19 @@ impl Api {
     pub async fn apply(&self, path: &str, object: &Value) -> Answer {
         let path = format!("{path}?fieldManager=atoll-function&force=true&fieldValidation=Strict");
         self.ask("PATCH", &path, "application/apply-patch+yaml", object.to_string().into_bytes()).await
+    }
+}
+
+/// What a `Status` says.
+fn refused(status: StatusCode, body: &[u8]) -> Refusal {
+    let value: Value = serde_json::from_slice(body).unwrap_or(Value::Null);
+    let message = value.get("message").and_then(Value::as_str).unwrap_or("no reason given").to_owned();
+    match status {
+        StatusCode::NOT_FOUND => Refusal::NotFound(message),
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+            Failure(format!("{message} ({status}); the kubeconfig's user may not do that")).into()
+        }
+        _ => Failure(format!("{message} ({status})")).into(),
     }
 }
 

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 /// Label of what belongs to a function.
 const FUNCTION: &str = "functions.atoll.dev/function";
+/// Annotation: hosts that it may send requests to.
+const ALLOW_OUTBOUND: &str = "functions.atoll.dev/allow-outbound";
 const ROUTES: &str = "/apis/gateway.networking.k8s.io/v1/namespaces";
 /// Enough to tell versions apart by name; the store goes by the whole.
 const SHORT: usize = 16;
@@ -129,6 +131,16 @@ fn service(options: &Deploy, namespace: &str, image: &str) -> Result<Value, Fail
         if let Some(value) = value {
             annotations[format!("autoscaling.knative.dev/{annotation}")] = value.to_string().into();
         }
+    }
+    if !options.allow_outbound.is_empty() {
+        if options.lambda || options.boundary.as_deref().is_some_and(|boundary| boundary != "wasm") {
+            return Err(Failure(
+                "--allow-outbound: for components only; network policies say where pods may go".into(),
+            ));
+        }
+        let list = function::AllowList::parse(&options.allow_outbound.join(","))
+            .map_err(|why| Failure(format!("--allow-outbound {why}")))?;
+        annotations[ALLOW_OUTBOUND] = list.to_string().into();
     }
     if options.lambda {
         annotations[lambda::INTERFACE] = lambda::LAMBDA.into();

@@ -42,6 +42,7 @@ impl Language {
             ],
             Language::Python => &[
                 ("app.py", template!("python/app.py")),
+                ("outbound.py", template!("python/outbound.py")),
                 ("build.sh", template!("python/build.sh")),
                 (".gitignore", template!("python/gitignore")),
             ],

@@ -12,9 +12,9 @@ pub enum Image {
         after_help = "Examples:\n  atoll image build -t shop/web:1 .\n  atoll image build -t app -f Dockerfile.prod --target release --build-arg V=2 --secret id=key,src=key.pem ."
     )]
     Build(Build),
-    /// Take a file into the store: docker-archive, OCI layout, rootfs tar, .wasm component, raw or qcow2 disk
+    /// Take a file into the store: docker-archive, OCI layout, rootfs tar, .wasm component, disk, OVA
     #[command(
-        after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12"
+        after_help = "Examples:\n  atoll image import app.tar\n  atoll image import rootfs.tar --tag shop/web:1 --cmd /srv/web --env PORT=8000\n  atoll image import disk.qcow2 --tag debian:12\n  atoll image import db.ova --tag db:1 --manifest db.yaml"
     )]
     Import(Import),
     /// List images
@@ -212,4 +212,7 @@ pub struct Import {
     /// Working directory (rootfs tar only)
     #[arg(long, value_name = "DIR")]
     pub workdir: Option<String>,
+    /// Where to write the machine that an OVA describes, as a VirtualMachine; - is standard output
+    #[arg(long, value_name = "FILE")]
+    pub manifest: Option<PathBuf>,
 }

@@ -1,11 +1,12 @@
 //! `atoll network top`, `capture` and `metrics`.
 
-use super::ask;
-use crate::cli::{DataDir, Failure, Outcome, explain};
+use super::{ask, encoded};
+use crate::cli::{Failure, Outcome, explain};
+use crate::function::api::Api;
 use crate::output::{self, Format};
+use ::api::inspect::{Answer, Connection, Frame};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use node::policy::inspect::{Answer, Connection, Frame, Question};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{IsTerminal, Write};
@@ -30,13 +31,13 @@ struct Flow {
 
 type Key = (String, String, String, u16);
 
-pub fn top(data: &DataDir, every: u64, turns: Option<u64>, format: Format) -> Outcome {
+pub async fn top(api: &Api, every: u64, turns: Option<u64>, format: Format) -> Outcome {
     let terminal = std::io::stdout().is_terminal();
     let turns = turns.unwrap_or(if terminal { u64::MAX } else { 1 });
-    let (mut before, mut since) = (connections(data)?, Instant::now());
+    let (mut before, mut since) = (connections(api).await?, Instant::now());
     for _ in 0..turns {
-        std::thread::sleep(Duration::from_secs(every.max(1)));
-        let now = connections(data)?;
+        tokio::time::sleep(Duration::from_secs(every.max(1))).await;
+        let now = connections(api).await?;
         let flows = rates(&before, &now, since.elapsed().as_secs_f64());
         (before, since) = (now, Instant::now());
         show(flows, format, terminal)?;
@@ -46,17 +47,16 @@ pub fn top(data: &DataDir, every: u64, turns: Option<u64>, format: Format) -> Ou
 
 type Connections = HashMap<(String, u16, Key), Connection>;
 
-fn connections(data: &DataDir) -> Result<Connections, Failure> {
+async fn connections(api: &Api) -> Result<Connections, Failure> {
     let mut all = HashMap::new();
-    ask(data, &Question::Connections, |answer| match answer {
-        Answer::Connection(one) => {
+    ask(api, "connections", |answer| {
+        if let Answer::Connection(one) = answer {
             let key = (one.from.clone(), one.to.clone(), one.protocol.clone(), one.port);
             all.insert((one.from.clone(), one.from_port, key), one);
-            Ok(())
         }
-        Answer::Error(error) => Err(Failure(format!("network top: {error}"))),
-        _ => Ok(()),
-    })?;
+        Ok(())
+    })
+    .await?;
     Ok(all)
 }
 
@@ -109,25 +109,36 @@ fn show(flows: Vec<(Key, Flow)>, format: Format, terminal: bool) -> Outcome {
     Ok(())
 }
 
-pub fn metrics(data: &DataDir) -> Outcome {
-    ask(data, &Question::Metrics, |answer| match answer {
-        Answer::Metrics(text) => written(write!(std::io::stdout(), "{text}")),
-        Answer::Error(error) => Err(Failure(format!("network metrics: {error}"))),
-        _ => Ok(()),
+pub async fn metrics(api: &Api) -> Outcome {
+    api.lines("/metrics", |line| {
+        let mut out = std::io::stdout().lock();
+        written(out.write_all(line).and_then(|()| out.write_all(b"\n")))
     })
+    .await
 }
 
-pub fn capture(data: &DataDir, pod: String, file: &Path, port: Option<u16>, count: Option<u64>) -> Outcome {
+/// Which frames.
+pub struct Wanted<'a> {
+    pub namespace: &'a str,
+    pub pod: &'a str,
+    pub port: Option<u16>,
+    pub count: Option<u64>,
+}
+
+pub async fn capture(api: &Api, wanted: Wanted<'_>, file: &Path) -> Outcome {
     let mut out: Box<dyn Write> = match file.to_str() {
         Some("-") => Box::new(std::io::stdout()),
         _ => {
             let opened = std::fs::File::create(file);
-            Box::new(opened.map_err(|error| Failure(format!("network capture: {}: {error}", file.display())))?)
+            Box::new(opened.map_err(|error| Failure(format!("{}: {error}", file.display())))?)
         }
     };
+    let Wanted { namespace, pod, port, count } = wanted;
+    let mut path = format!("namespaces/{}/pods/{}/capture?", encoded(namespace), encoded(pod));
+    path.extend(port.map(|port| format!("port={port}&")));
+    path.extend(count.map(|count| format!("count={count}")));
     let mut frames = 0u64;
-    let question = Question::Capture { pod, port, count };
-    ask(data, &question, |answer| match answer {
+    ask(api, &path, |answer| match answer {
         Answer::Capturing => {
             eprintln!("capturing; end with Ctrl-C");
             written(out.write_all(&header()).and_then(|()| out.flush()))
@@ -136,9 +147,9 @@ pub fn capture(data: &DataDir, pod: String, file: &Path, port: Option<u16>, coun
             frames += 1;
             written(out.write_all(&record(&frame).map_err(explain)?).and_then(|()| out.flush()))
         }
-        Answer::Error(error) => Err(Failure(format!("network capture: {error}"))),
         _ => Ok(()),
-    })?;
+    })
+    .await?;
     eprintln!("{frames} frames");
     Ok(())
 }

@@ -137,6 +137,32 @@ static void advertise_router(const byte *from) {
     frame(all_nodes, own_mac, 0x86dd, out, icmp6(out, from, to, message, sizeof message));
 }
 
+/* What the router alone may send, from one's own addresses to a neighbour that may be spoken to. */
+static void announce(in_addr_t own, in_addr_t victim, const byte *own6, const byte *victim6) {
+    byte body[256], out[512], message[64] = {134, 0, 0, 0, 64, 0, 7, 8};
+    for (int kind = 5; kind <= 9; kind += 4) {
+        memset(body, 0, sizeof body);
+        body[0] = kind; body[1] = 1;
+        memcpy(body + 4, &own, 4);
+        ip4(body + 8, victim, inet_addr("203.0.113.1"), 17, 0, 0, 0, body + 200, 8);
+        strcpy((char *)body + 40, "ATTACK-redirect");
+        put16(body + 2, fold(sum(body, 60, 0)));
+        frame(router_mac, own_mac, 0x0800, out, ip4(out, own, victim, 1, 0, 0, 0, body, 60));
+    }
+    message[16] = 253; message[17] = 4; strcpy((char *)message + 18, "ATTACK-ra-to-one");
+    frame(router_mac, own_mac, 0x86dd, out, icmp6(out, own6, victim6, message, 48));
+    memset(message, 0, sizeof message);
+    message[0] = 137;
+    memcpy(message + 8, own6, 16); memcpy(message + 24, own6, 16);
+    message[40] = 4; message[41] = 3; strcpy((char *)message + 48, "ATTACK-redir-6");
+    frame(router_mac, own_mac, 0x86dd, out, icmp6(out, own6, victim6, message, 64));
+    int length = udp(body, 547, 546, "ATTACK-dhcp-6");
+    unsigned total = sum(own6, 16, 0);
+    total = sum(victim6, 16, total) + 17 + length;
+    put16(body + 6, fold(sum(body, length, total)));
+    frame(router_mac, own_mac, 0x86dd, out, ip6(out, own6, victim6, 17, body, length));
+}
+
 static void strike(char **arg) {
     in_addr_t own = inet_addr(arg[0]), victim = inet_addr(arg[1]), stranger = inet_addr(arg[2]);
     byte own6[16], victim6[16], stranger6[16], body[512], out[1024];
@@ -165,6 +191,10 @@ static void strike(char **arg) {
     frame(everyone, own_mac, 0x0800, out, ip4(out, own, any, 17, 0, 0, 0, body, 8 + sizeof ack));
     frame(everyone, own_mac, 0x0800, out, ip4(out, own, victim, 17, 0, 0, 0, body, 8 + sizeof ack));
     frame(router_mac, own_mac, 0x0800, out, ip4(out, gateway, victim, 17, 0, 0, 0, body, 8 + sizeof ack));
+    for (int n = 0; n < 3; n++) {
+        frame(router_mac, own_mac, 0x0800, out, ip4(out, own, victim, 17, 0, 0, 0, body, 8 + sizeof ack));
+        put16(body, 4000 + n);
+    }
     datagram4(everyone, own_mac, own, inet_addr("224.0.0.251"), 5353, "ATTACK-multicast");
     const byte *addresses[] = {victim6, stranger6};
     byte local[16] = {0xfe, 0x80, [15] = 1}, group[16] = {0xff, 2, [15] = 1};
@@ -174,6 +204,7 @@ static void strike(char **arg) {
     }
     claim6(local, all_nodes, group);
     advertise_router(local); advertise_router(own6);
+    announce(own, victim, own6, victim6);
     in_addr_t hops[] = {gateway, router, victim};
     for (int i = 0; i < 3; i++)
         for (int kind = 131; kind <= 137; kind += 6) {

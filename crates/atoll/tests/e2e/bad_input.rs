@@ -125,6 +125,14 @@ fn starts(c: &Cluster) -> Outcome {
     let other = c.scratch("other").to_string_lossy().into_owned();
     let said = c.atoll(&["up", "--data-dir", &other]).bad();
     assert!(said.contains("--api-addr 127.0.0.1:7443") && said.contains("choose another"), "{said}");
+    let said = c.atoll(&["up", "--data-dir", &other, "--events-addr", "0.0.0.0:9010"]).bad();
+    assert!(said.contains("--events-addr 0.0.0.0:9010") && said.contains("--events-token FILE"), "{said}");
+    let short = c.scratch("short.token");
+    std::fs::write(&short, "secret\n").unwrap();
+    let short = short.to_string_lossy().into_owned();
+    let said =
+        c.atoll(&["up", "--data-dir", &other, "--events-addr", "127.0.0.1:9010", "--events-token", &short]).bad();
+    assert!(said.contains("short.token: a token has 16 to 4096"), "{said}");
     std::fs::create_dir_all(c.scratch("newer")).unwrap();
     std::fs::write(c.scratch("newer/version"), "atoll-data 99\n").unwrap();
     let newer = c.scratch("newer").to_string_lossy().into_owned();

@@ -6,6 +6,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+/// What has not happened by then hangs, also on a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(180);
+
 pub struct Cluster {
     netns: String,
     dir: tempfile::TempDir,
@@ -79,6 +82,17 @@ impl Cluster {
         command.env("KUBECONFIG", self.data().join("kubeconfig")).env("HOME", self.dir.path());
         command.stdin(Stdio::null());
         command
+    }
+
+    /// A socket that listens on the namespace's loopback.
+    pub fn listen(&self) -> std::net::TcpListener {
+        let path = format!("/run/netns/{}", self.netns);
+        let inside = move || {
+            let namespace = File::open(path).expect("the namespace");
+            rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&namespace), None).expect("setns");
+            std::net::TcpListener::bind("127.0.0.1:0").expect("listen")
+        };
+        std::thread::spawn(inside).join().expect("the thread")
     }
 
     pub fn atoll(&self, args: &[&str]) -> Said {
@@ -172,16 +186,17 @@ impl Cluster {
 
     #[track_caller]
     pub fn until(&self, what: &str, mut done: impl FnMut() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + PATIENCE;
         while !done() {
-            assert!(Instant::now() < deadline, "{what}: not within 60 s");
+            assert!(Instant::now() < deadline, "{what}: not within {PATIENCE:?}");
             std::thread::sleep(Duration::from_millis(50));
         }
     }
 
     #[track_caller]
     pub fn wait_ready(&self, namespace: &str, what: &str) {
-        self.kubectl(&["wait", "-n", namespace, what, "--for=condition=Ready", "--timeout=60s"]).good();
+        let timeout = format!("--timeout={}s", PATIENCE.as_secs());
+        self.kubectl(&["wait", "-n", namespace, what, "--for=condition=Ready", &timeout]).good();
     }
 
     pub fn tell_state(&self) {

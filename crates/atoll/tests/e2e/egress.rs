@@ -13,19 +13,22 @@ pub const TESTS: &[Test] = &[("egress_nat_and_routed", egress), ("egress_user", 
 
 pub const HOST: &str = "203.0.113.2";
 pub const WORLD: &str = "203.0.113.1";
+const HOST6: &str = "2001:db8::2";
+const WORLD6: &str = "2001:db8::1";
 
 /// A network namespace behind the host's link `wan`, with a web server that tells clients their address.
 pub struct World<'a> {
     c: &'a Cluster,
     pub netns: String,
     server: Option<Child>,
+    server6: Option<Child>,
 }
 
 impl World<'_> {
     pub fn new(c: &Cluster) -> World<'_> {
         let netns = format!("atoll-e2e-world-{}", std::process::id());
         assert!(Command::new("ip").args(["netns", "add", &netns]).status().unwrap().success());
-        let mut world = World { c, netns, server: None };
+        let mut world = World { c, netns, server: None, server6: None };
         let host = |line: &str| c.host("ip", &line.split(' ').collect::<Vec<_>>()).good();
         host(&format!("link add wan type veth peer name eth0 netns {}", world.netns));
         c.host("sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=1"]).good();
@@ -47,6 +50,28 @@ impl World<'_> {
         world
     }
 
+    /// IPv6 on both ends, and a server there too.
+    fn with_ipv6(&mut self) {
+        let host = |line: &str| self.c.host("ip", &line.split(' ').collect::<Vec<_>>()).good();
+        host("link set wan addrgenmode none");
+        self.c.host("sysctl", &["-qw", "net.ipv6.conf.wan.disable_ipv6=0"]).good();
+        for address in ["fe80::a", HOST6] {
+            host(&format!("-6 address add {address}/64 dev wan nodad"));
+        }
+        host(&format!("-6 route add default via {WORLD6}"));
+        for line in [
+            "-6 address add fe80::b/64 dev eth0 nodad",
+            &format!("-6 address add {WORLD6}/64 dev eth0 nodad"),
+            &format!("-6 route add fd00:10:42::/64 via {HOST6}"),
+        ] {
+            assert!(self.command("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
+        }
+        let root = self.c.scratch("world");
+        let server =
+            self.command("/bin/busybox").args(["httpd", "-f", "-p", "[2001:db8::1]:80", "-h"]).arg(&root).spawn();
+        self.server6 = Some(server.unwrap());
+    }
+
     pub fn command(&self, program: &str) -> Command {
         let mut command = Command::new("nsenter");
         command.arg(format!("--net=/run/netns/{}", self.netns)).arg("--").arg(program);
@@ -56,7 +81,7 @@ impl World<'_> {
 
 impl Drop for World<'_> {
     fn drop(&mut self) {
-        if let Some(mut server) = self.server.take() {
+        for mut server in self.server.take().into_iter().chain(self.server6.take()) {
             let _ = server.kill();
             let _ = server.wait();
         }
@@ -68,10 +93,25 @@ impl Drop for World<'_> {
 
 /// Who the world says that the pod is; empty where there is no way.
 pub fn who(c: &Cluster, namespace: &str) -> String {
-    let line = format!("printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {WORLD} 80 | tail -n 1");
-    c.kubectl(&["exec", "-n", namespace, "pod", "--", "sh", "-c", &line]).out.trim().to_owned()
+    asked(c, namespace, WORLD)
 }
 
+fn asked(c: &Cluster, namespace: &str, server: &str) -> String {
+    let line = format!("printf 'GET /cgi-bin/who HTTP/1.0\\r\\n\\r\\n' | nc -w 3 {server} 80 | tail -n 1");
+    let said = c.kubectl(&["exec", "-n", namespace, "pod", "--", "sh", "-c", &line]).out;
+    said.trim().trim_matches(['[', ']']).to_owned()
+}
+
+/// Whether the kernel lets IPv6 pass and the host stay a host; if not, that is said.
+fn forwards6(c: &Cluster) -> bool {
+    let there = c.host("sysctl", &["-n", "net.ipv6.conf.all.force_forwarding"]).ok;
+    if !there {
+        println!("    IPv6 by routed not tried: this kernel has no force_forwarding (Linux 6.17)");
+    }
+    there
+}
+
+/// `block`: what is in `ipBlock` after `cidr`, in YAML.
 pub fn let_out(namespace: &str, block: &str) -> String {
     format!(
         "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: out, namespace: {namespace}}}\nspec:\n  \
@@ -80,7 +120,8 @@ pub fn let_out(namespace: &str, block: &str) -> String {
 }
 
 fn egress(c: &Cluster) -> Outcome {
-    let world = World::new(c);
+    let mut world = World::new(c);
+    world.with_ipv6();
     let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
     c.stop(Signal::TERM);
     down();
@@ -116,8 +157,19 @@ fn egress(c: &Cluster) -> Outcome {
     c.host("ip", &["address", "add", "203.0.113.7/24", "dev", "wan"]).good();
     c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address=203.0.113.7"]).good();
     c.until("the namespace has its address outside", || who(c, &ns) == "203.0.113.7");
+    assert_eq!(asked(c, &ns, WORLD6), "", "the policy is about IPv4");
+    c.apply(&let_out(&ns, "'::/0'"));
+    c.until("the policy lets it out in IPv6", || asked(c, &ns, WORLD6) == HOST6);
+    let deprecated = ["2001:db8::7/64", "dev", "wan", "nodad", "preferred_lft", "0"];
+    c.host("ip", &[&["-6", "address", "add"][..], &deprecated].concat()).good();
+    let both = "atoll.dev/egress-address=203.0.113.7,2001:db8::7";
+    c.kubectl(&["annotate", "--overwrite", "namespace", &ns, both]).good();
+    c.until("the namespace has its IPv6 address outside", || asked(c, &ns, WORLD6) == "2001:db8::7");
+    c.apply(&let_out(&ns, "0.0.0.0/0"));
+    c.until("and its IPv4 address", || who(c, &ns) == "203.0.113.7");
     c.kubectl(&["annotate", "namespace", &ns, "atoll.dev/egress-address-"]).good();
     c.host("ip", &["address", "del", "203.0.113.7/24", "dev", "wan"]).good();
+    c.host("ip", &["-6", "address", "del", "2001:db8::7/64", "dev", "wan"]).good();
     // Killed: what is open goes on without it, and the next one finds everything.
     c.stop(Signal::KILL);
     c.up_with(&["--egress", "nat"], &[]);
@@ -128,6 +180,12 @@ fn egress(c: &Cluster) -> Outcome {
     c.stop(Signal::TERM);
     c.up_with(&["--egress", "routed"], &[]);
     c.until("routed keeps the pod's address", || who(c, &ns) == pod);
+    if forwards6(c) {
+        c.apply(&let_out(&ns, "'2001:db8::/64'"));
+        let six = "jsonpath={.status.podIPs[1].ip}";
+        let six = c.kubectl(&["get", "pod", "-n", &ns, "pod", "-o", six]).good();
+        c.until("in IPv6 too", || asked(c, &ns, WORLD6) == six);
+    }
     c.stop(Signal::TERM);
     down();
     compare(&before, &host_state(c), "after atoll down");

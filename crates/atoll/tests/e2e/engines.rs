@@ -9,14 +9,14 @@ use std::process::{Child, Command, Output, Stdio};
 pub const TESTS: &[Test] = &[("oci_containerd", containerd), ("oci_docker", docker)];
 
 /// A daemon, and a client's command line that reaches it.
-struct Engine {
+pub struct Engine {
     base: PathBuf,
     runtime: PathBuf,
     client: Vec<String>,
     daemon: Child,
 }
 
-fn missing(programs: &[&str]) -> Option<String> {
+pub fn missing(programs: &[&str]) -> Option<String> {
     let absent = |program: &&&str| Command::new(program).arg("--version").output().is_err();
     let program = programs.iter().find(absent)?;
     Some(format!("{program} is not installed (packages containerd, docker.io)"))
@@ -37,11 +37,23 @@ fn prepare(c: &Cluster, name: &str) -> Result<(PathBuf, PathBuf), String> {
 }
 
 impl Engine {
-    /// What it leaves in `/run` goes with it.
+    /// In a network namespace of its own.
     fn start(c: &Cluster, base: PathBuf, runtime: PathBuf, daemon: &[&str], client: &[&str]) -> Self {
-        let log = std::fs::File::create(base.join("daemon.log")).unwrap();
         let mut command = Command::new("unshare");
-        command.args(["--net", "--mount", "--propagation", "private", "sh", "-c"]);
+        command.arg("--net");
+        Self::start_by(c, command, (base, runtime), daemon, client)
+    }
+
+    /// `command` ends in `unshare`'s flags. What the daemon leaves in `/run` goes with it.
+    fn start_by(
+        c: &Cluster,
+        mut command: Command,
+        (base, runtime): (PathBuf, PathBuf),
+        daemon: &[&str],
+        client: &[&str],
+    ) -> Self {
+        let log = std::fs::File::create(base.join("daemon.log")).unwrap();
+        command.args(["--mount", "--propagation", "private", "sh", "-c"]);
         command.args(["mount -t tmpfs tmpfs /run && exec \"$@\"", "sh"]).args(daemon);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let daemon = command.spawn().unwrap();
@@ -53,7 +65,7 @@ impl Engine {
 
     fn call(&self, args: &[&str]) -> Output {
         let mut command = Command::new("nsenter");
-        command.args(["--mount", "--target", &self.daemon.id().to_string()]).args(&self.client).args(args);
+        command.args(["--mount", "--net", "--target", &self.daemon.id().to_string()]).args(&self.client).args(args);
         command.stdin(Stdio::null()).output().unwrap()
     }
 
@@ -65,7 +77,7 @@ impl Engine {
     }
 
     #[track_caller]
-    fn good(&self, args: &[&str]) -> String {
+    pub fn good(&self, args: &[&str]) -> String {
         let (code, said, error) = self.outcome(args);
         assert_eq!(code, Some(0), "{args:?}: {error}");
         said
@@ -132,6 +144,28 @@ fn containerd(c: &Cluster) -> Outcome {
     Outcome::Passed
 }
 
+/// A docker daemon that reaches what the cluster's clients reach, the registry among them.
+pub fn docker_beside(c: &Cluster) -> Result<Engine, String> {
+    match missing(&["dockerd", "docker", "containerd"]) {
+        Some(reason) => Err(reason),
+        None => Ok(dockerd(c, c.inside("unshare"), prepare(c, "docker-beside")?)),
+    }
+}
+
+/// It touches no network: no bridge, no firewall.
+fn dockerd(c: &Cluster, command: Command, places: (PathBuf, PathBuf)) -> Engine {
+    let at = |name: &str| places.0.join(name).to_string_lossy().into_owned();
+    let (host, add) = (format!("unix://{}", at("d.sock")), format!("atoll={}", text(&places.1)));
+    let (data, exec, pid) = (at("data"), at("exec"), at("pid"));
+    #[rustfmt::skip]
+    let daemon = [
+        "dockerd", "--data-root", &data, "--exec-root", &exec, "--pidfile", &pid, "--host", &host, "--add-runtime", &add,
+        "--default-runtime", "atoll", "--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=vfs",
+        "--exec-opt=native.cgroupdriver=cgroupfs",
+    ];
+    Engine::start_by(c, command, places, &daemon, &["docker", "--host", &host])
+}
+
 fn docker(c: &Cluster) -> Outcome {
     if let Some(reason) = missing(&["dockerd", "docker", "containerd"]) {
         return Outcome::Skipped(reason);
@@ -141,15 +175,9 @@ fn docker(c: &Cluster) -> Outcome {
         Err(reason) => return Outcome::Skipped(reason),
     };
     let at = |name: &str| base.join(name).to_string_lossy().into_owned();
-    let (host, add) = (format!("unix://{}", at("d.sock")), format!("atoll={}", text(&runtime)));
-    let (data, exec, pid) = (at("data"), at("exec"), at("pid"));
-    #[rustfmt::skip]
-    let daemon = [
-        "dockerd", "--data-root", &data, "--exec-root", &exec, "--pidfile", &pid, "--host", &host, "--add-runtime", &add,
-        "--default-runtime", "atoll", "--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=vfs",
-        "--exec-opt=native.cgroupdriver=cgroupfs",
-    ];
-    let e = Engine::start(c, base.clone(), runtime, &daemon, &["docker", "--host", &host]);
+    let mut own = Command::new("unshare");
+    own.arg("--net");
+    let e = dockerd(c, own, (base.clone(), runtime));
     let (tar, root) = (at("image.tar"), at("rootfs"));
     assert!(Command::new("tar").args(["-C", &root, "-cf", &tar, "."]).status().unwrap().success());
     e.good(&["import", &tar, "test:1"]);

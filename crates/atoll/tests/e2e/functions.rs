@@ -9,25 +9,27 @@ pub const TESTS: &[Test] = &[
     ("function_deploy_invoke_logs_rm", life),
     ("function_bad_input", bad_input),
     ("function_limits_of_its_service", limits),
+    ("function_outbound", outbound),
     ("function_container_sleeps_and_wakes_under_a_herd", herd),
     ("function_sleeps_and_wakes_without_a_loss", sleeper),
     ("function_ledger_adds_up", ledger),
     ("function_projects", projects),
 ];
 
-const ANSWER: &str = "(call $answer (local.get $out))";
+pub const ANSWER: &str = "(call $answer (local.get $out))";
 /// Prints `hello!` and answers.
-const GREET: &str = "(i64.store (i32.const 1024) (i64.const 0x000a216f6c6c6568)) (local.set $request (call $stdout))
+pub const GREET: &str =
+    "(i64.store (i32.const 1024) (i64.const 0x000a216f6c6c6568)) (local.set $request (call $stdout))
     (call $write (local.get $request) (i32.const 1024) (i32.const 7) (i32.const 96)) (call $answer (local.get $out))";
 
-fn component(c: &Cluster, name: &str, body: &str) -> PathBuf {
+pub fn component(c: &Cluster, name: &str, body: &str) -> PathBuf {
     let text = include_str!("../../../function/tests/handler.wat").replace("@HANDLER@", body);
     let path = c.scratch(name);
     std::fs::write(&path, wat::parse_str(text).unwrap()).unwrap();
     path
 }
 
-fn function(c: &Cluster, ns: &str, args: &[&str]) -> Said {
+pub fn function(c: &Cluster, ns: &str, args: &[&str]) -> Said {
     let data = c.data().to_string_lossy().into_owned();
     let (command, rest) = args.split_first().unwrap();
     c.atoll(&[&["function", command, "--data-dir", &data, "-n", ns], rest].concat())
@@ -54,6 +56,16 @@ fn life(c: &Cluster) -> Outcome {
     c.until("the route leads to it", || status(c, "greet.localhost", "/hi/there") == "200");
     assert_eq!(status(c, "greet.localhost", "/"), "404", "only its path");
     c.until("its log says so", || function(c, &ns, &["logs", "greet"]).good().contains("hello!"));
+
+    // What it wrote outlives its instances.
+    c.kubectl(&["delete", "pods", "-n", &ns, "--all", "--timeout=60s"]).good();
+    for args in [&["logs", "greet"] as &[&str], &["logs", "greet", "--previous", "--since", "10m"]] {
+        let log = function(c, &ns, args).good();
+        assert_eq!(log.matches("hello!").count(), 2, "{log}");
+    }
+    let dated = function(c, &ns, &["logs", "greet", "--timestamps", "--tail", "1"]).good();
+    assert!(dated.starts_with("20") && dated.contains('T'), "{dated}");
+    assert!(function(c, &ns, &["logs", "greet", "--since", "soon"]).bad().contains("such as 10m"));
 
     // The same again changes nothing; other content is another revision; a route not asked for any more goes.
     function(c, &ns, &[&["deploy", "greet", file], more.as_slice()].concat()).good();
@@ -243,5 +255,51 @@ fn projects(c: &Cluster) -> Outcome {
         assert!(c.atoll(&["function", "new", dir, "--lang", lang]).bad().contains("not empty"));
         assert!(c.atoll(&["function", "deploy", "x", dir]).bad().contains("build.sh"));
     }
+    Outcome::Passed
+}
+
+/// A function asks a Service of its namespace, and nobody else; the pod's policies hold for what it asks.
+fn outbound(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-outbound");
+    c.apply(&format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: web, namespace: {ns}, labels: {{app: web}}}}\nspec:\n  containers:\n  - name: web\n    \
+         image: 127.0.0.1:5000/test/busybox:1\n    command: [sh, -c, 'echo from the web > /tmp/index.html; exec httpd -f -p 8000 -h /tmp']\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: {ns}}}\nspec: {{selector: {{app: web}}, ports: [{{port: 8000}}]}}\n"
+    ));
+    c.wait_ready(&ns, "pod/web");
+    let file = c.scratch("asks.wasm");
+    std::fs::write(&file, wat::parse_str(include_str!("../../../function/tests/outbound.wat")).unwrap()).unwrap();
+    let file = file.to_str().unwrap();
+    let told = function(c, &ns, &["deploy", "asks", file, "--allow-outbound", "https://web"]).bad();
+    assert!(told.contains("--allow-outbound \"https://web\": port"), "{told}");
+    let allowed = ["--allow-outbound", "web:8000", "--allow-outbound", "*.example.com"];
+    function(c, &ns, &[&["deploy", "asks", file], allowed.as_slice()].concat()).good();
+    let annotation = "jsonpath={.spec.template.metadata.annotations.functions\\.atoll\\.dev/allow-outbound}";
+    assert_eq!(c.kubectl(&["get", "ksvc", "asks", "-n", &ns, "-o", annotation]).good(), "web:8000,*.example.com");
+    let ask = |path: &str| {
+        let url = format!("http://127.0.0.1:8080{path}");
+        let args = ["-s", "-w", " %{http_code}", "-H", "Host: asks.t-outbound.atoll.local", &url];
+        Said::of(c.inside("curl").args(args).output().unwrap()).good()
+    };
+    assert_eq!(ask("/h/web:8000/"), "from the web\n 200");
+    let refused = ask("/h/web.t-outbound:8000/");
+    assert!(refused.contains("web.t-outbound:8000 is not on the list") && refused.ends_with(" 502"), "{refused}");
+    c.until("its log says so", || function(c, &ns, &["logs", "asks"]).good().contains("web.t-outbound:8000 is not on"));
+
+    // Over a restart of the agent, without it, and where a policy is in the way.
+    c.stop(rustix::process::Signal::KILL);
+    c.up();
+    c.until("it serves again", || ask("/h/web:8000/") == "from the web\n 200");
+    c.apply(&format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: closed, namespace: {ns}}}\n\
+         spec: {{podSelector: {{matchLabels: {{app: web}}}}, policyTypes: [Ingress]}}\n"
+    ));
+    c.until("the policy holds", || ask("/h/web:8000/").ends_with(" 502"));
+    c.until("it is booked", || {
+        let usage = json(&function(c, &ns, &["usage", "-o", "json"]).good());
+        let asks = &usage["t-outbound"]["asks"];
+        asks["outboundRequests"].as_u64() >= Some(3) && asks["outboundReceivedBytes"].as_u64() >= Some(26)
+    });
+    function(c, &ns, &["rm", "asks"]).good();
     Outcome::Passed
 }

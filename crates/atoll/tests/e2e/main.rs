@@ -2,6 +2,8 @@
 //! instance serves all tests; each has a Kubernetes namespace of its own. `cargo test --test e2e -- FILTER` runs those
 //! whose name contains FILTER; `--list` lists them.
 
+#[path = "../../../vmm/tests/nested/archive.rs"]
+mod archive;
 mod attacks;
 mod bad_input;
 mod bad_network;
@@ -11,6 +13,7 @@ mod crash;
 mod dual;
 mod egress;
 mod engines;
+mod events;
 mod exposed;
 mod functions;
 mod gateway;
@@ -22,17 +25,24 @@ mod leaks;
 mod life;
 mod limits;
 mod metrics;
+mod microvm;
 mod names;
+mod nested;
 mod network;
 mod oci;
+#[path = "../../../vmm/tests/nested/outer.rs"]
+mod outer;
 mod pods;
 mod policies;
 mod registry;
 mod snapshots;
+mod subnets;
+mod traces;
 mod vm;
 
 use cluster::Cluster;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
 use std::time::Instant;
 
 pub enum Outcome {
@@ -46,8 +56,10 @@ pub type Test = (&'static str, fn(&Cluster) -> Outcome);
 /// In the order they run: the last ones stop and start the instance.
 const ALL: &[&[Test]] = &[
     functions::TESTS,
+    traces::TESTS,
     lambda::TESTS,
     invoke::TESTS,
+    events::TESTS,
     gateway::TESTS,
     images::TESTS,
     build::TESTS,
@@ -61,11 +73,14 @@ const ALL: &[&[Test]] = &[
     dual::TESTS,
     limits::TESTS,
     vm::TESTS,
+    microvm::TESTS,
+    nested::TESTS,
     snapshots::TESTS,
     oci::TESTS,
     engines::TESTS,
     leaks::TESTS,
     crash::TESTS,
+    subnets::TESTS,
     egress::TESTS,
     exposed::TESTS,
     attacks::TESTS,
@@ -74,7 +89,22 @@ const ALL: &[&[Test]] = &[
     life::TESTS,
 ];
 
+/// What the first thread that panicked in the running test said: it is told again at the end, beside the test's name.
+static SAID: Mutex<Option<String>> = Mutex::new(None);
+
+fn remember_panics() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let text = panic.payload_as_str().unwrap_or_default();
+        let place = panic.location().map(|l| format!(" ({}:{})", l.file(), l.line())).unwrap_or_default();
+        let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ").chars().take(300).collect();
+        SAID.lock().unwrap().get_or_insert(format!("{line}{place}"));
+        print(panic);
+    }));
+}
+
 fn main() {
+    remember_panics();
     let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let tests: Vec<Test> = ALL
         .concat()
@@ -94,6 +124,7 @@ fn main() {
         Ok(cluster) => {
             for (name, test) in &tests {
                 let begun = Instant::now();
+                SAID.lock().unwrap().take();
                 let outcome = catch_unwind(AssertUnwindSafe(|| test(&cluster)));
                 let took = begun.elapsed().as_secs_f64();
                 match outcome {
@@ -106,7 +137,7 @@ fn main() {
                         println!("test {name} ... SKIPPED: {reason}");
                     }
                     Err(_) => {
-                        failed.push(*name);
+                        failed.push(format!("{name}: {}", SAID.lock().unwrap().take().unwrap_or_default()));
                         println!("test {name} ... FAILED ({took:.1} s)");
                     }
                 }
@@ -116,7 +147,7 @@ fn main() {
             }
         }
     }
-    failed.iter().for_each(|name| println!("failed: {name}"));
+    failed.iter().for_each(|what| println!("failed: {what}"));
     println!("\n{passed} passed, {} failed, {skipped} skipped", failed.len());
     std::process::exit(i32::from(!failed.is_empty()));
 }

@@ -45,8 +45,9 @@ fn over_http(c: &Cluster) -> Outcome {
 }
 
 /// Every sample belongs to the family above it, every family is described once, and no series comes twice.
-fn well_formed(text: &str) {
+pub fn well_formed(text: &str) {
     let (mut family, mut families, mut series) = (String::new(), BTreeSet::new(), BTreeSet::new());
+    let mut histogram = false;
     for line in text.lines() {
         let words: Vec<&str> = line.split(' ').collect();
         match words.as_slice() {
@@ -55,10 +56,13 @@ fn well_formed(text: &str) {
                 let counts = name.ends_with("_total");
                 assert_eq!(counts, *kind == "counter", "{line}");
                 family = (*name).to_owned();
+                histogram = *kind == "histogram";
             }
             _ => {
                 let (name, value) = line.rsplit_once(' ').expect("a value");
-                assert_eq!(name.split('{').next(), Some(family.as_str()), "{line}");
+                let of = name.split('{').next().unwrap_or_default();
+                let part = of.strip_prefix(family.as_str()).expect("of the family");
+                assert!(part.is_empty() != histogram && ["", "_bucket", "_sum", "_count"].contains(&part), "{line}");
                 assert!(value.parse::<f64>().is_ok() && series.insert(name.to_owned()), "{line}");
             }
         }

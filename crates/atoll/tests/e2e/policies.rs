@@ -73,6 +73,39 @@ fn administrators(c: &Cluster) -> Outcome {
     Outcome::Passed
 }
 
+/// What the network is asked goes through the API: it takes nothing of this node, but a user who may.
+fn by_anyone_with_a_kubeconfig(c: &Cluster, ns: &str) {
+    let own = std::fs::read_to_string(c.data().join("kubeconfig")).expect("the kubeconfig");
+    let token = c.kubectl(&["create", "token", "-n", ns, "default"]).good();
+    let lines = own.lines().filter(|line| !line.contains("client-key-data:"));
+    let poor: Vec<String> = lines
+        .map(|line| match line.split_once("client-certificate-data:") {
+            Some((indent, _)) => format!("{indent}token: {}", token.trim()),
+            None => line.to_owned(),
+        })
+        .collect();
+    let files = [("own", own), ("poor", poor.join("\n"))].map(|(name, text)| {
+        let file = c.scratch(&format!("{ns}-{name}"));
+        std::fs::write(&file, text).expect("written");
+        file
+    });
+    let asked = |file: &std::path::Path, words: &[&str]| {
+        let mut command = c.inside(env!("CARGO_BIN_EXE_atoll"));
+        command.arg("network").args(words).args(["--data-dir", "/nonexistent"]).env("KUBECONFIG", file);
+        Said::of(command.output().expect("atoll runs"))
+    };
+    let flows = json(&asked(&files[0], &["top", "--every", "1", "-o", "json"]).good());
+    assert!(flows.is_array(), "{flows}");
+    let ends = [format!("{ns}/client"), format!("{ns}/web")];
+    assert!(asked(&files[0], &["explain", &ends[0], &ends[1], "--port", "8000"]).good().contains("passes"));
+    asked(&files[0], &["log"]).good();
+    assert!(asked(&files[0], &["metrics"]).good().contains("atoll_network_tracked_connections "));
+    for words in [&["top"][..], &["log"], &["capture", "web", "-n", ns, "-w", "-"], &["metrics"]] {
+        let refused = asked(&files[1], words).bad();
+        assert!(refused.contains("may not do that"), "{words:?}: {refused}");
+    }
+}
+
 fn seen(c: &Cluster) -> Outcome {
     let ns = c.namespace("t-seen");
     c.apply(&server(&ns, "web"));
@@ -102,6 +135,7 @@ fn seen(c: &Cluster) -> Outcome {
         }
         false => println!("tcpdump is not installed: the capture was read by this test alone"),
     }
+    by_anyone_with_a_kubeconfig(c, &ns);
     let error = network(c, &["capture", &format!("{ns}/nobody"), "-w", "/dev/null"]).bad();
     assert!(error.contains("no pod nobody"), "{error}");
     c.until("the flow is seen by name", || {

@@ -1,6 +1,7 @@
 //! The registry of the real binary, with other people's clients.
 
 use crate::cluster::{Cluster, Said};
+use crate::engines::docker_beside;
 use crate::{Outcome, Test};
 use std::fs;
 use std::process::Stdio;
@@ -67,18 +68,41 @@ fn round_trips(c: &Cluster) -> Outcome {
     Outcome::Passed
 }
 
-/// The command line alone pushes and pulls nothing: the engine does. Its manifest commands speak to registries.
+/// Docker's client pushes and pulls through its engine; its manifest commands speak to registries themselves.
 fn docker(c: &Cluster) -> Outcome {
-    if !has(c, "docker") {
-        return Outcome::Skipped("docker is not installed".into());
-    }
-    let mut command = c.inside("docker");
-    let inspect = command.args(["manifest", "inspect", "--insecure", "127.0.0.1:5000/test/busybox:1"]).output();
-    let said = Said::of(inspect.unwrap());
-    if !said.ok {
-        return Outcome::Skipped(format!("docker's client needs its engine: {}", said.err.trim()));
-    }
-    assert!(said.out.contains("sha256:"), "{}", said.out);
+    let engine = match docker_beside(c) {
+        Ok(engine) => engine,
+        Err(reason) => return Outcome::Skipped(reason),
+    };
+    let at = |name: &str| format!("127.0.0.1:5000/{name}");
+    let (first, pushed, again) = (at("test/busybox:1"), at("round/docker:1"), at("round/docker-again:1"));
+    let seen = |name: &str| engine.good(&["inspect", "--format", "{{join .RepoDigests \" \"}}", name]);
+    engine.good(&["pull", &first]);
+    assert_eq!(seen(&first), format!("{}@{}", at("test/busybox"), digest(c, "test/busybox:1")));
+    engine.good(&["tag", &first, &pushed]);
+    let said = engine.good(&["push", &pushed]);
+    let of_docker = digest(c, "round/docker:1");
+    assert!(said.contains(&of_docker), "{said}");
+    engine.good(&["rmi", &first, &pushed]);
+    engine.good(&["pull", &pushed]);
+    assert_eq!(seen(&pushed), format!("{}@{of_docker}", at("round/docker")));
+    assert_eq!(engine.good(&["run", "--rm", "--network=none", &pushed, "echo", "hello"]), "hello");
+    engine.good(&["tag", &pushed, &again]);
+    engine.good(&["push", &again]);
+    assert_eq!(digest(c, "round/docker-again:1"), of_docker, "what was pulled and pushed again");
+    // Layers of docker's own making: compressed by it, mounted from nowhere.
+    let made = at("round/docker-made:1");
+    let (tar, file) = (c.scratch("made.tar"), c.scratch("made"));
+    fs::write(&file, "made here").unwrap();
+    let (directory, name) = (file.parent().unwrap(), file.file_name().unwrap());
+    let packed = std::process::Command::new("tar").arg("-C").arg(directory).arg("-cf").arg(&tar).arg(name).status();
+    assert!(packed.unwrap().success());
+    engine.good(&["import", &tar.to_string_lossy(), &made]);
+    let said = engine.good(&["push", &made]);
+    assert!(said.contains(&digest(c, "round/docker-made:1")), "{said}");
+    engine.good(&["rmi", &made]);
+    engine.good(&["pull", &format!("{}@{}", at("round/docker-made"), digest(c, "round/docker-made:1"))]);
+    assert!(engine.good(&["manifest", "inspect", "--insecure", &pushed]).contains("sha256:"));
     Outcome::Passed
 }
 

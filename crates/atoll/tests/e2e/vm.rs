@@ -13,6 +13,7 @@ pub const TESTS: &[Test] = &[
     ("vm_subresources_refuse_what_makes_no_sense", refused),
     ("vm_console_and_screen_are_websockets", websockets),
     ("vm_softreboot_starts_the_guest_again", soft_reboot),
+    ("vm_an_ova_becomes_a_machine", ova),
 ];
 
 const IMAGE: &str = "test/bootsector:1";
@@ -345,5 +346,69 @@ fn soft_reboot(c: &Cluster) -> Outcome {
     let why = vm(c, &ns, "softreboot").bad();
     assert!(why.contains("paused"), "{why}");
     c.kubectl(&["delete", "vm", "m", "-n", &ns]).good();
+    Outcome::Passed
+}
+
+/// As VMware writes it, of one SATA disk.
+fn description(disk: &std::path::Path) -> String {
+    let item = |fields: &[(&str, &str)]| {
+        let inner: String = fields.iter().map(|(name, value)| format!("<rasd:{name}>{value}</rasd:{name}>")).collect();
+        format!("<Item>{inner}</Item>")
+    };
+    format!(
+        r#"<?xml version="1.0" encoding="UTF-8"?><Envelope xmlns="http://schemas.dmtf.org/ovf/envelope/1" xmlns:rasd="r"
+           xmlns:ovf="http://schemas.dmtf.org/ovf/envelope/1"><References><File ovf:href="m-disk1.vmdk" ovf:id="file1"
+           ovf:size="{}"/></References><DiskSection><Info/><Disk ovf:capacity="1" ovf:capacityAllocationUnits="byte * 2^20"
+           ovf:diskId="vmdisk1" ovf:fileRef="file1"/></DiskSection><VirtualSystem ovf:id="vm"><Name>Imported</Name>
+           <VirtualHardwareSection><Info/>{}{}{}{}{}</VirtualHardwareSection></VirtualSystem></Envelope>"#,
+        std::fs::metadata(disk).unwrap().len(),
+        item(&[("InstanceID", "1"), ("ResourceType", "3"), ("VirtualQuantity", "1")]),
+        item(&[("AllocationUnits", "byte * 2^20"), ("ResourceType", "4"), ("VirtualQuantity", "64")]),
+        item(&[("InstanceID", "3"), ("ResourceSubType", "vmware.sata.ahci"), ("ResourceType", "20")]),
+        item(&[("HostResource", "ovf:/disk/vmdisk1"), ("Parent", "3"), ("ResourceType", "17")]),
+        item(&[("Connection", "VM Network"), ("ResourceSubType", "VmxNet3"), ("ResourceType", "10")]),
+    )
+}
+
+fn ova(c: &Cluster) -> Outcome {
+    if !std::path::Path::new("/usr/bin/qemu-img").exists() {
+        return Outcome::Skipped("needs qemu-img (qemu-utils)".into());
+    }
+    let ns = c.namespace("t-vm-ova");
+    let (raw, file) = (c.scratch("ova.raw"), c.scratch("m.ova"));
+    let dir = raw.parent().unwrap();
+    std::fs::write(&raw, boot_sector()).unwrap();
+    let run = |program: &str, args: &[&str]| {
+        let output = std::process::Command::new(program).args(args).current_dir(dir).output().unwrap();
+        assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let convert = ["convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized"];
+    run("qemu-img", &[&convert[..], &["ova.raw", "m-disk1.vmdk"]].concat());
+    std::fs::write(dir.join("m.ovf"), description(&dir.join("m-disk1.vmdk"))).unwrap();
+    let sums = run("sha256sum", &["--tag", "m.ovf", "m-disk1.vmdk"]);
+    std::fs::write(dir.join("m.mf"), sums.replace(" (", "(").replace(") =", ")=")).unwrap();
+    run("tar", &["--format=ustar", "-cf", "m.ova", "m.ovf", "m.mf", "m-disk1.vmdk"]);
+
+    let (data, file) = (c.data().to_string_lossy().into_owned(), file.to_string_lossy().into_owned());
+    let import = ["image", "import", "--data-dir", &data, &file, "--tag", "test/imported:1", "--manifest", "-"];
+    let manifest = c.atoll(&import).good();
+    assert!(manifest.starts_with("apiVersion: kubevirt.io/v1\n"), "{manifest}");
+    c.apply(&manifest.replacen("metadata:", &format!("metadata:\n  namespace: {ns}"), 1));
+    c.until("the machine is seen", || {
+        let state = ["get", "vm", "imported", "-n", &ns, "-o", "jsonpath={.status.printableStatus}"];
+        c.kubectl(&state).good() == "Stopped"
+    });
+    c.atoll(&["vm", "start", "imported", "-n", &ns, "--wait", "120"]).good();
+    let pod = c.kubectl(&["get", "pods", "-n", &ns, "-o", "name"]).good().trim().to_owned();
+    c.until("its disk boots", || c.kubectl(&["logs", "-n", &ns, &pod]).good().contains("up"));
+    let to = dir.join("machine.yaml").to_string_lossy().into_owned();
+    c.atoll(&[&import[..8], &[&to]].concat()).good();
+    assert_eq!(std::fs::read_to_string(&to).unwrap(), manifest);
+    let raw = raw.to_string_lossy().into_owned();
+    let refused = c.atoll(&["image", "import", "--data-dir", &data, &raw, "--manifest", "-"]).bad();
+    assert!(refused.contains("describes no machine"), "{refused}");
+    // firmware without a system keeps a processor busy
+    c.kubectl(&["delete", "vm", "imported", "-n", &ns]).good();
     Outcome::Passed
 }

@@ -11,6 +11,7 @@ pub use stats::Stats;
 
 use crate::error::{During, Error, Result};
 use crate::spec::Resources;
+use crate::sys::SingleThreaded;
 use rustix::process::{Pid, Signal};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -124,6 +125,17 @@ impl Hierarchies {
         found
     }
 
+    /// With the tree in which systemd keeps account where version 2 is not used: a scope lives as long as it has processes there.
+    pub fn with_systemd(mut self) -> Result<Self> {
+        if self.v1.is_empty() {
+            return Ok(self);
+        }
+        const NAME: &str = "name=systemd";
+        let found = Self::discover_with(&[NAME])?;
+        self.v1.extend(found.v1.into_iter().filter(|h| h.controllers.iter().any(|c| c == NAME)));
+        Ok(self)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.v1.is_empty() && self.v2.is_none()
     }
@@ -177,19 +189,25 @@ impl Cgroup {
         Self::new(self.hierarchies.clone(), self.path.with_file_name(name))
     }
 
-    /// Whether putting a process here goes through version 1, where each move may wait for all processors.
+    /// Whether a process joins this group by moves, one for each hierarchy of version 1, and is not just born in it.
     pub fn has_v1(&self) -> bool {
         !self.hierarchies.v1.is_empty()
     }
 
-    /// Makes the directories; on version 2 lets the controllers through on the way down.
-    pub fn create(&self) -> Result<()> {
+    /// Makes what is missing in the hierarchies of version 1 of a group that systemd has made.
+    pub fn create_in_version_1(&self) -> Result<()> {
         for hierarchy in &self.hierarchies.v1 {
             make(&hierarchy.mount.join(&self.path))?;
             if hierarchy.controllers.iter().any(|c| c == "cpuset") {
                 self.inherit_cpuset(&hierarchy.mount);
             }
         }
+        Ok(())
+    }
+
+    /// Makes the directories; on version 2 lets the controllers through on the way down.
+    pub fn create(&self) -> Result<()> {
+        self.create_in_version_1()?;
         let Some(v2) = &self.hierarchies.v2 else { return Ok(()) };
         let wanted: Vec<String> = v2.controllers.iter().map(|c| format!("+{c}")).collect();
         let mut directory = v2.mount.clone();
@@ -222,10 +240,14 @@ impl Cgroup {
     }
 
     /// Moves the calling process here, in every version 1 hierarchy; in version 2 too if `with_v2`.
-    pub fn join(&self, with_v2: bool) -> Result<()> {
-        let v2 = self.hierarchies.v2.as_ref().filter(|_| with_v2).map(|v| v.mount.as_path());
-        for mount in self.hierarchies.v1.iter().map(|h| h.mount.as_path()).chain(v2) {
-            let file = mount.join(&self.path).join("cgroup.procs");
+    ///
+    /// Its one thread moves by itself (`tasks`), for which the kernel does not stop all forks; through `cgroup.procs`
+    /// each move may wait 20 ms for that. Version 2 has no such file.
+    pub fn join(&self, _alone: SingleThreaded, with_v2: bool) -> Result<()> {
+        let v1 = self.hierarchies.v1.iter().map(|h| (h.mount.as_path(), "tasks"));
+        let v2 = self.hierarchies.v2.iter().filter(|_| with_v2).map(|v| (v.mount.as_path(), "cgroup.procs"));
+        for (mount, file) in v1.chain(v2) {
+            let file = mount.join(&self.path).join(file);
             fs::write(&file, "0").during(|| format!("joining cgroup {}", file.display()))?;
         }
         Ok(())

@@ -10,6 +10,7 @@ use crate::process::Confinement;
 use crate::runtime::{Bundle, Launch, Plan, Rootfs};
 use crate::spec::{Resources, Spec};
 use crate::sys::SingleThreaded;
+use crate::systemd::{self, Holder};
 use rustix::fs::{FileType, Mode};
 use rustix::process::{Pid, Signal};
 use serde_json::json;
@@ -37,6 +38,8 @@ struct Making<'a> {
     spec: Spec,
     record: Record,
     cgroup: Option<Cgroup>,
+    /// Keeps a new scope of systemd's until the container's process is in it.
+    holder: Option<Holder>,
     resources: Resources,
     pid_file: Option<&'a str>,
     lenient: bool,
@@ -45,12 +48,6 @@ struct Making<'a> {
 }
 
 fn make(context: &Context, args: &Args, id: &str, starts: bool) -> Result<i32> {
-    if context.systemd_cgroup {
-        return Err(Error::Refused(
-            "--systemd-cgroup: is not supported; use the engine's cgroupfs manager (podman --cgroup-manager=cgroupfs)"
-                .into(),
-        ));
-    }
     let path = args.get("bundle").or(args.get("b")).unwrap_or(".");
     let path = std::fs::canonicalize(path).during(|| format!("bundle {path}"))?;
     let (mut spec, text) = read_config(&path.join("config.json"))?;
@@ -69,7 +66,7 @@ fn make(context: &Context, args: &Args, id: &str, starts: bool) -> Result<i32> {
             rustix::fs::mknodat(rustix::fs::CWD, home.fifo(), FileType::Fifo, mode, 0)
                 .during(|| format!("making {}", home.fifo().display()))?;
         }
-        let mut making = Making::new(context, &home, spec, &path, args)?;
+        let mut making = Making::new(context, alone, &home, spec, &path, args)?;
         (making.lenient, making.starts) = (making.lenient || rootless, starts);
         making.bundle.rootless = rootless;
         making.bundle.preserved = preserved;
@@ -94,7 +91,14 @@ fn make(context: &Context, args: &Args, id: &str, starts: bool) -> Result<i32> {
 }
 
 impl<'a> Making<'a> {
-    fn new(context: &'a Context, home: &'a Home, mut spec: Spec, bundle: &Path, args: &'a Args) -> Result<Self> {
+    fn new(
+        context: &'a Context,
+        alone: SingleThreaded,
+        home: &'a Home,
+        mut spec: Spec,
+        bundle: &Path,
+        args: &'a Args,
+    ) -> Result<Self> {
         let root = spec.root.clone().unwrap_or_default().path;
         let rootfs = bundle.join(&root);
         if !rootfs.is_dir() {
@@ -106,8 +110,16 @@ impl<'a> Making<'a> {
         }
         let hierarchies = Hierarchies::discover_for(&resources)?;
         let lenient = !in_first_user_namespace();
-        let cgroup = group(hierarchies, &spec, &home.id, lenient, context)?;
-        let record = Record::new(&home.id, bundle, &rootfs, &spec, cgroup.as_ref());
+        let (mut scope, mut holder) = (None, None);
+        let cgroup = if context.systemd_cgroup {
+            let (cgroup, unit, held) = in_scope(alone, hierarchies, &spec, &home.id, &resources)?;
+            (scope, holder) = (Some(unit), Some(held));
+            Some(cgroup)
+        } else {
+            group(hierarchies, &spec, &home.id, lenient, context)?
+        };
+        let mut record = Record::new(&home.id, bundle, &rootfs, &spec, cgroup.as_ref());
+        record.scope = scope;
         let bundle = Bundle {
             id: home.id.clone(),
             path: bundle.to_owned(),
@@ -118,7 +130,7 @@ impl<'a> Making<'a> {
             ..Default::default()
         };
         let pid_file = args.get("pid-file");
-        Ok(Self { context, home, spec, record, cgroup, resources, pid_file, lenient, starts: false, bundle })
+        Ok(Self { context, home, spec, record, cgroup, holder, resources, pid_file, lenient, starts: false, bundle })
     }
 
     fn launch(&mut self, alone: SingleThreaded, args: &Args, stays: bool) -> Result<i32> {
@@ -136,6 +148,7 @@ impl<'a> Making<'a> {
         };
         let mut launch = Launch::create(alone, self.cgroup.as_ref(), hierarchies, plan, self.bundle.preserved)?;
         let pid = run::follow(&mut launch, self)?;
+        self.holder = None;
         run::tell(self.context, &launch.warnings);
         if let Some(listener) = launch.listener.take() {
             self.send_listener(pid, &listener)?;
@@ -188,6 +201,9 @@ impl<'a> Making<'a> {
             let _ = rustix::process::kill_process(pid, Signal::KILL);
             let _ = rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
         }
+        if let Some(unit) = &self.record.scope {
+            let _ = systemd::stop(unit);
+        }
         if let Some(cgroup) = &self.cgroup {
             let _ = cgroup.remove(PATIENCE);
         }
@@ -223,6 +239,28 @@ impl run::Owner for Making<'_> {
         let state = hooks::State::of(&self.spec, &self.bundle, "creating", pid);
         hooks::run("prestart", &hooks.prestart, &state)?;
         hooks::run("createRuntime", &hooks.create_runtime, &state)
+    }
+}
+
+/// The container's control group as a scope of systemd's.
+fn in_scope(
+    alone: SingleThreaded,
+    hierarchies: Hierarchies,
+    spec: &Spec,
+    id: &str,
+    resources: &Resources,
+) -> Result<(Cgroup, String, Holder)> {
+    let hierarchies = hierarchies.with_systemd()?;
+    let path = spec.linux.cgroups_path.clone().unwrap_or_default();
+    let scope = systemd::Scope::parse(&path.to_string_lossy(), id)?;
+    let (path, holder) = scope.start(alone, id, resources, !hierarchies.v1.is_empty())?;
+    let made = Cgroup::new(hierarchies, path).and_then(|cgroup| cgroup.create_in_version_1().map(|()| cgroup));
+    match made {
+        Ok(cgroup) => Ok((cgroup, scope.unit, holder)),
+        Err(e) => {
+            let _ = systemd::stop(&scope.unit);
+            Err(e)
+        }
     }
 }
 

@@ -163,10 +163,15 @@ pub fn remove(context: &Context, home: &Home) -> Result<()> {
 
 /// The same for one whose first process has ended.
 pub fn clear(context: &Context, home: &Home, record: &Record, hooks: Option<&Hooks>) -> Result<()> {
-    if let Some(cgroup) = record.cgroup()?.filter(|c| !c.remove_empty()) {
-        if !cgroup.kill(PATIENCE) {
-            return Err(Error::Refused(format!("container {}: processes that cannot be killed are left", record.id)));
-        }
+    // A scope that loses its group to others is one whose end systemd does not hear of.
+    let left = record.cgroup()?.filter(|c| record.scope.is_some() || !c.remove_empty());
+    if left.as_ref().is_some_and(|cgroup| !cgroup.kill(PATIENCE)) {
+        return Err(Error::Refused(format!("container {}: processes that cannot be killed are left", record.id)));
+    }
+    if let Some(unit) = &record.scope {
+        crate::systemd::stop(unit)?;
+    }
+    if let Some(cgroup) = left {
         cgroup.remove(PATIENCE)?;
     }
     home.remove()?;

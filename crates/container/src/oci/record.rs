@@ -34,6 +34,9 @@ pub struct Record {
     pub cgroup: Option<PathBuf>,
     /// Where the hierarchies were, with what controllers.
     hierarchies: Hierarchies,
+    /// The unit of systemd's that the group is.
+    #[serde(default)]
+    pub scope: Option<String>,
     #[serde(default)]
     pub annotations: std::collections::BTreeMap<String, String>,
 }
@@ -221,6 +224,7 @@ impl Record {
             owner: if uid == 0 { "root".into() } else { uid.to_string() },
             cgroup: cgroup.map(|c| c.path().to_owned()),
             hierarchies: cgroup.map(|c| c.hierarchies().clone()).unwrap_or_default(),
+            scope: None,
             annotations: spec.annotations.clone(),
         }
     }

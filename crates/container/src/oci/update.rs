@@ -43,6 +43,9 @@ pub fn update(context: &Context, args: &[String]) -> Result<i32> {
     };
     let cgroup =
         record.cgroup()?.ok_or_else(|| Error::Refused("this container has no control group, so no limits".into()))?;
+    if let Some(unit) = &record.scope {
+        crate::systemd::update(unit, &resources)?;
+    }
     cgroup.set_devices(&resources.devices)?;
     // Nobody asked for what cannot be set in vain.
     match cgroup.set(&resources)?.as_slice() {

@@ -11,8 +11,8 @@
 //!                <--- end of file: executed; or Failed{why} --------------- execve
 //! ```
 //!
-//! The set-up process may be made long before the order comes: joining version 1 control groups can take 20 ms, which
-//! then nobody waits for. The container's first process is the caller's own child.
+//! The set-up process may be made long before the order comes: nobody then waits for its clone and for the control
+//! groups of version 1 that it joins. The container's first process is the caller's own child.
 
 mod create;
 mod join;
@@ -251,7 +251,7 @@ impl Launch {
                 keep.push(theirs.as_raw_fd());
                 let outcome = sys::close_all_but(&keep)
                     .during(|| "closing descriptors".into())
-                    .and_then(|()| cgroup.map_or(Ok(()), |c| c.join(!joined_v2)))
+                    .and_then(|()| cgroup.map_or(Ok(()), |c| c.join(alone, !joined_v2)))
                     .and_then(|()| work(&theirs));
                 if let Err(e) = outcome {
                     report(&theirs, &e);
@@ -377,7 +377,7 @@ fn run_stage(
     keep.push(socket.as_raw_fd());
     sys::close_all_but(&keep).during(|| "closing descriptors".into())?;
     if let Some(cgroup) = cgroup {
-        cgroup.join(!joined_v2)?;
+        cgroup.join(alone, !joined_v2)?;
     }
     let mut reader = Reader::default();
     match wire::receive::<Order>(socket, &mut reader) {
@@ -400,8 +400,12 @@ fn run_stage(
     }
 }
 
-/// A child, and whether it was born in the version 2 group.
-fn clone_into(alone: SingleThreaded, cgroup: Option<&Cgroup>, flags: u64) -> std::io::Result<(Cloned, bool)> {
+/// A clone that is born in `cgroup` as far as that is version 2, and whether it was.
+pub(crate) fn clone_into(
+    alone: SingleThreaded,
+    cgroup: Option<&Cgroup>,
+    flags: u64,
+) -> std::io::Result<(Cloned, bool)> {
     let born_in = cgroup.and_then(Cgroup::v2_directory);
     match alone.clone(flags, born_in.as_ref().map(AsFd::as_fd)) {
         // A kernel or a delegation that refuses births there still lets processes move there.

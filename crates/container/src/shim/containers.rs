@@ -1,9 +1,10 @@
 //! A container in the shim: its start, its output, its end.
 
 use super::log::{Log, Partial};
-use super::protocol::{Phase, Response, Start, State, Streams};
+use super::protocol::{Phase, Response, Start, State};
 use super::server::{START_LIMIT, Server, Token};
 use super::state;
+use super::viewers::{Viewer, show};
 use crate::cgroup::Cgroup;
 use crate::error::{During, Error, Result};
 use crate::runtime::{Launch, Plan, Progress, Rootfs, Stdio};
@@ -21,8 +22,6 @@ use std::time::{Duration, Instant, SystemTime};
 const STREAM_NAMES: [&str; 2] = ["stdout", "stderr"];
 /// Read from one stream before others get their turn.
 const TURN: usize = 4;
-/// A viewer that is further behind loses output; a workload never waits for one.
-const VIEWER_BUFFER: usize = 1 << 20;
 
 pub struct Container {
     name: String,
@@ -31,11 +30,11 @@ pub struct Container {
     pid: Option<u32>,
     pidfd: Option<OwnedFd>,
     life: Life,
-    streams: [Option<Stream>; 2],
+    pub streams: [Option<Stream>; 2],
     log: Option<Log>,
-    stdin: Option<OwnedFd>,
-    stdin_once: bool,
-    terminal: Option<OwnedFd>,
+    pub stdin: Option<OwnedFd>,
+    pub stdin_once: bool,
+    pub terminal: Option<OwnedFd>,
     resources: Resources,
     /// For what is executed in it later.
     pub process: Process,
@@ -44,20 +43,14 @@ pub struct Container {
 }
 
 enum Life {
-    Starting { launch: Box<Launch>, waiters: Vec<u32>, deadline: Instant, begun: i64 },
+    Starting { launch: Box<Launch>, waiters: Vec<u32>, deadline: Instant },
     Running { started: i64 },
     Exited(Phase),
 }
 
-struct Stream {
+pub struct Stream {
     fd: OwnedFd,
     partial: Partial,
-}
-
-/// Somebody who is attached.
-pub struct Viewer {
-    pub connection: u32,
-    outputs: [Option<OwnedFd>; 2],
 }
 
 impl Container {
@@ -229,7 +222,6 @@ impl Server {
             .mode(0o700)
             .create(directory)
             .during(|| format!("making {}", directory.display()))?;
-        let begun = now();
         let log = Log::open(&start.log_path, start.log_max_bytes)
             .during(|| format!("opening the log {}", start.log_path.display()))?;
         let mut spec = start.spec;
@@ -271,7 +263,6 @@ impl Server {
             launch: Box::new(launch),
             waiters: vec![connection],
             deadline: Instant::now() + START_LIMIT,
-            begun,
         };
         self.containers.insert(
             id,
@@ -355,7 +346,7 @@ impl Server {
 
     fn started(&mut self, id: u32) {
         let Some(container) = self.containers.get_mut(&id) else { return };
-        let Life::Starting { launch, waiters, begun, .. } =
+        let Life::Starting { launch, waiters, .. } =
             std::mem::replace(&mut container.life, Life::Running { started: now() })
         else {
             return;
@@ -365,7 +356,6 @@ impl Server {
             container.streams = [Stream::of(&master), None];
             container.terminal = Some(master);
         }
-        let _ = begun;
         let state = container.state();
         let warnings = std::mem::take(&mut launch.warnings);
         self.unwatch(launch.socket());
@@ -559,62 +549,10 @@ impl Server {
         self.changed();
         Ok(())
     }
-
-    pub fn attach(&mut self, connection: u32, name: &str, wanted: Streams) -> Result<()> {
-        let (_, container) = self.running(name)?;
-        let mut give: Vec<OwnedFd> = Vec::new();
-        let mut outputs = [None, None];
-        let mut given = Streams::default();
-        let terminal = container.terminal.is_some();
-        if let Some(master) = &container.terminal {
-            give.push(master.try_clone().during(|| "sharing the terminal".into())?);
-        } else if wanted.stdin && container.stdin.is_some() {
-            // With stdinOnce the first one attached has the only end: closing it is the end of the input.
-            let end = if container.stdin_once { container.stdin.take() } else { None };
-            let end = match (end, &container.stdin) {
-                (Some(end), _) => Some(end),
-                (None, Some(end)) => Some(end.try_clone().during(|| "sharing standard input".into())?),
-                (None, None) => None,
-            };
-            given.stdin = end.is_some();
-            give.extend(end);
-        }
-        for (which, wish) in [wanted.stdout, wanted.stderr && !terminal].into_iter().enumerate() {
-            if wish && container.streams.get(which).is_some_and(Option::is_some) {
-                let (read, write) =
-                    pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).during(|| "making a pipe".into())?;
-                let _ = rustix::pipe::fcntl_setpipe_size(&write, VIEWER_BUFFER);
-                give.push(read);
-                if let Some(output) = outputs.get_mut(which) {
-                    *output = Some(write);
-                }
-            }
-        }
-        (given.stdout, given.stderr) = (outputs[0].is_some(), outputs[1].is_some());
-        container.viewers.push(Viewer { connection, outputs });
-        let fds: Vec<BorrowedFd<'_>> = give.iter().map(AsFd::as_fd).collect();
-        self.respond(connection, &Response::Streams { terminal, streams: given }, &fds);
-        Ok(())
-    }
 }
 
 impl Stream {
     fn of(fd: &OwnedFd) -> Option<Self> {
         Some(Self { fd: fd.try_clone().ok()?, partial: Partial::default() })
-    }
-}
-
-fn show(viewers: &mut [Viewer], which: usize, data: &[u8]) {
-    for viewer in viewers {
-        let Some(output) = viewer.outputs.get_mut(which) else { continue };
-        let mut rest = data;
-        while let Some(pipe) = output.as_ref().filter(|_| !rest.is_empty()) {
-            match rustix::io::write(pipe, rest) {
-                Ok(written) => rest = rest.get(written..).unwrap_or_default(),
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => break,
-                Err(_) => *output = None,
-            }
-        }
     }
 }

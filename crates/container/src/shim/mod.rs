@@ -16,12 +16,14 @@ pub mod protocol;
 mod server;
 mod state;
 pub(crate) mod title;
+mod viewers;
 
 pub use log::MAX_LINE;
 pub use state::directory as container_directory;
 
-use crate::cgroup::Hierarchies;
+use crate::cgroup::{Cgroup, Hierarchies};
 use crate::error::{During, Error, Result};
+use crate::runtime::clone_into;
 use crate::sys::{self, Cloned, MountAttr, SingleThreaded, mount_setattr};
 use protocol::Sandbox;
 use rustix::fs::{CWD, Mode, OFlags, StatVfsMountFlags, fstatvfs, open};
@@ -50,9 +52,16 @@ fn run(args: &[String]) -> Result<()> {
     // What the daemon, or whoever started it, left open.
     sys::close_all_but(&[]).during(|| "closing descriptors".into())?;
     let alone = SingleThreaded::prove().during(|| "starting the shim".into())?;
+    let hierarchies = Hierarchies::discover()?;
+    // All that does not depend on the sandbox comes before it is known.
+    let sandbox = read_sandbox()?;
+    let cgroup = Cgroup::new(hierarchies, &sandbox.cgroup)?;
+    // Out of the daemon's control group, so that what ends the daemon's group does not end this one.
+    let shims = cgroup.sibling("shims")?;
+    let left = shims.create();
     let (mut ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
-    match alone.clone(0, None).during(|| "detaching the shim".into())? {
-        Cloned::Parent { .. } => {
+    match clone_into(alone, left.is_ok().then_some(&shims), 0).during(|| "detaching the shim".into())? {
+        (Cloned::Parent { .. }, _) => {
             drop(theirs);
             let mut text = String::new();
             ours.read_to_string(&mut text).during(|| "waiting for the shim".into())?;
@@ -62,10 +71,14 @@ fn run(args: &[String]) -> Result<()> {
                 Err(Error::Shim(if text.is_empty() { "the shim died".into() } else { text }))
             }
         }
-        Cloned::Child => {
+        (Cloned::Child, joined_v2) => {
             drop(ours);
-            match become_shim(alone) {
+            let left = left.and_then(|()| shims.join(alone, !joined_v2));
+            match become_shim(alone, sandbox, cgroup) {
                 Ok(mut server) => {
+                    if let Err(e) = left {
+                        server.warn(&format!("leaving the daemon's control group: {e}"));
+                    }
                     let _ = (&theirs).write_all(b"ready");
                     drop(theirs);
                     server.run();
@@ -80,16 +93,16 @@ fn run(args: &[String]) -> Result<()> {
     }
 }
 
-/// All that does not depend on the sandbox comes before it is known.
-fn become_shim(alone: SingleThreaded) -> Result<server::Server> {
-    let hierarchies = Hierarchies::discover()?;
+fn read_sandbox() -> Result<Sandbox> {
     let mut text = Vec::new();
     io::stdin().take(crate::wire::MAX_FRAME as u64).read_to_end(&mut text).during(|| "reading the sandbox".into())?;
-    let sandbox: Sandbox =
-        serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))?;
+    serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))
+}
+
+fn become_shim(alone: SingleThreaded, sandbox: Sandbox, cgroup: Cgroup) -> Result<server::Server> {
     title::set(&sandbox.title);
     detach(&sandbox)?;
-    server::Server::new(alone, sandbox, hierarchies)
+    server::Server::new(alone, sandbox, cgroup)
 }
 
 /// Away from the daemon: a session, a working directory and standard streams of its own.

@@ -4,7 +4,7 @@ use super::containers::Container;
 use super::execs::Exec;
 use super::protocol::{ErrorKind, Network, Request, Response, SOCKET, Sandbox, State, VERSION};
 use super::state;
-use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cgroup::Cgroup;
 use crate::error::{During, Error, Result};
 use crate::namespaces::{self, Pinned};
 use crate::runtime::Stage;
@@ -43,8 +43,6 @@ pub enum Token {
     Stderr(u32),
     ExecLaunch(u32),
     ExecProcess(u32),
-    /// A helper whose end nobody waits for.
-    Helper,
 }
 
 impl Token {
@@ -58,7 +56,6 @@ impl Token {
             Self::Stderr(id) => (5, id),
             Self::ExecLaunch(id) => (6, id),
             Self::ExecProcess(id) => (7, id),
-            Self::Helper => (8, 0),
         };
         kind << 32 | u64::from(id)
     }
@@ -74,7 +71,6 @@ impl Token {
             5 => Self::Stderr(id),
             6 => Self::ExecLaunch(id),
             7 => Self::ExecProcess(id),
-            8 => Self::Helper,
             _ => return None,
         })
     }
@@ -103,7 +99,6 @@ pub struct Server {
     pub execs: BTreeMap<u32, Exec>,
     pub spare: Option<Spare>,
     connections: BTreeMap<u32, Connection>,
-    helper: Option<OwnedFd>,
     epoll: OwnedFd,
     listener: UnixListener,
     _lock: File,
@@ -116,9 +111,8 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(alone: SingleThreaded, sandbox: Sandbox, hierarchies: Hierarchies) -> Result<Self> {
+    pub fn new(alone: SingleThreaded, sandbox: Sandbox, cgroup: Cgroup) -> Result<Self> {
         let lock = lock(&sandbox)?;
-        let cgroup = Cgroup::new(hierarchies, &sandbox.cgroup)?;
         // What a shim that was killed has left behind.
         if cgroup.exists() && !(cgroup.kill(KILL_LIMIT) && cgroup.remove(KILL_LIMIT).is_ok()) {
             return Err(Error::Refused(format!("processes of an earlier sandbox in {:?} do not end", sandbox.cgroup)));
@@ -142,7 +136,6 @@ impl Server {
             execs: BTreeMap::new(),
             spare: None,
             connections: BTreeMap::new(),
-            helper: None,
             epoll,
             listener,
             _lock: lock,
@@ -161,13 +154,6 @@ impl Server {
         server.make_sandbox()?;
         server.recover();
         server.watch_fd(server.listener.as_fd(), Token::Listener)?;
-        // All directories before the first move: on version 1 a move holds up everything else by 20 ms.
-        let shims = server.cgroup.sibling("shims").and_then(|group| group.create().map(|()| group));
-        server.make_spare();
-        match shims {
-            Ok(group) => server.leave_daemon(&group),
-            Err(e) => server.warn(&e.to_string()),
-        }
         Ok(server)
     }
 
@@ -217,24 +203,6 @@ impl Server {
         }
     }
 
-    /// Out of the daemon's control group, so that what ends the daemon's group does not end this one. A helper does the
-    /// moves: on version 1 they can wait for all processors.
-    fn leave_daemon(&mut self, group: &Cgroup) {
-        let own = rustix::process::getpid();
-        match self.alone.clone(0, None) {
-            Ok(crate::sys::Cloned::Child) => {
-                let _ = crate::sys::close_all_but(&[]);
-                let _ = group.admit(own.as_raw_nonzero().get());
-                crate::sys::exit_now(0)
-            }
-            Ok(crate::sys::Cloned::Parent { pidfd, .. }) => {
-                let _ = self.watch_fd(pidfd.as_fd(), Token::Helper);
-                self.helper = Some(pidfd);
-            }
-            Err(e) => self.warn(&format!("leaving the daemon's control group: {e}")),
-        }
-    }
-
     /// On version 1 a set-up process is made ahead: see [`crate::runtime`].
     pub fn make_spare(&mut self) {
         if !self.cgroup.has_v1() || self.spare.is_some() || self.ended || self.paused {
@@ -267,6 +235,7 @@ impl Server {
     }
 
     pub fn run(&mut self) {
+        self.make_spare();
         let mut events = Vec::with_capacity(16);
         while !self.ended {
             let timeout = self.next_deadline().map(|at| {
@@ -297,12 +266,6 @@ impl Server {
             Token::Stderr(id) => self.pump(id, 1),
             Token::ExecLaunch(id) => self.exec_progress(id),
             Token::ExecProcess(id) => self.exec_ended(id),
-            Token::Helper => {
-                if let Some(helper) = self.helper.take() {
-                    let wait = rustix::process::WaitId::PidFd(helper.as_fd());
-                    let _ = rustix::process::waitid(wait, rustix::process::WaitIdOptions::EXITED);
-                }
-            }
         }
     }
 

@@ -50,9 +50,13 @@ pub struct Bundle {
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
+pub fn number() -> u32 {
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
 impl Bundle {
     pub fn new(script: &str) -> Self {
-        let id = format!("t{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let id = format!("t{}-{}", std::process::id(), number());
         let path = base().join(&id);
         let root = path.join("rootfs");
         for directory in ["bin", "etc", "tmp", "data", "proc", "sys", "dev"] {

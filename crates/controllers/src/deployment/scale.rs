@@ -6,7 +6,7 @@ use crate::objects::{by_age, flag, int};
 use crate::runner::Again;
 use api::client::DeleteOptions;
 use api::object::{Meta, SharedObject, child, object_of};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use std::cmp::Reverse;
 
 impl Deployments {
@@ -101,10 +101,9 @@ impl Deployments {
                 continue;
             }
             let options = DeleteOptions { uid: Some(set.uid().to_owned()), ..Default::default() };
-            match self.context.client.delete(&REPLICA_SETS, set.namespace(), set.name(), &options).await {
-                Ok(()) => round.sets.retain(|known| known.uid() != set.uid()),
-                Err(error) if error.is_not_found() => {}
-                Err(error) => return Err(error),
+            let deleted = self.context.client.delete(&REPLICA_SETS, set.namespace(), set.name(), &options).await;
+            if deleted.found()?.is_some() {
+                round.sets.retain(|known| known.uid() != set.uid());
             }
         }
         Ok(())

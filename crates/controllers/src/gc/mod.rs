@@ -16,7 +16,7 @@ use api::client::{Client, DeleteOptions, ListOptions, Patch, Propagation};
 use api::informer::{Change, Informer};
 use api::kind::{Resource, Scope};
 use api::object::{Meta, SharedObject};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use graph::{FOREGROUND, Graph, ORPHAN, Owner, Uid};
 use serde_json::json;
 use std::collections::HashMap;
@@ -230,10 +230,7 @@ impl Collector {
         };
         let options = DeleteOptions { propagation, uid: Some(live.uid().to_owned()), ..Default::default() };
         tracing::debug!(resource = %resource.plural, namespace = live.namespace(), name = live.name(), "collected");
-        match self.context.client.delete(resource, live.namespace(), live.name(), &options).await {
-            Err(error) if error.is_not_found() => Ok(()),
-            other => other,
-        }
+        self.context.client.delete(resource, live.namespace(), live.name(), &options).await.found().map(drop)
     }
 
     async fn state_of(&self, dependent: &SharedObject, owner: &Owner) -> StatusResult<OwnerState> {
@@ -273,11 +270,8 @@ impl Collector {
     async fn orphan(&self, resource: &Resource, live: &SharedObject) -> StatusResult<()> {
         let dependents = self.graph().dependents(live.uid());
         for (resource, namespace, name) in dependents {
-            let dependent = match self.context.client.get(&resource, &namespace, &name).await {
-                Ok(dependent) => dependent,
-                Err(error) if error.is_not_found() => continue,
-                Err(error) => return Err(error),
-            };
+            let dependent = self.context.client.get(&resource, &namespace, &name).await.found()?;
+            let Some(dependent) = dependent else { continue };
             self.remove_owners(&resource, &dependent, &[live.uid().to_owned()]).await?;
         }
         self.remove_finalizer(resource, live, ORPHAN).await
@@ -304,10 +298,8 @@ impl Collector {
         value: serde_json::Value,
     ) -> StatusResult<()> {
         let patch = json!({"metadata": {"uid": live.uid(), "resourceVersion": live.resource_version(), field: value}});
-        match self.context.client.patch(resource, live.namespace(), live.name(), "", Patch::Merge(patch)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        let patched = self.context.client.patch(resource, live.namespace(), live.name(), "", Patch::Merge(patch)).await;
+        patched.found().map(drop)
     }
 }
 

@@ -7,14 +7,14 @@
 //! A clone never goes on from memory: a guest that runs has its addresses and its name in memory. Cold, it gets its own MAC and
 //! IP addresses, its own name and cloud-init instance id, and starts as if for the first time.
 
-use super::{DISKS_FROM, GO_ON_FROM, MEMORY};
+use super::{DISKS_FROM, GO_ON_FROM, MEMORY, Step};
 use crate::context::{CLONES, Condition, Context, MACHINES, SNAPSHOT_CONTENTS, SNAPSHOTS, set_condition};
 use crate::objects::{controller_reference, joined};
 use crate::runner::{Again, Reconcile, Source};
 use api::client::DeleteOptions;
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, child, object_of};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -66,12 +66,6 @@ fn target(clone: &Object) -> String {
     }
 }
 
-enum Step {
-    Done,
-    Wait(&'static str, String),
-    Fail(String),
-}
-
 #[async_trait]
 impl Reconcile for Clones {
     fn name(&self) -> &'static str {
@@ -114,31 +108,15 @@ impl Reconcile for Clones {
 }
 
 impl Clones {
-    async fn get(
-        &self,
-        resource: &api::kind::Resource,
-        namespace: &str,
-        name: &str,
-    ) -> StatusResult<Option<SharedObject>> {
-        match self.context.client.get(resource, namespace, name).await {
-            Ok(found) => Ok(Some(found)),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Its files stay as long as the new machine's disks begin as they are.
     async fn drop_temporary(&self, clone: &Object) -> StatusResult<()> {
         let options = DeleteOptions::default();
-        match self.context.client.delete(&SNAPSHOTS, clone.namespace(), &temporary(clone), &options).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        self.context.client.delete(&SNAPSHOTS, clone.namespace(), &temporary(clone), &options).await.found().map(drop)
     }
 
     async fn step(&self, clone: &SharedObject) -> StatusResult<Step> {
         let namespace = clone.namespace();
-        if let Some(there) = self.get(&MACHINES, namespace, &target(clone)).await? {
+        if let Some(there) = self.context.client.get(&MACHINES, namespace, &target(clone)).await.found()? {
             return Ok(match there.annotation(MADE_BY) == Some(clone.uid()) {
                 true => Step::Done,
                 false => Step::Fail(format!("VirtualMachine {} exists already", target(clone))),
@@ -146,7 +124,7 @@ impl Clones {
         }
         let snapshot = match of_machine(clone) {
             true => self.snapshot(clone).await?,
-            false => self.get(&SNAPSHOTS, namespace, clone.str_at("/spec/source/name")).await?,
+            false => self.context.client.get(&SNAPSHOTS, namespace, clone.str_at("/spec/source/name")).await.found()?,
         };
         let Some(snapshot) = snapshot.filter(|snapshot| !snapshot.is_deleting()) else {
             return Ok(Step::Fail(format!("{} does not exist", clone.str_at("/spec/source/name"))));
@@ -165,7 +143,9 @@ impl Clones {
             }
         }
         let name = snapshot.str_at("/status/virtualMachineSnapshotContentName");
-        let Some(content) = self.get(&SNAPSHOT_CONTENTS, namespace, name).await?.filter(|c| !c.is_deleting()) else {
+        let Some(content) =
+            self.context.client.get(&SNAPSHOT_CONTENTS, namespace, name).await.found()?.filter(|c| !c.is_deleting())
+        else {
             return Ok(Step::Fail(format!("the content of VirtualMachineSnapshot {} is gone", snapshot.name())));
         };
         match self.context.client.create(&MACHINES, namespace, machine(clone, &content)).await {
@@ -178,10 +158,10 @@ impl Clones {
     /// The snapshot of the machine that is cloned, made if it is not there and the machine is.
     async fn snapshot(&self, clone: &SharedObject) -> StatusResult<Option<SharedObject>> {
         let (namespace, source) = (clone.namespace(), clone.str_at("/spec/source/name"));
-        if let Some(found) = self.get(&SNAPSHOTS, namespace, &temporary(clone)).await? {
+        if let Some(found) = self.context.client.get(&SNAPSHOTS, namespace, &temporary(clone)).await.found()? {
             return Ok(Some(found));
         }
-        if self.get(&MACHINES, namespace, source).await?.is_none() {
+        if self.context.client.get(&MACHINES, namespace, source).await.found()?.is_none() {
             return Ok(None);
         }
         let snapshot = json!({

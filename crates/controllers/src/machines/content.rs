@@ -6,7 +6,7 @@ use crate::runner::{Again, Reconcile, Source};
 use api::client::Patch;
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use async_trait::async_trait;
 use serde_json::json;
 use std::sync::Arc;
@@ -55,9 +55,7 @@ impl Reconcile for Contents {
         let patch = json!({"metadata": {"uid": content.uid(), "resourceVersion": content.resource_version(),
                                         "finalizers": kept}});
         let (namespace, name) = (content.namespace(), content.name());
-        match self.context.client.patch(&SNAPSHOT_CONTENTS, namespace, name, "", Patch::Merge(patch)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(None),
-        }
+        self.context.client.patch(&SNAPSHOT_CONTENTS, namespace, name, "", Patch::Merge(patch)).await.found()?;
+        Ok(None)
     }
 }

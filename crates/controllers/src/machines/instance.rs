@@ -13,7 +13,7 @@ use crate::runner::{Again, Reconcile, Source, is_race};
 use api::client::{DeleteOptions, Patch};
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
-use api::status::{Reason, StatusResult};
+use api::status::{Found, Reason, StatusResult};
 use async_trait::async_trait;
 use serde_json::{Map, Value, json};
 use std::sync::Arc;
@@ -111,10 +111,7 @@ impl Instances {
         let patch = json!({"metadata": {"uid": instance.uid(), "resourceVersion": instance.resource_version(),
                                         "finalizers": kept}});
         let (namespace, name) = (instance.namespace(), instance.name());
-        match self.context.client.patch(&INSTANCES, namespace, name, "", Patch::Merge(patch)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        self.context.client.patch(&INSTANCES, namespace, name, "", Patch::Merge(patch)).await.found().map(drop)
     }
 
     async fn begin(&self, key: &Key, instance: &SharedObject, others: &[SharedObject]) -> StatusResult<()> {

@@ -46,6 +46,14 @@ const GO_ON_FROM: &str = "atoll.dev/go-on-from";
 /// On a snapshot, its content or a restore: `false` for the disks alone.
 const MEMORY: &str = "atoll.dev/memory";
 
+/// How far a request is.
+enum Step {
+    Done,
+    /// Reason and message.
+    Wait(&'static str, String),
+    Fail(String),
+}
+
 /// Whether a request has its `Failure` condition.
 fn failed(request: &Object) -> bool {
     crate::objects::condition_status(request, "Failure") == "True"

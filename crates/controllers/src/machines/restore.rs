@@ -5,14 +5,14 @@
 //! snapshot ready ─▶ machine kept from starting (status.restoreInProgress) ─▶ stopped ─▶ machine written ─▶ complete
 //! ```
 
-use super::{DISKS_FROM, GO_ON_FROM, MEMORY};
+use super::{DISKS_FROM, GO_ON_FROM, MEMORY, Step};
 use crate::context::{Condition, Context, INSTANCES, MACHINES, RESTORES, SNAPSHOT_CONTENTS, SNAPSHOTS, set_condition};
 use crate::objects::{created, flag};
 use crate::runner::{Again, Reconcile, Source};
 use api::client::{DeleteOptions, Patch};
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, child, object_of};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use async_trait::async_trait;
 use serde_json::json;
 use std::sync::Arc;
@@ -52,12 +52,6 @@ pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
 /// Whether nothing will come of it any more.
 pub(super) fn is_over(restore: &Object) -> bool {
     restore.is_deleting() || flag(restore, "/status/complete") || super::failed(restore)
-}
-
-enum Step {
-    Done,
-    Wait(&'static str, String),
-    Fail(String),
 }
 
 #[async_trait]
@@ -103,19 +97,6 @@ impl Reconcile for Restores {
 }
 
 impl Restores {
-    async fn get(
-        &self,
-        resource: &api::kind::Resource,
-        namespace: &str,
-        name: &str,
-    ) -> StatusResult<Option<SharedObject>> {
-        match self.context.client.get(resource, namespace, name).await {
-            Ok(found) => Ok(Some(found)),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
-
     async fn step(&self, restore: &SharedObject) -> StatusResult<Step> {
         let (namespace, name) = (restore.namespace(), restore.str_at("/spec/target/name"));
         let wanted = restore.str_at("/spec/virtualMachineSnapshotName");
@@ -123,7 +104,7 @@ impl Restores {
             Ok(content) => content,
             Err(step) => return Ok(step),
         };
-        let Some(machine) = self.get(&MACHINES, namespace, name).await? else {
+        let Some(machine) = self.context.client.get(&MACHINES, namespace, name).await.found()? else {
             let why = "does not exist; make another machine of its snapshot with a VirtualMachineClone";
             return Ok(Step::Fail(format!("VirtualMachine {name} {why}")));
         };
@@ -144,7 +125,7 @@ impl Restores {
 
     async fn content(&self, namespace: &str, wanted: &str, target: &str) -> StatusResult<Result<SharedObject, Step>> {
         let wait = |reason, message: String| Ok(Err(Step::Wait(reason, message)));
-        let Some(snapshot) = self.get(&SNAPSHOTS, namespace, wanted).await? else {
+        let Some(snapshot) = self.context.client.get(&SNAPSHOTS, namespace, wanted).await.found()? else {
             return wait("SnapshotNotFound", format!("VirtualMachineSnapshot {wanted} does not exist"));
         };
         if snapshot.str_at("/spec/source/name") != target {
@@ -158,7 +139,7 @@ impl Restores {
             _ => return wait("SnapshotNotReady", format!("VirtualMachineSnapshot {wanted} is not ready")),
         }
         let name = snapshot.str_at("/status/virtualMachineSnapshotContentName");
-        match self.get(&SNAPSHOT_CONTENTS, namespace, name).await? {
+        match self.context.client.get(&SNAPSHOT_CONTENTS, namespace, name).await.found()? {
             Some(content) if !content.is_deleting() => Ok(Ok(content)),
             _ => Ok(Err(Step::Fail(format!("the content of VirtualMachineSnapshot {wanted} is gone")))),
         }
@@ -172,7 +153,7 @@ impl Restores {
             return Ok(Some(Step::Wait("OtherRestore", format!("VirtualMachineRestore {holder} is at it"))));
         }
         let policy = restore.str_at("/spec/targetReadinessPolicy");
-        let instance = self.get(&INSTANCES, namespace, name).await?;
+        let instance = self.context.client.get(&INSTANCES, namespace, name).await.found()?;
         if instance.is_some() {
             let late = self.context.now() - created(restore) > GRACE;
             match policy {
@@ -196,10 +177,7 @@ impl Restores {
         let Some(instance) = instance else { return Ok(None) };
         if policy == "StopTarget" && !instance.is_deleting() {
             let options = DeleteOptions { uid: Some(instance.uid().to_owned()), ..Default::default() };
-            match self.context.client.delete(&INSTANCES, namespace, name, &options).await {
-                Err(error) if !error.is_not_found() => return Err(error),
-                _ => {}
-            }
+            self.context.client.delete(&INSTANCES, namespace, name, &options).await.found()?;
         }
         Ok(waiting())
     }

@@ -14,7 +14,7 @@ use crate::runner::{Again, Reconcile, Source};
 use api::client::{DeleteOptions, Patch};
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
-use api::status::StatusResult;
+use api::status::{Found, StatusResult};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -72,7 +72,7 @@ pub(super) fn content_name(snapshot: &Object) -> String {
 }
 
 /// What a snapshot is of, or why that cannot be saved now.
-enum Found {
+enum Look {
     Stopped(SharedObject),
     Running { machine: SharedObject, instance: SharedObject, pod: (String, String) },
     Wait { reason: &'static str, message: String },
@@ -124,10 +124,7 @@ impl Snapshots {
         let patch = json!({"metadata": {"uid": snapshot.uid(), "resourceVersion": snapshot.resource_version(),
                                         "finalizers": finalizers}});
         let (namespace, name) = (snapshot.namespace(), snapshot.name());
-        match self.context.client.patch(&SNAPSHOTS, namespace, name, "", Patch::Merge(patch)).await {
-            Err(error) if !error.is_not_found() => Err(error),
-            _ => Ok(()),
-        }
+        self.context.client.patch(&SNAPSHOTS, namespace, name, "", Patch::Merge(patch)).await.found().map(drop)
     }
 
     async fn end(&self, snapshot: &SharedObject) -> StatusResult<()> {
@@ -138,18 +135,16 @@ impl Snapshots {
         let retained = snapshot.str_at("/spec/deletionPolicy") == "Retain" && is_over(snapshot);
         if let Some(content) = content.filter(|content| !retained && !content.is_deleting()) {
             let options = DeleteOptions { uid: Some(content.uid().to_owned()), ..Default::default() };
-            match self.context.client.delete(&SNAPSHOT_CONTENTS, content.namespace(), content.name(), &options).await {
-                Err(error) if !error.is_not_found() => return Err(error),
-                _ => {}
-            }
+            let client = &self.context.client;
+            client.delete(&SNAPSHOT_CONTENTS, content.namespace(), content.name(), &options).await.found()?;
         }
         let kept: Vec<&str> = snapshot.finalizers().into_iter().filter(|other| *other != FINALIZER).collect();
         self.set_finalizers(snapshot, &kept).await
     }
 
-    fn source(&self, snapshot: &Object) -> Found {
+    fn source(&self, snapshot: &Object) -> Look {
         let (namespace, name) = (snapshot.namespace(), snapshot.str_at("/spec/source/name"));
-        let wait = |reason, message| Found::Wait { reason, message };
+        let wait = |reason, message| Look::Wait { reason, message };
         let Some(machine) = self.machines.get(namespace, name) else {
             return wait("SourceNotFound", format!("VirtualMachine {name} does not exist"));
         };
@@ -157,7 +152,7 @@ impl Snapshots {
             return wait("SourceDeleted", format!("VirtualMachine {name} is being deleted"));
         }
         let Some(instance) = self.instances.get(namespace, name).filter(|instance| !has_ended(instance)) else {
-            return Found::Stopped(machine);
+            return Look::Stopped(machine);
         };
         if instance.is_deleting() || instance.str_at("/status/phase") != "Running" {
             return wait("SourceNotReady", format!("VirtualMachine {name} is starting or stopping"));
@@ -165,7 +160,7 @@ impl Snapshots {
         let pods = self.pods.list_in(namespace);
         let pod = pods.iter().find(|pod| map(&instance, "/status/activePods").any(|(uid, _)| uid == pod.uid()));
         match pod.filter(|pod| pod.name().starts_with(LAUNCHER)) {
-            Some(pod) => Found::Running { machine, pod: (pod.name().to_owned(), pod.uid().to_owned()), instance },
+            Some(pod) => Look::Running { machine, pod: (pod.name().to_owned(), pod.uid().to_owned()), instance },
             None => wait("SourceNotReady", format!("VirtualMachine {name} has no pod yet")),
         }
     }
@@ -173,9 +168,9 @@ impl Snapshots {
     async fn begin(&self, snapshot: &SharedObject) -> StatusResult<()> {
         let mut indications = Vec::new();
         let (machine, pod) = match self.source(snapshot) {
-            Found::Wait { reason, message } => return self.progress(snapshot, None, reason, &message).await,
-            Found::Stopped(machine) => (machine, None),
-            Found::Running { machine, instance, pod } => {
+            Look::Wait { reason, message } => return self.progress(snapshot, None, reason, &message).await,
+            Look::Stopped(machine) => (machine, None),
+            Look::Running { machine, instance, pod } => {
                 indications.extend(["NoGuestAgent", "Online"]);
                 if condition_status(&instance, "Paused") == "True" {
                     indications.push("Paused");

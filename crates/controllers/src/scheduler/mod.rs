@@ -157,6 +157,7 @@ impl Running {
             // Bound a moment ago; the informer does not show it yet.
             return Ok(None);
         }
+        tracing::trace!(target: "controllers::steps", pod = pod.name(), step = "scheduler");
         let class = self.classes.get("", pod.str_at("/spec/runtimeClassName"));
         let demand = Demand::of(&pod, class.as_deref());
         let mut reasons: BTreeMap<String, usize> = BTreeMap::new();
@@ -177,6 +178,7 @@ impl Running {
         };
         let name = best.name.clone();
         self.context.client.bind(pod.namespace(), pod.name(), pod.uid(), &name).await?;
+        tracing::trace!(target: "controllers::steps", pod = pod.name(), step = "binding");
         self.scheduler.cluster.assume(&pod, &name);
         let message = format!("Successfully assigned {key} to {name}");
         self.context.events.normal(COMPONENT, &pod, "Scheduled", message);

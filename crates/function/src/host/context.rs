@@ -1,8 +1,10 @@
 //! What an instance finds when it looks at the world: its environment, two log streams, clocks, randomness. No file, no
-//! socket; outbound HTTP is refused in so many words.
+//! socket; its own requests go through [`super::outbound`], or are refused in so many words.
 
-use super::function::Counters;
+use super::invocation::Invocation;
 use super::log::{Lines, Log, Stream};
+use super::outbound::{Outbound, request, target};
+use super::trace::PARENT;
 use crate::wire::FunctionSpec;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,12 +20,17 @@ pub(super) struct Context {
     wasi: WasiCtx,
     http: WasiHttpCtx,
     table: ResourceTable,
-    hooks: NoOutbound,
+    hooks: Sending,
     pub memory: Memory,
 }
 
 impl Context {
-    pub fn new(spec: &FunctionSpec, log: &Arc<Log>, counters: &Arc<Counters>) -> Context {
+    pub fn new(
+        spec: &FunctionSpec,
+        log: &Arc<Log>,
+        invocation: &Arc<Invocation>,
+        outbound: Option<Arc<Outbound>>,
+    ) -> Context {
         let mut builder = WasiCtx::builder();
         builder.envs(&spec.env).args(&spec.args);
         builder.stdout(Lines::new(log.clone(), Stream::Stdout)).stderr(Lines::new(log.clone(), Stream::Stderr));
@@ -32,12 +39,17 @@ impl Context {
             wasi: builder.build(),
             http: WasiHttpCtx::new(),
             table: ResourceTable::new(),
-            hooks: NoOutbound { log: log.clone() },
+            hooks: Sending {
+                outbound,
+                left: spec.limits.outbound_requests,
+                log: log.clone(),
+                invocation: invocation.clone(),
+            },
             memory: Memory {
                 limit: spec.limits.memory_bytes,
                 used: 0,
                 begun: Instant::now(),
-                counters: counters.clone(),
+                invocation: invocation.clone(),
             },
         }
     }
@@ -61,7 +73,7 @@ pub(super) struct Memory {
     /// Memories only grow: at the end this is the peak.
     used: u64,
     begun: Instant,
-    counters: Arc<Counters>,
+    invocation: Arc<Invocation>,
 }
 
 impl ResourceLimiter for Memory {
@@ -71,7 +83,7 @@ impl ResourceLimiter for Memory {
             return Ok(false);
         }
         self.used += more;
-        self.counters.memory.fetch_add(more, Ordering::Relaxed);
+        self.invocation.counters().memory.fetch_add(more, Ordering::Relaxed);
         Ok(true)
     }
 
@@ -82,26 +94,44 @@ impl ResourceLimiter for Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.counters.memory.fetch_sub(self.used, Ordering::Relaxed);
-        let micros = u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.counters.run_micros.fetch_add(micros, Ordering::Relaxed);
-        self.counters.memory_kib_micros.fetch_add((self.used >> 10).saturating_mul(micros), Ordering::Relaxed);
+        self.invocation.counters().memory.fetch_sub(self.used, Ordering::Relaxed);
+        self.invocation.ran(self.begun.elapsed(), self.used);
     }
 }
 
-struct NoOutbound {
+/// Requests of the instance's own.
+struct Sending {
+    outbound: Option<Arc<Outbound>>,
+    /// How many it may still send.
+    left: u32,
     log: Arc<Log>,
+    invocation: Arc<Invocation>,
 }
 
 type Ending = Box<dyn Future<Output = Result<(), HttpError>> + Send>;
 type Answering = Box<dyn Future<Output = Result<(http::Response<WasiBody>, Ending), HttpError>> + Send>;
 
-impl WasiHttpHooks for NoOutbound {
-    fn send_request(&mut self, request: http::Request<WasiBody>, _: Option<RequestOptions>, _: Ending) -> Answering {
-        self.log.note(&format!(
-            "atoll: the request to {} was refused: functions may not send requests of their own",
-            request.uri()
-        ));
-        Box::new(std::future::ready(Err(HttpError::HttpRequestDenied)))
+impl WasiHttpHooks for Sending {
+    fn send_request(
+        &mut self,
+        mut asked: http::Request<WasiBody>,
+        options: Option<RequestOptions>,
+        _: Ending,
+    ) -> Answering {
+        let refused = |why: &str| -> Answering {
+            let said = format!("the request to {} was refused: {why}", target(asked.uri()));
+            self.log.note(&format!("atoll: {said}"));
+            Box::new(std::future::ready(Err(HttpError::InternalError(Some(said)))))
+        };
+        let Some(outbound) = &self.outbound else {
+            return refused("this function may send none; --allow-outbound HOST allows them");
+        };
+        let Some(left) = self.left.checked_sub(1) else {
+            return refused("this request sent as many as it may");
+        };
+        self.left = left;
+        // A function that does not hand the trace on itself does so all the same.
+        asked.headers_mut().entry(PARENT).or_insert_with(|| self.invocation.trace.header());
+        Box::new(request(outbound.clone(), self.log.clone(), asked, options))
     }
 }

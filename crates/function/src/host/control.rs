@@ -1,8 +1,10 @@
 //! The host's own business: which functions it has, and what the daemon asks of it.
 
 use super::context::Context;
-use super::function::{Function, Wish};
+use super::function::{Counters, Function, Shared, Wish};
 use super::log::Log;
+use super::outbound::Outbound;
+use super::recorder::Recorder;
 use super::ticker::Ticker;
 use crate::engine::INSTANCES;
 use crate::error::{Error, Result, io};
@@ -33,6 +35,7 @@ pub(super) struct Host {
     linker: Linker<Context>,
     ticker: Arc<Ticker>,
     instances: Arc<Semaphore>,
+    recorder: Arc<Recorder>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -64,6 +67,7 @@ impl Host {
             linker,
             ticker,
             instances: Arc::new(Semaphore::new(INSTANCES as usize)),
+            recorder: Arc::default(),
             state: Mutex::default(),
             changed: Condvar::new(),
         }))
@@ -99,6 +103,10 @@ impl Host {
                 Some(entry) => Reply::Stats(entry.function.stats()),
                 None => Reply::Unknown { id },
             },
+            Request::Spans => {
+                let (spans, dropped) = self.recorder.fetch();
+                Reply::Spans { spans, dropped }
+            }
             Request::Changed { since } => {
                 let mut state = self.lock();
                 while state.sequence <= since && !state.retired {
@@ -156,7 +164,9 @@ impl Host {
 
     /// Adds a function, or finds that it is there already. Refusals are for its author to read.
     fn add(self: &Arc<Host>, spec: FunctionSpec, descriptors: Vec<OwnedFd>) -> std::result::Result<i64, String> {
-        let Ok([code, listener, log]) = <[OwnedFd; 3]>::try_from(descriptors) else {
+        let mut descriptors = descriptors.into_iter();
+        let (Some(code), Some(listener), Some(log)) = (descriptors.next(), descriptors.next(), descriptors.next())
+        else {
             return Err("a function needs three descriptors: code, listener and log".into());
         };
         {
@@ -185,7 +195,18 @@ impl Host {
             tokio::net::TcpListener::from_std(listener).map_err(|e| format!("listener: {e}"))?
         };
         let log = Arc::new(Log::new(log, spec.log_max_bytes));
-        let function = Arc::new(Function::new(spec, pre, log, self.ticker.clone(), self.instances.clone()));
+        let counters = Arc::<Counters>::default();
+        let outbound = match (descriptors.next(), descriptors.next()) {
+            (Some(connector), Some(roots)) => {
+                let _runtime = self.runtime.enter();
+                let most = spec.limits.outbound_bytes;
+                Some(Arc::new(Outbound::new(connector, roots, most, counters.clone())?))
+            }
+            _ => None,
+        };
+        let shared =
+            Shared { ticker: self.ticker.clone(), instances: self.instances.clone(), recorder: self.recorder.clone() };
+        let function = Arc::new(Function::new(spec, pre, log, counters, outbound, shared));
         let (id, started) = (function.spec.id.clone(), function.started);
         let mut state = self.lock();
         if state.functions.contains_key(&id) {

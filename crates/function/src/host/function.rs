@@ -1,9 +1,12 @@
 //! One function: its listener, its connections, one instance a request.
 
 use super::context::Context;
+use super::durations::Durations;
+use super::invocation::Invocation;
 use super::log::Log;
+use super::outbound::Outbound;
+use super::recorder::Recorder;
 use super::ticker::Ticker;
-use super::trace;
 use crate::wire::{Exit, FunctionSpec, FunctionStats};
 use bytes::Bytes;
 use clock::now_nanos as now;
@@ -19,7 +22,7 @@ use hyper_util::server::conn::auto;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context as Task, Poll};
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
@@ -41,15 +44,24 @@ type Content = UnsyncBoxBody<Bytes, HttpError>;
 
 #[derive(Default)]
 pub(super) struct Counters {
-    cpu: AtomicU64,
+    pub cpu: AtomicU64,
     pub memory: AtomicU64,
+    /// Of one instance, the most so far.
+    pub memory_peak: AtomicU64,
+    pub cold_starts: AtomicU64,
+    pub queue_micros: AtomicU64,
+    pub durations: Durations,
     requests: AtomicU64,
     failures: AtomicU64,
     in_flight: AtomicU64,
     waiting: AtomicU64,
     pub run_micros: AtomicU64,
     pub memory_kib_micros: AtomicU64,
-    sent_bytes: AtomicU64,
+    pub received_bytes: AtomicU64,
+    pub sent_bytes: AtomicU64,
+    pub outbound_requests: AtomicU64,
+    pub outbound_sent: AtomicU64,
+    pub outbound_received: AtomicU64,
 }
 
 /// Whether a function goes on.
@@ -63,17 +75,25 @@ pub(super) enum Wish {
     },
 }
 
+/// What the functions of a host have in common.
+pub(super) struct Shared {
+    pub ticker: Arc<Ticker>,
+    pub instances: Arc<Semaphore>,
+    pub recorder: Arc<Recorder>,
+}
+
 pub(super) struct Function {
     pub spec: FunctionSpec,
     pub started: i64,
     pub log: Arc<Log>,
     pub wish: watch::Sender<Wish>,
     pre: ProxyPre<Context>,
-    counters: Arc<Counters>,
+    pub counters: Arc<Counters>,
+    outbound: Option<Arc<Outbound>>,
     places: Arc<Semaphore>,
-    ticker: Arc<Ticker>,
-    /// Instances of the whole host.
-    instances: Arc<Semaphore>,
+    /// No request has run yet.
+    cold: AtomicBool,
+    shared: Shared,
 }
 
 impl Function {
@@ -81,8 +101,9 @@ impl Function {
         spec: FunctionSpec,
         pre: ProxyPre<Context>,
         log: Arc<Log>,
-        ticker: Arc<Ticker>,
-        instances: Arc<Semaphore>,
+        counters: Arc<Counters>,
+        outbound: Option<Arc<Outbound>>,
+        shared: Shared,
     ) -> Function {
         let places = Arc::new(Semaphore::new(spec.limits.concurrency.max(1) as usize));
         Function {
@@ -91,11 +112,16 @@ impl Function {
             log,
             wish: watch::Sender::new(Wish::Run),
             pre,
-            counters: Arc::default(),
+            counters,
+            outbound,
             places,
-            ticker,
-            instances,
+            cold: AtomicBool::new(true),
+            shared,
         }
+    }
+
+    pub fn recorder(&self) -> &Recorder {
+        &self.shared.recorder
     }
 
     pub fn stats(&self) -> FunctionStats {
@@ -103,12 +129,22 @@ impl Function {
         FunctionStats {
             cpu_nanos: get(&self.counters.cpu),
             memory_bytes: get(&self.counters.memory),
+            memory_peak_bytes: get(&self.counters.memory_peak),
+            cold_starts: get(&self.counters.cold_starts),
+            waiting: get(&self.counters.waiting),
+            queue_micros: get(&self.counters.queue_micros),
+            durations: self.counters.durations.read(),
+            duration_micros: self.counters.durations.sum(),
+            received_bytes: get(&self.counters.received_bytes),
             requests: get(&self.counters.requests),
             failures: get(&self.counters.failures),
             in_flight: get(&self.counters.in_flight),
             run_micros: get(&self.counters.run_micros),
             memory_kib_micros: get(&self.counters.memory_kib_micros),
             sent_bytes: get(&self.counters.sent_bytes),
+            outbound_requests: get(&self.counters.outbound_requests),
+            outbound_sent_bytes: get(&self.counters.outbound_sent),
+            outbound_received_bytes: get(&self.counters.outbound_received),
         }
     }
 
@@ -119,6 +155,13 @@ impl Function {
         wish.mark_changed();
         let (closing, closed) = watch::channel(false);
         let mut connections = JoinSet::new();
+        let connections_end = async {
+            match &self.outbound {
+                Some(outbound) => outbound.hand_out().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::pin!(connections_end);
         let (until, signal) = loop {
             let full = connections.len() >= CONNECTIONS;
             tokio::select! {
@@ -128,6 +171,9 @@ impl Function {
                     Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
                 },
                 Some(_) = connections.join_next() => {}
+                () = &mut connections_end => {
+                    return Exit { code: 255, signal: None, finished: now(), message: "its connector ended".into() };
+                }
                 changed = wish.changed() => {
                     if changed.is_err() {
                         break (Instant::now(), None);
@@ -141,7 +187,10 @@ impl Function {
         drop(listener);
         let _ = closing.send(true);
         let drained = async { while connections.join_next().await.is_some() {} };
-        let whole = tokio::time::timeout_at(until.into(), drained).await.is_ok();
+        let whole = tokio::select! {
+            drained = tokio::time::timeout_at(until.into(), drained) => drained.is_ok(),
+            () = &mut connections_end => false,
+        };
         connections.shutdown().await;
         match signal {
             Some(signal) => Exit { code: 128 + signal, signal: Some(signal), finished: now(), message: String::new() },
@@ -171,24 +220,27 @@ impl Function {
         let _ = connection.await;
     }
 
-    async fn handle(self: Arc<Function>, request: Request<Incoming>) -> Response<Content> {
+    async fn handle(self: Arc<Function>, mut request: Request<Incoming>) -> Response<Content> {
         self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        let arrived = Instant::now();
-        let what = format!("{} {}", request.method(), request.uri().path());
+        let invocation = Invocation::begin(self.clone(), &mut request);
         let limit = Duration::from_millis(self.spec.limits.timeout_ms.max(1));
         let answered = match tokio::time::timeout(limit, self.admit()).await {
             Ok(Ok(places)) => {
-                let left = limit.saturating_sub(arrived.elapsed());
-                self.run(request, places, left).await
+                invocation.admitted(self.cold.swap(false, Ordering::Relaxed));
+                let left = limit.saturating_sub(invocation.age());
+                self.run(request, &invocation, places, left).await
             }
             Ok(Err(refusal)) => Err(refusal),
             Err(_) => Err(Refusal::Busy),
         };
-        answered.unwrap_or_else(|refusal| {
+        let answer = answered.unwrap_or_else(|refusal| {
             self.counters.failures.fetch_add(1, Ordering::Relaxed);
-            self.log.note(&format!("atoll: {what}: {refusal}"));
+            self.log.note(&format!("atoll: {}: {refusal}", invocation.what()));
+            invocation.failed(&refusal);
             refusal.answer()
-        })
+        });
+        invocation.answered(answer.status());
+        answer
     }
 
     /// A place among the function's requests, and one in the host's pool.
@@ -199,34 +251,37 @@ impl Function {
             return Err(Refusal::Busy);
         }
         let own = self.places.clone().acquire_owned().await.map_err(|_| Refusal::Busy)?;
-        let hosts = self.instances.clone().acquire_owned().await.map_err(|_| Refusal::Busy)?;
+        let hosts = self.shared.instances.clone().acquire_owned().await.map_err(|_| Refusal::Busy)?;
         Ok(Places { _own: own, _hosts: hosts })
     }
 
     async fn run(
         self: &Arc<Function>,
-        mut request: Request<Incoming>,
+        request: Request<Incoming>,
+        invocation: &Arc<Invocation>,
         places: Places,
         limit: Duration,
     ) -> Result<Response<Content>, Refusal> {
-        trace::continue_in(request.headers_mut());
-        let mut store = Store::new(self.pre.engine(), Context::new(&self.spec, &self.log, &self.counters));
+        let context = Context::new(&self.spec, &self.log, invocation, self.outbound.clone());
+        let mut store = Store::new(self.pre.engine(), context);
         store.limiter(|context| &mut context.memory);
         store.set_epoch_deadline(1);
         store.epoch_deadline_async_yield_and_update(1);
         let (sender, receiver) = oneshot::channel();
         let bad = |e: wasmtime::Error| Refusal::Request(format!("{e:#}"));
+        let request = request.map(|body| Received { body, invocation: invocation.clone() });
         let incoming = store.data_mut().http().new_incoming_request(Scheme::Http, request).map_err(bad)?;
         let outparam = store.data_mut().http().new_response_outparam(sender).map_err(bad)?;
         let function = self.clone();
         let instance = async move {
             let _in_flight = Gauge::enter(&function.counters.in_flight);
-            let _ticking = function.ticker.enter();
+            let _ticking = function.shared.ticker.enter();
             let _places = places;
             let proxy = function.pre.instantiate_async(&mut store).await?;
             proxy.wasi_http_incoming_handler().call_handle(&mut store, incoming, outparam).await
         };
-        let whole = tokio::time::timeout(limit * WHOLE, Measured::new(instance, self.clone()));
+        let whole =
+            tokio::time::timeout(limit * WHOLE, Measured::new(instance, self.spec.limits.cpu_ms, invocation.clone()));
         let function = self.clone();
         // A task of its own: the function may go on after its answer has begun.
         let task = tokio::spawn(async move {
@@ -246,13 +301,20 @@ impl Function {
                 if response.body().size_hint().lower() > most {
                     return Err(Refusal::Large(most));
                 }
-                let log = self.log.clone();
+                let (log, noted) = (self.log.clone(), invocation.clone());
                 tokio::spawn(async move {
                     if let Ok(Err(why)) = task.await {
+                        noted.failed(&why);
                         log.note(&format!("atoll: after its answer the function failed: {why}"));
                     }
                 });
-                let guarded = |body| Guarded { body, abort: Some(abort), left: most, function: self.clone() };
+                let guarded = |body| Guarded {
+                    body,
+                    abort: Some(abort),
+                    left: most,
+                    function: self.clone(),
+                    invocation: invocation.clone(),
+                };
                 Ok(response.map(|body| guarded(body).boxed_unsync()))
             }
             Ok(Ok(Err(code))) => Err(Refusal::Code(code)),
@@ -337,13 +399,15 @@ impl Drop for Gauge<'_> {
 /// tick, which is as exact as this is.
 struct Measured<F> {
     inner: Pin<Box<F>>,
-    function: Arc<Function>,
+    /// Zero is no limit.
+    most: Duration,
+    invocation: Arc<Invocation>,
     spent: Duration,
 }
 
 impl<F> Measured<F> {
-    fn new(inner: F, function: Arc<Function>) -> Measured<F> {
-        Measured { inner: Box::pin(inner), function, spent: Duration::ZERO }
+    fn new(inner: F, cpu_ms: u64, invocation: Arc<Invocation>) -> Measured<F> {
+        Measured { inner: Box::pin(inner), most: Duration::from_millis(cpu_ms), invocation, spent: Duration::ZERO }
     }
 }
 
@@ -354,10 +418,9 @@ impl<F: Future<Output = wasmtime::Result<()>>> Future for Measured<F> {
         let begun = Instant::now();
         let result = self.inner.as_mut().poll(task);
         let spent = begun.elapsed();
-        let nanos = u64::try_from(spent.as_nanos()).unwrap_or(0);
-        self.function.counters.cpu.fetch_add(nanos, Ordering::Relaxed);
+        self.invocation.computed(spent);
         self.spent += spent;
-        let most = Duration::from_millis(self.function.spec.limits.cpu_ms);
+        let most = self.most;
         match result {
             Poll::Pending if !most.is_zero() && self.spent > most => {
                 Poll::Ready(Err(wasmtime::Error::msg(format!("it used more than {most:?} of processor time"))))
@@ -367,11 +430,44 @@ impl<F: Future<Output = wasmtime::Result<()>>> Future for Measured<F> {
     }
 }
 
-struct AbortOnDrop(AbortHandle);
+pub(super) struct AbortOnDrop(AbortHandle);
+
+impl AbortOnDrop {
+    pub fn new(handle: AbortHandle) -> AbortOnDrop {
+        AbortOnDrop(handle)
+    }
+}
 
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// A request's body, whose bytes are counted.
+struct Received {
+    body: Incoming,
+    invocation: Arc<Invocation>,
+}
+
+impl Body for Received {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, task: &mut Task) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let polled = Pin::new(&mut self.body).poll_frame(task);
+        if let Poll::Ready(Some(Ok(frame))) = &polled {
+            self.invocation.received(frame.data_ref().map_or(0, |data| data.len() as u64));
+        }
+        polled
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -382,6 +478,7 @@ struct Guarded {
     /// Bytes that may still come.
     left: u64,
     function: Arc<Function>,
+    invocation: Arc<Invocation>,
 }
 
 impl Guarded {
@@ -401,11 +498,12 @@ impl Body for Guarded {
             Poll::Ready(None) => self.release(),
             Poll::Ready(Some(Ok(frame))) => {
                 let length = frame.data_ref().map_or(0, |data| data.len() as u64);
-                self.function.counters.sent_bytes.fetch_add(length, Ordering::Relaxed);
+                self.invocation.sent(length);
                 let Some(left) = self.left.checked_sub(length) else {
                     let most = self.function.spec.limits.response_bytes;
                     self.function.counters.failures.fetch_add(1, Ordering::Relaxed);
                     self.function.log.note(&format!("atoll: an answer was cut off: {}", Refusal::Large(most)));
+                    self.invocation.failed(Refusal::Large(most));
                     self.abort = None;
                     return Poll::Ready(Some(Err(HttpError::HttpResponseBodySize(Some(most)))));
                 };

@@ -5,6 +5,7 @@ use super::broker::{Answer, Broker, Chunks, Event, Failure, Refusal, request_id}
 use super::event::{self, About};
 use super::http_server::{Body, full, json_answer};
 use super::{INVOKE_KEY, PAYLOAD, POD};
+use crate::host::{PARENT, Trace};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use futures_util::stream;
@@ -56,18 +57,13 @@ fn message(status: StatusCode, text: &str) -> Response<Body> {
 /// W3C's trace context in X-Ray's words.
 fn trace(headers: &HeaderMap) -> String {
     let mut own = HeaderMap::new();
-    if let Some(parent) = headers.get("traceparent") {
-        own.insert("traceparent", parent.clone());
+    for parent in headers.get_all(PARENT) {
+        own.append(PARENT, parent.clone());
     }
-    crate::host::continue_trace(&mut own);
-    let text = own.get("traceparent").and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut parts = text.split('-').skip(1);
-    let (Some(trace), Some(span), Some(flags)) = (parts.next(), parts.next(), parts.next()) else {
-        return String::new();
-    };
-    let (time, rest) = trace.split_at_checked(8).unwrap_or((trace, ""));
-    let sampled = u8::from_str_radix(flags, 16).unwrap_or(0) & 1;
-    format!("Root=1-{time}-{rest};Parent={span};Sampled={sampled}")
+    let trace = Trace::continue_in(&mut own, false);
+    let id = format!("{:032x}", trace.id);
+    let (time, rest) = id.split_at_checked(8).unwrap_or((&id, ""));
+    format!("Root=1-{time}-{rest};Parent={:016x};Sampled={}", trace.span, u8::from(trace.sampled()))
 }
 
 async fn raw(broker: &Broker, id: String, trace: String, headers: &HeaderMap, body: Bytes) -> Response<Body> {

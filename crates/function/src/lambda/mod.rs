@@ -39,7 +39,8 @@ pub const INVOKE_KEY: &str = "atoll-invoke-key";
 pub const POD: &str = "atoll-pod";
 /// In names that have to have an account's number.
 pub const ACCOUNT: &str = "000000000000";
-const LIMITS: jail::Limits = jail::Limits { processes: 64, descriptors: 1024, address_space: Some(2 << 30), cpu: None };
+const LIMITS: jail::Limits =
+    jail::Limits { processes: Some(64), descriptors: Some(1024), address_space: Some(2 << 30), cpu: None, file: None };
 const CONNECTIONS: usize = 16;
 const RUNTIME_CONNECTIONS: usize = 32;
 const CLIENT_CONNECTIONS: usize = 512;

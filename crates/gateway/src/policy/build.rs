@@ -3,6 +3,8 @@
 use super::rate::Limiter;
 use super::token::Tokens;
 use super::{Basic, By, Keys, Limit, Network, Policy, hash, number};
+use crate::cache::{self, Budget, Cache};
+use crate::compress::Compression;
 use crate::routing::rules::duration;
 use crate::routing::{Objects, spec};
 use api::object::{Meta, SharedObject};
@@ -20,11 +22,30 @@ use std::time::Duration;
 struct PolicySpec {
     target_refs: Vec<TargetRef>,
     addresses: Addresses,
+    max_headers: Option<usize>,
+    max_header_bytes: Option<usize>,
     max_body_bytes: Option<u64>,
     rate_limits: Vec<LimitSpec>,
     api_keys: Option<KeySpec>,
     basic_auth: Option<BasicSpec>,
     jwt: Option<TokenSpec>,
+    compression: Option<CompressionSpec>,
+    cache: Option<CacheSpec>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct CacheSpec {
+    max_bytes: Option<usize>,
+    max_object_bytes: Option<usize>,
+    key_headers: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct CompressionSpec {
+    types: Vec<String>,
+    min_bytes: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -87,13 +108,29 @@ struct ClaimSpec {
     header: String,
 }
 
-/// Buckets outlive the table: a route that changes does not give anyone a fresh start.
-#[derive(Default)]
+/// Buckets and stored answers outlive the table: a route that changes does not give anyone a fresh start.
 pub struct Limiters {
     all: HashMap<String, (Arc<Limiter>, bool)>,
+    caches: HashMap<String, (Arc<Cache>, bool)>,
+    budget: Budget,
+}
+
+impl Default for Limiters {
+    fn default() -> Self {
+        Limiters { all: HashMap::new(), caches: HashMap::new(), budget: Budget::new(cache::ALL) }
+    }
 }
 
 impl Limiters {
+    fn cache(&mut self, policy: &SharedObject, spec: &CacheSpec) -> Result<Arc<Cache>, String> {
+        let headers = spec.key_headers.iter().map(|name| header(name)).collect::<Result<_, _>>()?;
+        let budget = self.budget.clone();
+        let fresh = || (Arc::new(Cache::new(spec.max_bytes, spec.max_object_bytes, headers, budget)), true);
+        let entry = self.caches.entry(format!("{} {spec:?}", policy.uid())).or_insert_with(fresh);
+        entry.1 = true;
+        Ok(entry.0.clone())
+    }
+
     fn of(&mut self, policy: &SharedObject, index: usize, made: (u32, Duration, u32)) -> Arc<Limiter> {
         let key = format!("{} {index} {made:?}", policy.uid());
         let fresh = || (Arc::new(Limiter::new(made.0, made.1, made.2)), true);
@@ -104,6 +141,7 @@ impl Limiters {
 
     fn tidy(&mut self) {
         self.all.retain(|_, (_, used)| std::mem::replace(used, false));
+        self.caches.retain(|_, (_, used)| std::mem::replace(used, false));
     }
 }
 
@@ -146,10 +184,14 @@ fn policy(object: &SharedObject, spec: &PolicySpec, objects: &Objects, limiters:
         allow: networks(&spec.addresses.allow, &mut broken),
         deny: networks(&spec.addresses.deny, &mut broken),
         max_body: spec.max_body_bytes,
+        max_headers: spec.max_headers,
+        max_header_bytes: spec.max_header_bytes,
+        compression: spec.compression.as_ref().map(|spec| Compression::new(&spec.types, spec.min_bytes)),
         limits: Vec::new(),
         keys: None,
         basic: None,
         tokens: None,
+        cache: None,
         broken: None,
     };
     for (index, limit) in spec.rate_limits.iter().enumerate() {
@@ -159,6 +201,9 @@ fn policy(object: &SharedObject, spec: &PolicySpec, objects: &Objects, limiters:
         }
     }
     let mut keep = |result: Result<(), String>| broken = broken.take().or(result.err());
+    if let Some(spec) = &spec.cache {
+        keep(limiters.cache(object, spec).map(|cache| policy.cache = Some(cache)));
+    }
     if let Some(spec) = &spec.api_keys {
         keep(keys(object, spec, objects).map(|keys| policy.keys = Some(keys)));
     }

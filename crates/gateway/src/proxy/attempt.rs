@@ -56,8 +56,10 @@ struct Miss {
 enum Kind {
     /// The endpoint saw nothing of the request.
     Unsent,
-    /// A kept connection had been closed meanwhile.
-    Stale,
+    /// A kept connection had been closed meanwhile; whether that was before it took anything.
+    Stale {
+        unsent: bool,
+    },
     /// It may have seen the request, but answered nothing.
     Silent,
     /// It broke off, or what it said was not HTTP.
@@ -72,7 +74,8 @@ enum Kind {
 struct Way {
     http2: bool,
     proxy: Option<ProxyVersion>,
-    idempotent: bool,
+    /// The request can be sent again if a kept connection turns out to be closed.
+    repeatable: bool,
     /// Not over a connection that was kept.
     fresh: bool,
 }
@@ -96,13 +99,13 @@ impl Tries<'_> {
     /// Whether to try again after a miss of this kind.
     fn after(&mut self, kind: Kind, upstream: &Upstream) -> bool {
         let safe = match kind {
-            Kind::Unsent => true,
-            Kind::Stale | Kind::Silent => self.idempotent,
+            Kind::Unsent | Kind::Stale { unsent: true } => true,
+            Kind::Stale { unsent: false } | Kind::Silent => self.idempotent,
             Kind::Timeout | Kind::Broken => self.idempotent && self.retry.is_some(),
             Kind::Client(_) => false,
         };
         // A connection that was closed while it was kept says nothing about the endpoint.
-        safe && self.left > 1 && (kind == Kind::Stale || upstream.may_retry())
+        safe && self.left > 1 && (matches!(kind, Kind::Stale { .. }) || upstream.may_retry())
     }
 
     fn status(&mut self, status: StatusCode, upstream: &Upstream) -> bool {
@@ -188,7 +191,8 @@ impl Visit<'_> {
             let endpoint = lease.endpoint().clone();
             *served = Some(endpoint.id);
             let result = {
-                let way = Way { http2: upstream.http2, proxy: rules.proxy_protocol, idempotent, fresh: stale };
+                let repeatable = idempotent && (body.is_none() || kept.is_some());
+                let way = Way { http2: upstream.http2, proxy: rules.proxy_protocol, repeatable, fresh: stale };
                 let once = self.once(way, lease, outgoing, body.take());
                 let mut once = pin!(once);
                 match rule.backend_timeout {
@@ -213,14 +217,14 @@ impl Visit<'_> {
                 }
                 Err(miss) => {
                     let (kind, error) = (miss.kind, miss.error);
-                    if !matches!(kind, Kind::Stale | Kind::Client(_)) {
+                    if !matches!(kind, Kind::Stale { .. } | Kind::Client(_)) {
                         endpoint.failed();
                     }
                     let Some(next) = again(miss.body).filter(|_| tries.after(kind, upstream)) else {
                         return Err(self.failed(upstream, kind, &error));
                     };
                     body = next;
-                    stale = kind == Kind::Stale;
+                    stale = matches!(kind, Kind::Stale { .. });
                     if stale {
                         Counters::add(&self.shared.counters.retries_total);
                         tries.left -= u32::from(tries.retry.is_none());
@@ -251,7 +255,7 @@ impl Visit<'_> {
         let connected = if way.fresh || way.proxy.is_some() {
             Box::pin(endpoint.connect_new()).await
         } else {
-            endpoint.connect(way.idempotent).await
+            endpoint.connect(way.repeatable).await
         };
         let mut connection = match connected {
             Ok(connection) => connection,
@@ -269,8 +273,9 @@ impl Visit<'_> {
             Err(failure) => {
                 let kind = match (failure.silent, reused) {
                     _ if failure.client => blame(&failure.error),
-                    (true, true) => Kind::Stale,
-                    (true, _) => Kind::Silent,
+                    (true, true) => Kind::Stale { unsent: failure.unsent },
+                    (true, false) if failure.unsent => Kind::Unsent,
+                    (true, false) => Kind::Silent,
                     (false, _) => Kind::Broken,
                 };
                 Err(Miss { error: failure.error, kind, body: failure.body })
@@ -390,7 +395,7 @@ impl Visit<'_> {
         match kind {
             Kind::Timeout => self.too_late(),
             Kind::Client(status) => Box::new(reply::close(reply::text(status, "the request's body was not taken"))),
-            Kind::Unsent | Kind::Stale | Kind::Silent | Kind::Broken => {
+            Kind::Unsent | Kind::Stale { .. } | Kind::Silent | Kind::Broken => {
                 Counters::add(&self.shared.counters.upstream_failures_total);
                 let text = "the service could not be reached or broke off";
                 Box::new(reply::text(StatusCode::BAD_GATEWAY, text))

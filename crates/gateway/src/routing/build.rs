@@ -11,7 +11,7 @@ use super::rules::{self, Owner};
 use super::table::{Entry, Hosts, Table};
 use super::wire::{GrpcRouteSpec, IngressSpec, RouteSpec, RuleSpec};
 use crate::policy::{Attached, Policy};
-use crate::upstream::Upstreams;
+use crate::upstream::{Upstreams, fingerprint};
 use api::object::{Meta, SharedObject};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -157,7 +157,11 @@ impl Builder<'_> {
         let everything = [RuleSpec::default()];
         for spec in spec.rules.as_deref().unwrap_or(&everything) {
             let (conditions, bad) = rules::conditions(spec);
-            let rule = Arc::new(rules::rule(owner, spec, bad, &mut self.references));
+            let mut rule = rules::rule(owner, spec, bad, &mut self.references);
+            if policies.iter().any(|policies| policies.iter().any(|policy| policy.cache.is_some())) {
+                rule.id = fingerprint(&[owner.kind, &owner.name, &format!("{spec:?}")]);
+            }
+            let rule = Arc::new(rule);
             for condition in conditions {
                 for (served, policies) in hosts.iter().zip(&policies) {
                     let entry = Entry {

@@ -63,6 +63,7 @@ pub fn rule(owner: &Owner<'_>, spec: &RuleSpec, bad: Option<String>, references:
     };
     Rule {
         route: owner.name.clone(),
+        id: 0,
         filters,
         total_weight: backends.iter().map(|backend| u64::from(backend.weight)).sum(),
         backends,

@@ -30,6 +30,8 @@ pub struct Backend {
 pub struct Rule {
     /// `namespace/name` of the route, for logs.
     pub route: Arc<str>,
+    /// The same as long as route and rule are; 0 where nothing is cached.
+    pub id: u64,
     pub filters: Filters,
     pub backends: Vec<Backend>,
     pub total_weight: u64,
@@ -214,6 +216,7 @@ mod tests {
     fn entry(condition: Match) -> Entry {
         let rule = Rule {
             route: "n/r".into(),
+            id: 0,
             filters: Filters::default(),
             backends: Vec::new(),
             total_weight: 0,

@@ -6,6 +6,7 @@ use crate::counters::Counters;
 use api::demand::Share;
 use bytes::BytesMut;
 use hyper::client::conn::http2::SendRequest;
+use rustix::net::RecvFlags;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
@@ -86,6 +87,18 @@ pub struct Connection {
     /// Is closed after this request.
     pub once: bool,
     idle_since: Instant,
+}
+
+impl Connection {
+    /// Whether the endpoint has neither closed it nor said anything unasked. What came since the event loop looked last is
+    /// asked of the kernel only where a mistake could not be made good.
+    fn is_quiet(&self, repeatable: bool) -> bool {
+        let blocks = |error: io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        self.stream.try_read(&mut [0]).is_err_and(blocks)
+            && (repeatable
+                || rustix::net::recv(&self.stream, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)
+                    .is_err_and(|errno| errno == rustix::io::Errno::WOULDBLOCK))
+    }
 }
 
 /// A request's share of an endpoint's load, until its response has ended.
@@ -239,10 +252,8 @@ impl Endpoint {
                 }
                 return None;
             }
-            // Alive is who has neither closed nor said anything unasked.
-            match connection.stream.try_read(&mut [0]) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Some(connection),
-                _ => {}
+            if connection.is_quiet(repeatable) {
+                return Some(connection);
             }
         }
         None

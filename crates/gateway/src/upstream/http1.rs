@@ -35,6 +35,8 @@ pub struct Exchange {
 #[derive(Debug)]
 pub struct Failure {
     pub error: io::Error,
+    /// Not a byte of the request was taken.
+    pub unsent: bool,
     /// Nothing came back; with a kept connection that was closed meanwhile, or a request that may be repeated, it can
     /// be sent again.
     pub silent: bool,
@@ -66,7 +68,7 @@ pub async fn exchange(
     let mut written = 0;
     let sent = poll_fn(|cx| write_all(&mut connection, cx, &mut written)).await;
     if let Err(error) = sent {
-        return Err(Failure { error, silent: true, client: false, body });
+        return Err(Failure { error, unsent: written == 0, silent: true, client: false, body });
     }
     let mut pump = body.map(|body| Pump::new(body, chunked));
     let mut interim = 0;
@@ -108,13 +110,13 @@ pub async fn exchange(
     .await;
     match result {
         Ok(head) => {
-            let failure = |error| Failure { error, silent: false, client: false, body: None };
+            let failure = |error| Failure { error, unsent: false, silent: false, client: false, body: None };
             respond(head, connection, lease, method, pump).map_err(failure)
         }
         Err(error) => {
             let silent = connection.read.is_empty() && interim == 0;
             let client = pump.as_ref().is_some_and(Pump::client_failed);
-            Err(Failure { error, silent, client, body: pump.and_then(Pump::untouched) })
+            Err(Failure { error, unsent: false, silent, client, body: pump.and_then(Pump::untouched) })
         }
     }
 }

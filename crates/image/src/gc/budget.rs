@@ -8,15 +8,16 @@ use crate::lookup::Found;
 use crate::store::Store;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 /// A pulled image.
 struct Pulled {
     name: String,
     used: SystemTime,
-    /// Its blobs that are here.
-    blobs: BTreeSet<Digest>,
+    /// Its blobs that are here, and the file system made of it.
+    files: BTreeSet<PathBuf>,
 }
 
 impl Store {
@@ -27,10 +28,11 @@ impl Store {
         }
         let mut images = self.unpinned()?;
         images.sort_by_key(|image| image.used);
-        let mut uses: BTreeMap<Digest, (u64, u64)> = BTreeMap::new();
-        for digest in images.iter().flat_map(|i| &i.blobs) {
-            let size = fs::metadata(self.blob_path(digest)).map_or(0, |m| m.len());
-            uses.entry(*digest).or_insert((0, size)).0 += 1;
+        let mut uses: BTreeMap<PathBuf, (u64, u64)> = BTreeMap::new();
+        for file in images.iter().flat_map(|i| &i.files) {
+            // What it takes on the disk, where that is less than it seems: holes.
+            let size = fs::metadata(file).map_or(0, |m| m.len().min(m.blocks() * 512));
+            uses.entry(file.clone()).or_insert((0, size)).0 += 1;
         }
         let mut total: u64 = uses.values().map(|(_, size)| size).sum();
         let mut count = 0;
@@ -43,8 +45,8 @@ impl Store {
             }
             self.remove(&image.name)?;
             count += 1;
-            for digest in &image.blobs {
-                if let Some((left, size)) = uses.get_mut(digest) {
+            for file in &image.files {
+                if let Some((left, size)) = uses.get_mut(file) {
                     *left -= 1;
                     if *left == 0 {
                         total -= *size;
@@ -78,8 +80,9 @@ impl Store {
                     .filter_map(|l| fs::symlink_metadata(self.layer_dir(l)).and_then(|m| m.modified()).ok());
                 let used = layers.max().map_or(used, |layers| layers.max(used));
                 let found_at = Found { repository: repository.clone(), tag: Some(tag), record };
-                marked.blobs.retain(|d| self.blob_path(d).exists());
-                found.push(Pulled { name: found_at.name(), used, blobs: marked.blobs });
+                let blobs = marked.blobs.iter().map(|d| self.blob_path(d));
+                let files = blobs.chain(marked.chains.iter().map(|c| self.block_path(c)));
+                found.push(Pulled { name: found_at.name(), used, files: files.filter(|f| f.exists()).collect() });
             }
         }
         Ok(found)

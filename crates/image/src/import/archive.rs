@@ -86,6 +86,11 @@ impl TarSource {
         self.places.contains_key(name)
     }
 
+    /// The first name, by the alphabet, of a file in the topmost directory that ends so.
+    pub fn first(&self, end: &str) -> Option<&str> {
+        self.places.keys().filter(|name| name.ends_with(end) && !name.contains('/')).map(String::as_str).min()
+    }
+
     /// The whole archive again, from its beginning.
     pub fn into_file(self) -> impl Read {
         let end = self.file.metadata().map(|m| m.len()).unwrap_or(0);

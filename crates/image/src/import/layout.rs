@@ -149,7 +149,7 @@ impl Store {
                 self.check_and_unpack(&shown, &manifest, wanted, progress)?;
                 self.put_names(names, &root.media_type, &bytes)?;
                 let names = names.iter().map(Reference::to_string).collect();
-                Ok(Imported { names, digest: root.digest, kind: KindName::of(&manifest) })
+                Ok(Imported { names, digest: root.digest, kind: KindName::of(&manifest), machine: None })
             }
             Document::Index(index) => {
                 let chosen = choose(&shown, &index.manifests, wanted)?.digest;
@@ -179,7 +179,12 @@ impl Store {
                     }
                 }
                 self.put_names(names, &root.media_type, &bytes)?;
-                Ok(Imported { names: names.iter().map(Reference::to_string).collect(), digest: root.digest, kind })
+                Ok(Imported {
+                    names: names.iter().map(Reference::to_string).collect(),
+                    digest: root.digest,
+                    kind,
+                    machine: None,
+                })
             }
         }
     }

@@ -78,8 +78,11 @@ pub fn decompress(args: &[String]) -> i32 {
     let compression = match args {
         [format] if format == "gzip" => Compression::Gzip,
         [format] if format == "zstd" => Compression::Zstd,
+        [format] if format == "xz" => Compression::Xz,
         _ => {
-            eprintln!("usage: atoll image-decompress gzip|zstd <compressed >plain (started when a layer is unpacked)");
+            eprintln!(
+                "usage: atoll image-decompress gzip|zstd|xz <compressed >plain (started when a layer is unpacked)"
+            );
             return 2;
         }
     };
@@ -132,7 +135,7 @@ fn leave_all() -> jail::Result {
     jail::no_way_back()?;
     jail::die_with_parent()?;
     jail::confine(None)?;
-    Filter { calls: COMMON, threads: false, prctl: &[], ioctl: &[] }.apply()
+    Filter { calls: COMMON, ..Filter::default() }.apply()
 }
 
 /// Entry of `atoll image-unpack ENTRIES BYTES`: the archive on standard input; standard output is a socket that brings the
@@ -185,7 +188,7 @@ fn enter(file_limit: u64) -> jail::Result<OwnedFd> {
     jail::die_with_parent()?;
     jail::confine(Some(root.as_fd()))?;
     let calls = [COMMON, UNPACK].concat();
-    Filter { calls: &calls, threads: false, prctl: &[], ioctl: &[] }.apply()?;
+    Filter { calls: &calls, ..Filter::default() }.apply()?;
     Ok(root)
 }
 

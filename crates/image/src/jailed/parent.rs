@@ -57,7 +57,11 @@ pub(crate) struct Plain {
 
 impl Plain {
     pub fn start(roles: &Roles, compression: Compression, source: Input) -> stdio::Result<Plain> {
-        let format = if compression == Compression::Zstd { "zstd" } else { "gzip" };
+        let format = match compression {
+            Compression::Zstd => "zstd",
+            Compression::Xz => "xz",
+            Compression::Gzip | Compression::None => "gzip",
+        };
         let (stdin, stream) = match source {
             Input::File(file) => (Stdio::from(file), None),
             Input::Stream(stream) => (Stdio::piped(), Some(stream)),
@@ -152,7 +156,7 @@ impl Unpacker {
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(OwnedFd::from(theirs))
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .map_err(failed("start"))?;
         let input = child.stdin.take();
@@ -220,14 +224,21 @@ impl Unpacker {
             Ok(Report::Done(opaque)) if status.success() => Ok(opaque),
             Ok(Report::Entry { entry, why }) => Err(Error::Layer { layer, entry: short(entry), why: short(why) }),
             Ok(Report::Archive(why)) => Err(Error::Archive { layer, why: short(why) }),
-            _ => Err(Error::Archive { layer, why: format!("the unpacker ended without an answer ({status})") }),
+            _ => {
+                let mut last_words = String::new();
+                if let Some(stderr) = self.child.0.stderr.take() {
+                    let _ = Patient(stderr).take(WHY_LIMIT as u64).read_to_string(&mut last_words);
+                }
+                let why = format!("the unpacker ended without an answer ({status}) {}", last_words.trim());
+                Err(Error::Archive { layer, why })
+            }
         }
     }
 }
 
-struct Patient<'a>(&'a UnixStream);
+struct Patient<R>(R);
 
-impl Read for Patient<'_> {
+impl<R: Read + AsFd> Read for Patient<R> {
     fn read(&mut self, buffer: &mut [u8]) -> stdio::Result<usize> {
         await_ready(self.0.as_fd(), PollFlags::IN)?;
         self.0.read(buffer)

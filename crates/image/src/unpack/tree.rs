@@ -27,6 +27,8 @@ const PATH_MAX: usize = 4096;
 const NAME_MAX: usize = 255;
 const BUFFER: usize = 128 * 1024;
 const HOLE: usize = 4096;
+/// Time of directories that have no entry: the same wherever the layer is unpacked.
+const IMPLIED: (i64, u32) = (0, 0);
 
 pub(crate) struct Tree {
     root: OwnedFd,
@@ -69,7 +71,7 @@ impl Tree {
             root,
             layer: layer.to_owned(),
             last: None,
-            times: Vec::new(),
+            times: vec![(Vec::new(), IMPLIED)],
             opaque: BTreeSet::new(),
             buffer: vec![0u8; BUFFER],
         }
@@ -97,7 +99,7 @@ impl Tree {
     /// Sets what had to wait. Tells which directories are to be marked opaque.
     pub fn finish(mut self) -> Result<Vec<Vec<u8>>> {
         let times = std::mem::take(&mut self.times);
-        for (path, mtime) in times.iter().rev() {
+        for (path, mtime) in &times {
             let result = match self.beneath(path, OFlags::RDONLY | OFlags::DIRECTORY) {
                 Ok(dir) => futimens(dir, &timestamps(*mtime)).map_err(at("set the time")),
                 // It was replaced by a later entry.
@@ -307,10 +309,14 @@ impl Tree {
                 Some(FileType::CharacterDevice) => {
                     self.clear(&dir, name, &at)?;
                     make_implied(&dir, name)?;
+                    self.times.push((at.clone(), IMPLIED));
                     self.opaque.insert(at.clone());
                 }
                 Some(_) => return Err("lies in what an earlier entry made a file".into()),
-                None => make_implied(&dir, name)?,
+                None => {
+                    make_implied(&dir, name)?;
+                    self.times.push((at.clone(), IMPLIED));
+                }
             }
             dir = open_directory(&dir, name)?;
         }

@@ -31,7 +31,13 @@ fn milliseconds(work: impl FnOnce()) -> f64 {
 }
 
 pub fn request(uid: &str) -> AttachRequest {
-    AttachRequest { uid: uid.into(), namespace: "default".into(), address_key: None, kind: LinkKind::Namespace }
+    AttachRequest {
+        uid: uid.into(),
+        namespace: "default".into(),
+        address_key: None,
+        kind: LinkKind::Namespace,
+        place: network::Place::default(),
+    }
 }
 
 /// Attaching, from prepared links and without, with few and with many workloads there.

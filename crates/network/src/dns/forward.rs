@@ -6,6 +6,7 @@ use super::answers;
 use super::codec::{self, Code, Query};
 use crate::config::Networks;
 use crate::error::{Error, Result};
+use crate::firewall::is_metadata;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use std::collections::{HashMap, VecDeque};
@@ -270,7 +271,13 @@ fn send(packet: &[u8], id: [u8; 2], upstream: SocketAddr) -> std::io::Result<Udp
 /// Whether an answer has an address that nobody outside can have; one that cannot be read counts as having one.
 fn names_inside(reply: &[u8], own: &Networks) -> bool {
     let v4 = |address: Ipv4Addr| {
-        address.is_loopback() || address.is_link_local() || address.octets()[0] == 0 || own.contains(address.into())
+        let odd = address.is_loopback() || address.is_link_local() || address.octets()[0] == 0;
+        odd || own.contains(address.into()) || is_metadata(address.into())
+    };
+    // RFC 6052, 2.1: an IPv4 address behind a translator.
+    let translated = |address: Ipv6Addr| match address.segments() {
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] => v4(Ipv4Addr::from_bits(u32::from(high) << 16 | u32::from(low))),
+        _ => false,
     };
     let inside = |address: IpAddr| match address {
         IpAddr::V4(address) => v4(address),
@@ -279,6 +286,8 @@ fn names_inside(reply: &[u8], own: &Networks) -> bool {
                 || address.is_unicast_link_local()
                 || address.is_unique_local()
                 || own.contains(address.into())
+                || is_metadata(address.into())
+                || translated(address)
         }
     };
     codec::addresses(reply).is_none_or(|all| all.into_iter().any(inside))
@@ -378,6 +387,10 @@ mod tests {
         for bad in ["10.42.0.7", "10.43.0.1", "127.0.0.1", "169.254.169.254", "0.0.0.0", "2001:db8:1::7"] {
             assert!(names_inside(&answer(&[outside, bad.parse().unwrap()]), &own), "{bad}");
         }
+        for bad in ["100.100.100.200", "168.63.129.16", "192.0.0.192", "64:ff9b::10.42.0.7", "64:ff9b::a9fe:a9fe"] {
+            assert!(names_inside(&answer(&[outside, bad.parse().unwrap()]), &own), "{bad}");
+        }
+        assert!(!names_inside(&answer(&["64:ff9b::192.0.2.7".parse().unwrap()]), &own));
         for bad in ["fd00::1", "::1", "fe80::1", "::ffff:10.42.0.7", "::"] {
             assert!(names_inside(&answer(&[bad.parse().unwrap()]), &own), "{bad}");
         }

@@ -21,7 +21,8 @@ const INFORM: u8 = 8;
 
 /// What an answer is made from.
 pub struct Facts {
-    pub pods: Cidr,
+    /// Workloads' networks.
+    pub pods: [Cidr; 2],
     pub dns: Ipv4Addr,
 }
 
@@ -36,7 +37,7 @@ pub fn answer(packet: &[u8], facts: &Facts) -> Option<(Vec<u8>, Ipv4Addr)> {
     }
     let mac: [u8; 6] = packet.get(28..34)?.try_into().ok()?;
     let address = Ipv4Addr::from(<[u8; 4]>::try_from(mac.get(2..)?).ok()?);
-    if mac_of(address) != mac || !facts.pods.contains(address) {
+    if mac_of(address) != mac || !facts.pods.iter().any(|pods| pods.contains(address)) {
         return None;
     }
     let kind = *option(packet, 53)?.first()?;
@@ -122,7 +123,10 @@ pub(super) mod tests {
     use proptest::prelude::*;
 
     pub fn facts() -> Facts {
-        Facts { pods: "10.42.0.0/16".parse().unwrap(), dns: Ipv4Addr::new(10, 43, 0, 10) }
+        Facts {
+            pods: ["10.42.0.0/16", "10.44.0.0/16"].map(|pods| pods.parse().unwrap()),
+            dns: Ipv4Addr::new(10, 43, 0, 10),
+        }
     }
 
     pub fn question(kind: u8, mac: [u8; 6], options: &[&[u8]]) -> Vec<u8> {

@@ -96,7 +96,8 @@ impl Sockets {
     }
 
     fn answer_dhcp4(&self) {
-        let facts = dhcp4::Facts { pods: self.config.pod_cidr, dns: self.config.dns_address };
+        let facts =
+            dhcp4::Facts { pods: [self.config.pod_cidr, self.config.subnet_cidr], dns: self.config.dns_address };
         let mut buffer = [0; MAX_PACKET];
         while let Ok((length, _)) = self.dhcp4.recv_from(&mut buffer) {
             if let Some((reply, to)) = dhcp4::answer(buffer.get(..length).unwrap_or_default(), &facts) {

@@ -1,17 +1,19 @@
 //! rtnetlink: links, addresses, routes, neighbours (rtnetlink(7)).
 
+use super::nft::octets;
 use super::parse::{Attributes, text, u32_at};
 use super::{Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, Socket, Writer};
 use crate::error::{Error, Result};
 use rustix::fd::{AsRawFd, BorrowedFd};
 use rustix::io::Errno;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_NEWADDR: u16 = 20;
 pub(super) const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
 pub(super) const RTM_GETROUTE: u16 = 26;
 const RTM_NEWNEIGH: u16 = 28;
 const RTM_NEWRULE: u16 = 32;
@@ -33,12 +35,15 @@ const IFF_NOARP: u32 = 0x80;
 pub(super) const AF_INET: u8 = 2;
 pub(super) const AF_INET6: u8 = 10;
 const IFA_F_NODAD: u8 = 2;
+const IFA_CACHEINFO: u16 = 6;
 const IFA_FLAGS: u16 = 8;
 const IFA_F_MCAUTOJOIN: u32 = 0x400;
 const TABLE_MAIN: u8 = 254;
 const PROTOCOL_STATIC: u8 = 4;
 const SCOPE_LINK: u8 = 253;
 const SCOPE_HOST: u8 = 254;
+/// Of a request to remove: any scope.
+const SCOPE_NOWHERE: u8 = 255;
 pub(super) const ROUTE_UNICAST: u8 = 1;
 const ROUTE_LOCAL: u8 = 2;
 const ROUTE_UNREACHABLE: u8 = 7;
@@ -186,6 +191,16 @@ impl Batch {
             w.attr(2, &address.octets());
         });
     }
+    /// The same, for what has no other address to say where it is from (deprecated, RFC 4862, 5.5.4).
+    pub fn add_last_address6(&mut self, index: u32, address: Ipv6Addr) {
+        self.request("add the address", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
+            w.raw(&[AF_INET6, 128, IFA_F_NODAD, 0]);
+            w.raw(&index.to_ne_bytes());
+            w.attr(2, &address.octets());
+            // Preferred for no time, valid for ever; two stamps that the kernel fills.
+            w.attr(IFA_CACHEINFO, &[0, u32::MAX, 0, 0].map(u32::to_ne_bytes).concat());
+        });
+    }
     /// Takes what is sent to a multicast group on a link, for as long as the link is there.
     pub fn join_group(&mut self, index: u32, group: Ipv6Addr) {
         self.request("join the group", RTM_NEWADDR, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, &[Errno::EXIST], |w| {
@@ -212,20 +227,23 @@ impl Batch {
     }
     /// Destination by a next hop that is on-link whatever the link's addresses say, and the source of what is sent there
     /// from here.
-    pub fn add_route_via(
-        &mut self,
-        (base, prefix): (Ipv4Addr, u8),
-        index: u32,
-        hop: Ipv4Addr,
-        source: Option<Ipv4Addr>,
-    ) {
-        self.route(prefix, 0, ROUTE_UNICAST, NEXTHOP_ONLINK, |w| {
-            w.attr(1, &base.octets());
+    pub fn add_route_via(&mut self, (base, prefix): (IpAddr, u8), index: u32, hop: IpAddr, source: Option<IpAddr>) {
+        self.route_of(family_of(base), prefix, 0, ROUTE_UNICAST, NEXTHOP_ONLINK, |w| {
+            w.attr(1, &octets(base));
             w.u32(4, index);
-            w.attr(5, &hop.octets());
+            w.attr(5, &octets(hop));
             if let Some(source) = source {
-                w.attr(7, &source.octets());
+                w.attr(7, &octets(source));
             }
+        });
+    }
+    /// The route to this network over this link; one that is not there is no error.
+    pub fn delete_route(&mut self, (base, prefix): (IpAddr, u8), index: u32) {
+        self.request("remove the route", RTM_DELROUTE, NLM_F_ACK, &[Errno::SRCH], |w| {
+            w.raw(&[family_of(base), prefix, 0, 0, TABLE_MAIN, 0, SCOPE_NOWHERE, 0]);
+            w.raw(&0_u32.to_ne_bytes());
+            w.attr(1, &octets(base));
+            w.u32(4, index);
         });
     }
     /// What no more specific route covers is answered with "host unreachable".
@@ -327,9 +345,19 @@ pub fn link_name(socket: &mut Socket, index: u32) -> Result<Option<String>> {
     Ok(found.map(|link| link.name))
 }
 
-/// As [`find_link`], absent being an error.
+/// The index of the link of this name in the socket's namespace. Other than [`find_link`], this does not wait for the
+/// kernel's one lock of all links.
+pub fn index_of(socket: &Socket, name: &str) -> Result<Option<u32>> {
+    match rustix::net::netdevice::name_to_index(socket, name) {
+        Ok(index) => Ok(Some(index)),
+        Err(Errno::NODEV) => Ok(None),
+        Err(errno) => Err(Error::errno("look the link up")(errno)),
+    }
+}
+
+/// As [`index_of`], absent being an error.
 pub fn link_index(socket: &mut Socket, name: &str) -> Result<u32> {
-    find_link(socket, name)?.map(|link| link.index).ok_or_else(|| Error::NoLink(name.to_owned()))
+    index_of(socket, name)?.ok_or_else(|| Error::NoLink(name.to_owned()))
 }
 
 pub fn links(socket: &mut Socket) -> Result<Vec<Link>> {
@@ -396,20 +424,27 @@ pub fn link(payload: &[u8]) -> Option<Link> {
     })
 }
 
+fn family_of(address: IpAddr) -> u8 {
+    if address.is_ipv6() { AF_INET6 } else { AF_INET }
+}
+
 /// A unicast route of the main table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Route {
-    pub base: Ipv4Addr,
+    pub base: IpAddr,
     pub prefix: u8,
     /// The link that it leads out by; 0 for one of several next hops.
     pub link: u32,
+    /// It leads to a next hop, not to the link's own network.
+    pub via: bool,
 }
 
-/// The main table's IPv4 unicast routes.
-pub fn routes(socket: &mut Socket) -> Result<Vec<Route>> {
+/// The main table's unicast routes of one family.
+pub fn routes(socket: &mut Socket, v6: bool) -> Result<Vec<Route>> {
+    let family = if v6 { AF_INET6 } else { AF_INET };
     let mut batch = Batch::new();
     batch.request("list the routes", RTM_GETROUTE, NLM_F_DUMP, &[], |w| {
-        w.raw(&[AF_INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+        w.raw(&[family, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     });
     let mut all = Vec::new();
     socket.query(batch, |kind, payload| {
@@ -423,13 +458,19 @@ pub fn routes(socket: &mut Socket) -> Result<Vec<Route>> {
 /// Reads one `RTM_NEWROUTE` payload; `None` for what is not a unicast route of the main table.
 pub fn route(payload: &[u8]) -> Option<Route> {
     let attributes = payload.get(12..)?;
-    let is_ours = payload.first() == Some(&AF_INET)
-        && payload.get(4) == Some(&TABLE_MAIN)
-        && payload.get(7) == Some(&ROUTE_UNICAST);
-    let base = match Attributes::get(attributes, 1) {
-        Some(bytes) => <[u8; 4]>::try_from(bytes).ok()?.into(),
-        None => Ipv4Addr::UNSPECIFIED,
+    let v6 = match *payload.first()? {
+        AF_INET => false,
+        AF_INET6 => true,
+        _ => return None,
+    };
+    let is_ours = payload.get(4) == Some(&TABLE_MAIN) && payload.get(7) == Some(&ROUTE_UNICAST);
+    let base: IpAddr = match (Attributes::get(attributes, 1), v6) {
+        (Some(bytes), false) => <[u8; 4]>::try_from(bytes).ok()?.into(),
+        (Some(bytes), true) => <[u8; 16]>::try_from(bytes).ok()?.into(),
+        (None, false) => Ipv4Addr::UNSPECIFIED.into(),
+        (None, true) => Ipv6Addr::UNSPECIFIED.into(),
     };
     let link = Attributes::get(attributes, 4).and_then(|bytes| u32_at(bytes, 0)).unwrap_or(0);
-    is_ours.then_some(Route { base, prefix: *payload.get(1)?, link })
+    let via = link == 0 || Attributes::get(attributes, 5).is_some();
+    is_ours.then_some(Route { base, prefix: *payload.get(1)?, link, via })
 }

@@ -10,6 +10,7 @@ mod program;
 
 use crate::config::RouterConfig;
 use crate::names::NameSet;
+use crate::netlink::nft::Family;
 use crate::services::Protocol;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -129,6 +130,21 @@ pub struct Flow {
     pub port: u16,
 }
 
+impl Flow {
+    /// Whether it goes to a DHCP client, which takes an address from whoever writes there.
+    fn is_lease(&self) -> bool {
+        self.protocol == Protocol::Udp.number() && self.port == dhcp_client(Family::of(self.destination))
+    }
+}
+
+/// Where DHCP's answers go (RFC 2131, 4.1; RFC 8415, 7.2).
+pub(crate) fn dhcp_client(family: Family) -> u16 {
+    match family {
+        Family::Ip | Family::Arp => 68,
+        Family::Ip6 => 546,
+    }
+}
+
 /// Whether an address was the answer for names of this key in [`Policies::names`].
 pub type IsPinned<'a> = dyn Fn(&str, IpAddr) -> bool + 'a;
 
@@ -151,13 +167,19 @@ pub enum Reason {
     NoWorkload,
     /// Nobody here speaks for what is behind the uplink.
     Outside,
+    /// An answer to a question for an address.
+    RouterAlone,
 }
 
 impl Reason {
     pub fn allows(&self) -> bool {
         match self {
             Reason::Itself | Reason::SameNamespace | Reason::Open | Reason::Rule(_) | Reason::Outside => true,
-            Reason::OtherNamespace | Reason::Denied(_) | Reason::NoRule(_) | Reason::NoWorkload => false,
+            Reason::OtherNamespace
+            | Reason::Denied(_)
+            | Reason::NoRule(_)
+            | Reason::NoWorkload
+            | Reason::RouterAlone => false,
         }
     }
 }
@@ -176,6 +198,9 @@ impl fmt::Display for Reason {
             Reason::NoRule(origin) => write!(f, "{origin} isolates it, and no rule allows this"),
             Reason::NoWorkload => f.write_str("no workload here has that address"),
             Reason::Outside => f.write_str("it is outside, behind the uplink"),
+            Reason::RouterAlone => {
+                f.write_str("addresses, routes and redirects come from the router alone, whatever policies say")
+            }
         }
     }
 }
@@ -215,6 +240,9 @@ impl Policies {
     pub fn decide(&self, config: &RouterConfig, flow: &Flow, pinned: &IsPinned<'_>) -> Decision {
         let ends = [flow.source, flow.destination].map(|address| End { address, pod: pod_address(config, address) });
         let [source, destination] = ends.map(|end| self.workloads.get(&end.pod?));
+        if flow.is_lease() {
+            return Decision { egress: Reason::RouterAlone, ingress: Reason::RouterAlone };
+        }
         if flow.source == flow.destination && source.is_some() {
             return Decision { egress: Reason::Itself, ingress: Reason::Itself };
         }

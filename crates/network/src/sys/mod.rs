@@ -3,7 +3,6 @@
 
 pub mod bpf;
 pub mod datagram;
-pub mod jail;
 
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::io;

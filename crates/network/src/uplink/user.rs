@@ -29,7 +29,7 @@ use std::time::Duration;
 pub(crate) const RELAY: &str = "relay";
 const TABLE: &str = "atoll-relay";
 /// Goes up with every change of the table's rules.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Number of the routing table for what is marked.
 const ROUTES: u8 = 100;
 const TCP: u8 = 6;
@@ -182,7 +182,10 @@ fn ensure_rules(config: &RouterConfig) -> Result<()> {
     let mut socket = Socket::netfilter()?;
     let mut t = Transaction::new(TABLE);
     for family in Family::INET {
-        let comment = format!("relay {VERSION}: {} {}", config.pod_cidr, config.pod_cidr6);
+        let comment = {
+            let RouterConfig { pod_cidr, pod_cidr6, subnet_cidr, subnet_cidr6, .. } = config;
+            format!("relay {VERSION}: {pod_cidr} {pod_cidr6} {subnet_cidr} {subnet_cidr6}")
+        };
         let found = nft::table_comment(&mut socket, TABLE, family)?;
         if found.as_ref() != Some(&comment) {
             t.family(family);
@@ -197,18 +200,22 @@ fn ensure_rules(config: &RouterConfig) -> Result<()> {
 }
 
 fn rules(t: &mut Transaction, family: Family, config: &RouterConfig) {
-    let pods: (IpAddr, u8) = match family {
-        Family::Ip | Family::Arp => (config.pod_cidr.base().into(), config.pod_cidr.prefix()),
-        Family::Ip6 => (config.pod_cidr6.base().into(), config.pod_cidr6.prefix()),
+    let pods: [(IpAddr, u8); 2] = match family {
+        Family::Ip | Family::Arp => {
+            [config.pod_cidr, config.subnet_cidr].map(|pods| (pods.base().into(), pods.prefix()))
+        }
+        Family::Ip6 => [config.pod_cidr6, config.subnet_cidr6].map(|pods| (pods.base().into(), pods.prefix())),
     };
     let base = |name, hook, priority| BaseChain { name, kind: "filter", hook, priority, policy: Policy::Accept };
     t.add_base_chain(&base("lead", Hook::Prerouting, -150));
     t.add_base_chain(&base("own", Hook::Output, 0));
-    let written = || t.rule().if_input(RELAY).load_source(R0).if_within(R0, pods.0, pods.1);
-    let led = written().if_opening(TCP).to_transparent(PORT).mark(MARK).accept();
-    let stray = written().drop();
-    t.add_rule("lead", led);
-    t.add_rule("lead", stray);
+    for (base, prefix) in pods {
+        let written = || t.rule().if_input(RELAY).load_source(R0).if_within(R0, base, prefix);
+        let led = written().if_opening(TCP).to_transparent(PORT).mark(MARK).accept();
+        let stray = written().drop();
+        t.add_rule("lead", led);
+        t.add_rule("lead", stray);
+    }
     t.add_rule("lead", t.rule().if_input(RELAY).accept());
     t.add_rule("lead", t.rule().unless_connection_mark(MARK).accept());
     t.add_rule("lead", t.rule().if_opening(TCP).accept());
@@ -229,7 +236,7 @@ impl Relay {
     }
 
     /// Workloads' sources outside; all others follow the host.
-    pub fn sync_sources(&self, sources: &BTreeMap<Ipv4Addr, Ipv4Addr>) -> Result<()> {
+    pub fn sync_sources(&self, sources: &BTreeMap<IpAddr, IpAddr>) -> Result<()> {
         let mut line = serde_json::to_vec(sources).map_err(|_| Error::Protocol("addresses are no JSON"))?;
         line.push(b'\n');
         let mut state = guard(&self.0.state);

@@ -1,5 +1,8 @@
 //! What the tests share: a router of their own, and threads that serve and connect inside workloads' namespaces.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unused_imports, clippy::unwrap_used)]
+
+mod outside;
+pub mod uplinked;
 
 use network::{
     AttachRequest, Attachment, Isolation, Limits, LinkKind, Policies, Protocol, Router, RouterConfig, ServiceRule,
@@ -10,6 +13,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStrea
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+pub use outside::{Netns, ip, outside};
 
 pub struct Lab {
     pub router: Option<Router>,
@@ -68,7 +73,13 @@ impl Drop for Lab {
 }
 
 pub fn request(uid: &str) -> AttachRequest {
-    AttachRequest { uid: uid.into(), namespace: "default".into(), address_key: None, kind: LinkKind::Namespace }
+    AttachRequest {
+        uid: uid.into(),
+        namespace: "default".into(),
+        address_key: None,
+        kind: LinkKind::Namespace,
+        place: network::Place::default(),
+    }
 }
 
 pub fn netns(attachment: &Attachment) -> PathBuf {

@@ -2,7 +2,7 @@
 //! own, seccomp and few capabilities. A shim for each pod does the work; here its requests are put together and its
 //! descriptors become streams.
 
-mod lambda;
+pub(super) mod lambda;
 mod shims;
 pub(super) mod spec;
 mod stream;

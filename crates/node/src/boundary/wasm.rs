@@ -8,22 +8,26 @@
 
 mod hosts;
 mod ledger;
+mod metrics;
+mod outbound;
 mod record;
+mod traces;
 
 pub use ledger::{Usage, usage};
 
 use super::*;
-use function::{Cache, FunctionLimits, FunctionSpec};
+use function::{Cache, FunctionLimits, FunctionSpec, FunctionStats};
 use hosts::Hosts;
 use ledger::Ledger;
 use record::Record;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 const PORT: u16 = 8080;
@@ -35,16 +39,20 @@ const ROTATE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(3600);
 /// Label of the Knative Service a pod belongs to.
 const SERVICE: &str = "serving.knative.dev/service";
+const REVISION: &str = "serving.knative.dev/revision";
 /// Pod annotations: seconds until a request's answer must begin, requests served at once, milliseconds of processor time of
-/// one request, bytes of one answer.
+/// one request, bytes of one answer; requests that the function may send while it serves one, bytes of their bodies.
 const TIMEOUT: &str = "functions.atoll.dev/timeout-seconds";
 const CONCURRENCY: &str = "functions.atoll.dev/concurrency";
 const CPU: &str = "functions.atoll.dev/cpu-milliseconds";
 const RESPONSE: &str = "functions.atoll.dev/max-response-bytes";
+const OUTBOUND_REQUESTS: &str = "functions.atoll.dev/max-outbound-requests";
+const OUTBOUND_BYTES: &str = "functions.atoll.dev/max-outbound-bytes";
 
 pub struct WasmBoundary {
     inner: Arc<Inner>,
     rotating: AtomicBool,
+    fetching: AtomicBool,
 }
 
 struct Inner {
@@ -53,15 +61,18 @@ struct Inner {
     cache: OnceLock<Cache>,
     hosts: Hosts,
     ledger: Ledger,
-    /// Functions whose logs are rotated, by id.
-    logs: Mutex<HashMap<String, Rotated>>,
+    /// Functions that run, by id.
+    known: Mutex<HashMap<String, Known>>,
+    /// Where spans go, if anywhere.
+    spans: OnceLock<spans::Exporter>,
 }
 
 #[derive(Clone)]
-struct Rotated {
+struct Known {
     namespace: String,
     /// Who is charged.
     account: String,
+    origin: Arc<spans::Origin>,
     path: PathBuf,
     max_bytes: u64,
 }
@@ -76,9 +87,17 @@ impl WasmBoundary {
             cache: OnceLock::new(),
             hosts,
             ledger: Ledger::new(&data_dir),
-            logs: Mutex::default(),
+            known: Mutex::default(),
+            spans: OnceLock::new(),
         };
-        WasmBoundary { inner: Arc::new(inner), rotating: AtomicBool::new(false) }
+        WasmBoundary { inner: Arc::new(inner), rotating: AtomicBool::new(false), fetching: AtomicBool::new(false) }
+    }
+
+    /// Every invocation's span goes there.
+    #[must_use]
+    pub fn with_spans(self, exporter: spans::Exporter) -> Self {
+        let _ = self.inner.spans.set(exporter);
+        self
     }
 
     async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
@@ -89,8 +108,12 @@ impl WasmBoundary {
         }
     }
 
-    /// Logs are rotated from here, since the host can open nothing. Begins with the first function known.
-    fn rotate_logs(&self) {
+    /// Logs are rotated from here, since the host can open nothing; spans fetched, since it reaches nobody. Begins with the
+    /// first function known.
+    fn tend(&self) {
+        if self.inner.spans.get().is_some() && !self.fetching.swap(true, Ordering::Relaxed) {
+            tokio::spawn(traces::fetch(Arc::downgrade(&self.inner)));
+        }
         if self.rotating.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -154,7 +177,15 @@ impl Inner {
         };
         let host = self.hosts.ensure(&sandbox.namespace).map_err(translate)?;
         // Left over from an agent that was killed between `add` and the record: its listener is as good as this one.
-        let started = host.add(spec, &code.file, &listener, &log).map_err(translate)?;
+        let started = match outbound::list(sandbox)? {
+            None => host.add(spec, &code.file, &listener, &log),
+            Some(list) => {
+                let connector = outbound::connector(&self.exe, sandbox, &list)?;
+                let descriptors = [code.file.as_fd(), listener.as_fd(), log.as_fd()];
+                host.add_outbound(spec, descriptors, connector, outbound::roots()?)
+            }
+        };
+        let started = started.map_err(translate)?;
         let record = Record {
             name: container.name.clone(),
             attempt: container.attempt,
@@ -170,21 +201,27 @@ impl Inner {
     }
 
     fn watch_log(&self, sandbox: &SandboxSpec, record: &Record) {
-        let rotated = Rotated {
+        let account = account(sandbox);
+        let known = Known {
             namespace: sandbox.namespace.clone(),
-            account: account(sandbox),
+            origin: traces::origin(sandbox, &account),
+            account,
             path: record.log_path.clone(),
             max_bytes: record.log_max_bytes,
         };
-        if let Ok(mut logs) = self.logs.lock() {
-            logs.insert(record.id.clone(), rotated);
-        }
+        self.lock().insert(record.id.clone(), known);
     }
 
     fn forget_log(&self, id: &str) {
-        if let Ok(mut logs) = self.logs.lock() {
-            logs.remove(id);
-        }
+        self.lock().remove(id);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Known>> {
+        self.known.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn known(&self) -> HashMap<String, Known> {
+        self.lock().clone()
     }
 
     /// Brings records up to what the host says, and writes down endings.
@@ -227,6 +264,7 @@ impl Inner {
     }
 
     fn remove(&self, sandbox: &SandboxSpec, record: &Record) -> Result<()> {
+        self.fetch_spans(&sandbox.namespace);
         self.book(&sandbox.namespace, vec![(account(sandbox), record.id.clone())]);
         if let Err(error) = self.ledger.close(&sandbox.namespace, &record.id) {
             tracing::warn!(function = record.id, %error, "the ledger could not be written");
@@ -241,34 +279,34 @@ impl Inner {
 
     /// Books what all functions used.
     fn book_all(&self) {
-        let mut namespaces: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
-        if let Ok(logs) = self.logs.lock() {
-            for (id, function) in logs.iter() {
-                let entry = namespaces.entry(function.namespace.clone()).or_default();
-                entry.push((function.account.clone(), id.clone()));
-            }
-        }
-        for (namespace, functions) in namespaces {
+        for (namespace, functions) in self.by_namespace() {
             self.book(&namespace, functions);
         }
     }
 
-    /// Functions by account and id. Those that have ended are known to their host until they are forgotten.
-    fn book(&self, namespace: &str, functions: Vec<(String, String)>) {
-        let Ok(host) = self.hosts.connect(namespace) else { return };
+    /// Account and id of each function.
+    fn by_namespace(&self) -> BTreeMap<String, Vec<(String, String)>> {
+        let mut namespaces: BTreeMap<String, Vec<(String, String)>> = BTreeMap::new();
+        for (id, function) in self.lock().iter() {
+            let entry = namespaces.entry(function.namespace.clone()).or_default();
+            entry.push((function.account.clone(), id.clone()));
+        }
+        namespaces
+    }
+
+    /// Functions by account and id; what their host counted. Those that have ended are known to it until they are forgotten.
+    fn book(&self, namespace: &str, functions: Vec<(String, String)>) -> Vec<(String, String, FunctionStats)> {
+        let Ok(host) = self.hosts.connect(namespace) else { return Vec::new() };
         let counted = |(account, id): (String, String)| host.stats(&id).ok().map(|stats| (account, id, stats));
         let counted: Vec<_> = functions.into_iter().filter_map(counted).collect();
         if let Err(error) = self.ledger.book(namespace, &counted) {
             tracing::warn!(namespace, %error, "the ledger could not be written");
         }
+        counted
     }
 
     fn rotate(&self) {
-        let logs: Vec<(String, Rotated)> = match self.logs.lock() {
-            Ok(logs) => logs.iter().map(|(id, log)| (id.clone(), log.clone())).collect(),
-            Err(_) => return,
-        };
-        for (id, log) in logs {
+        for (id, log) in self.known() {
             let long = std::fs::metadata(&log.path).is_ok_and(|m| log.max_bytes > 0 && m.len() > log.max_bytes);
             if !long {
                 continue;
@@ -335,6 +373,8 @@ fn limits(sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<FunctionLi
         timeout_ms: number(TIMEOUT, 3600)?.map_or(default.timeout_ms, |seconds| seconds * 1000),
         cpu_ms: number(CPU, 36_000_000)?.unwrap_or(default.cpu_ms),
         response_bytes: number(RESPONSE, 1 << 40)?.unwrap_or(default.response_bytes),
+        outbound_requests: number(OUTBOUND_REQUESTS, 10_000)?.map_or(default.outbound_requests, |n| n as u32),
+        outbound_bytes: number(OUTBOUND_BYTES, 1 << 40)?.unwrap_or(default.outbound_bytes),
     })
 }
 
@@ -407,13 +447,13 @@ impl Boundary for WasmBoundary {
     }
 
     async fn start(&self, sandbox: &SandboxSpec, container: &ContainerSpec) -> Result<ContainerState> {
-        self.rotate_logs();
+        self.tend();
         let (sandbox, container) = (sandbox.clone(), container.clone());
         self.blocking(move |inner| inner.start(&sandbox, &container)).await
     }
 
     async fn list(&self, sandbox: &SandboxSpec) -> Result<Vec<ContainerState>> {
-        self.rotate_logs();
+        self.tend();
         let sandbox = sandbox.clone();
         self.blocking(move |inner| {
             let records = Record::all(&sandbox.dir).map_err(|e| failed("read the functions' records", e))?;
@@ -514,6 +554,11 @@ impl Boundary for WasmBoundary {
         Err(unsupported("resume", "functions cannot be paused"))
     }
 
+    async fn metrics(&self) -> api::metrics::Text {
+        let inner = self.inner.clone();
+        tokio::task::spawn_blocking(move || inner.metrics()).await.unwrap_or_default()
+    }
+
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()> {
         let sandbox = sandbox.clone();
         self.blocking(move |inner| {
@@ -523,6 +568,7 @@ impl Boundary for WasmBoundary {
             }
             inner.hosts.forget_all(&sandbox.namespace, &sandbox.uid).map_err(translate)?;
             inner.hosts.leave(&sandbox.namespace, &sandbox.uid).map_err(translate)?;
+            outbound::destroyed(&sandbox)?;
             Record::destroy(&sandbox.dir).map_err(|e| failed("remove the function's directory", e))
         })
         .await

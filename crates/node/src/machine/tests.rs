@@ -104,6 +104,30 @@ async fn what_is_wrong_is_named() {
     let pvc = json!([{"name": "a", "persistentVolumeClaim": {"claimName": "x"}}]);
     let text = error(json!({"domain": {"memory": memory, "devices": disks}, "volumes": pvc})).await;
     assert!(text.starts_with("spec.volumes[0]: volume type persistentVolumeClaim"), "{text}");
+    let with = |extra: serde_json::Value, interfaces: serde_json::Value| {
+        json!({"domain": {"memory": memory, "firmware": {"bootloader": extra},
+                          "devices": {"disks": [{"name": "a", "disk": {}}], "interfaces": interfaces}},
+               "volumes": [{"name": "a", "containerDisk": {"image": "i"}}]})
+    };
+    for (bootloader, interfaces, expected) in [
+        (json!({"efi": {}}), json!([]), "spec.domain.firmware.bootloader.efi.secureBoot: is not there"),
+        (
+            json!({"efi": {"secureBoot": false, "persistent": true}}),
+            json!([]),
+            "efi.persistent: EFI variables do not last",
+        ),
+        (json!({"bios": {"useSerial": true}}), json!([]), "bios.useSerial: the BIOS has no serial"),
+        (
+            json!({}),
+            json!([{}, {"macAddress": "52:54:00:00:00:01"}]),
+            "spec.domain.devices.interfaces[1].macAddress: \"52:",
+        ),
+    ] {
+        let text = error(with(bootloader, interfaces)).await;
+        assert!(text.contains(expected), "{text}");
+    }
+    let good = with(json!({"efi": {"secureBoot": false}}), json!([{"macAddress": "02-00-0A-2A-00-07"}]));
+    assert!(go(good).await.unwrap().1.efi);
     for bad in ["../up", "a/b"] {
         let volumes = json!([{"name": bad, "emptyDisk": {"capacity": "1Gi"}}]);
         assert!(error(json!({"domain": {"memory": memory}, "volumes": volumes})).await.contains("is not a name"));

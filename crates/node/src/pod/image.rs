@@ -1,7 +1,7 @@
 //! Getting a container's image: pull policies, back-off, and the words kubelet has for what goes wrong.
 
-use super::slot::{Pull, Task};
-use super::{Wake, Worker};
+use super::slot::{Ahead, Pull, Task};
+use super::{Role, Wake, Worker};
 use crate::events::Level;
 use crate::ports::{Credentials, ImageError, ResolvedImage};
 use crate::shared::Shared;
@@ -46,6 +46,22 @@ fn reason_of(error: &ImageError) -> &'static str {
 }
 
 impl Worker {
+    /// Looks for the images of the containers that start at once while their sandbox is made.
+    pub(super) fn look_for_images(&mut self) {
+        let at_once = if self.slots.iter().all(|s| s.role == Role::Main) { self.slots.len() } else { 1 };
+        for index in 0..at_once {
+            let Some(container) = self.container(index) else { continue };
+            let reference = container.image.unwrap_or_default();
+            let wanted = policy(container.image_pull_policy.as_deref(), &reference) != Policy::Always;
+            let Some(slot) = self.slots.get_mut(index).filter(|s| wanted && matches!(s.pull, Pull::Idle)) else {
+                continue;
+            };
+            let (images, name) = (self.shared.images.clone(), reference.clone());
+            let found = tokio::spawn(async move { images.find(&name).await });
+            slot.ahead = Some(Ahead { reference, found });
+        }
+    }
+
     /// The image if it is ready; otherwise sees to it that it comes, and says so in the slot's state.
     pub(super) async fn image(&mut self, index: usize) -> Option<ResolvedImage> {
         let container = self.container(index)?;
@@ -62,7 +78,15 @@ impl Worker {
         }
         let policy = policy(container.image_pull_policy.as_deref(), &reference);
         if policy != Policy::Always {
-            match self.shared.images.find(&reference).await {
+            let ahead = match slot.ahead.take().filter(|ahead| ahead.reference == reference) {
+                Some(Ahead { found, .. }) => found.await.ok(),
+                None => None,
+            };
+            let found = match ahead {
+                Some(found) => found,
+                None => self.shared.images.find(&reference).await,
+            };
+            match found {
                 Ok(Some(image)) => {
                     let text = format!("Container image \"{reference}\" already present on machine");
                     self.container_event(index, Level::Normal, "Pulled", text);

@@ -2,17 +2,19 @@
 
 use super::bandwidth::wanted;
 use super::{Sandbox, Stage, Why, Worker, limited};
-use crate::boundary::{Boundary, BoundaryError, SandboxNetwork, SandboxSpec};
+use crate::boundary::{Boundary, BoundaryError, SandboxImage, SandboxNetwork, SandboxSpec};
 use crate::events::Level;
 use crate::machine::{self, InstanceSpec, MachineError, MachineInput};
-use crate::ports::{Attach, NetworkError};
+use crate::ports::{Attach, ImageError, NetworkError};
 use crate::record::Record;
 use crate::sources::{self, Sources};
 use crate::volumes::{self, Tokens, VolumeError, chain, tree};
 use crate::{etc_files, kept, resources, security};
 use api::k8s::api::core::v1 as core;
 use api::kind::Resource;
+use api::networks::NETWORK;
 use api::object::Meta;
+use api::status::Found;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -42,6 +44,8 @@ pub(super) enum SetupError {
     Machine(#[from] MachineError),
     #[error("{0}")]
     Snapshot(String),
+    #[error(transparent)]
+    Image(#[from] ImageError),
     #[error("Failed to create pod sandbox: {0}")]
     Boundary(#[from] BoundaryError),
     #[error("{0}")]
@@ -65,6 +69,8 @@ impl SetupError {
             SetupError::Unsupported(_) => Some("UnsupportedPod"),
             SetupError::Machine(_) => Some("InvalidMachine"),
             SetupError::Snapshot(_) => Some("UnusableSnapshot"),
+            SetupError::Network(error) => error.reason,
+            SetupError::Image(_) => Some("ImageInspectError"),
             SetupError::Boundary(BoundaryError::Refused { reason, .. }) => Some(reason),
             SetupError::Boundary(BoundaryError::Unsupported { .. }) => Some("UnsupportedPod"),
             _ => None,
@@ -148,17 +154,20 @@ impl Worker {
         self.refuse_unsupported(&spec)?;
         let boundary = self.choose_boundary(&spec).await?;
         let instance = self.machine_instance(boundary.as_ref())?;
-        if let Some(instance) = &instance
-            && !self.machine_images_ready(super::image::machine_references(&instance.images()))
-        {
+        let images = match &instance {
+            Some(instance) => instance.images(),
+            None => self.images_first(&spec, boundary.as_ref()),
+        };
+        if !images.is_empty() && !self.machine_images_ready(super::image::machine_references(&images)) {
             return Err(SetupError::Waiting);
         }
+        let images = if instance.is_some() { Vec::new() } else { self.block_images(&images).await? };
         let id_base = match self.id_base.take() {
             Some(base) => base,
             None if security::host_users(&spec) => 0,
             None => self.shared.ids.take().ok_or(SetupError::NoIds)?,
         };
-        let made = self.set_up_with(&spec, boundary, instance.as_ref(), id_base).await;
+        let made = self.set_up_with(&spec, boundary, (instance.as_ref(), images), id_base).await;
         if made.is_err() {
             self.undo_all(id_base).await;
         }
@@ -169,14 +178,20 @@ impl Worker {
         &mut self,
         spec: &core::PodSpec,
         boundary: Arc<dyn Boundary>,
-        instance: Option<&InstanceSpec>,
+        (instance, images): (Option<&InstanceSpec>, Vec<SandboxImage>),
         id_base: u32,
     ) -> Result<Sandbox, SetupError> {
+        if instance.is_none() && images.is_empty() {
+            self.look_for_images();
+        }
         self.make_dirs().await?;
+        self.done("directories");
         let network = self.attach(spec, boundary.wants_tap()).await?;
+        self.done("network");
         self.write_etc(spec, &network).await?;
         let sources = self.set_up_volumes(&network).await?;
-        let mut sandbox = self.sandbox_spec(spec, network, id_base);
+        self.done("volumes");
+        let mut sandbox = SandboxSpec { images, ..self.sandbox_spec(spec, network, id_base) };
         if let Some(instance) = instance {
             sandbox.machine = Some(self.machine(instance, &sandbox).await?);
         }
@@ -188,7 +203,9 @@ impl Worker {
             copy.write(&dir).map_err(|e| SetupError::Io { operation: "sandbox.json", message: chain(&e) })
         });
         joined(written.await)?;
+        self.done("record");
         limited(boundary.prepare(&sandbox)).await?;
+        self.done("shim");
         Ok(Sandbox { spec: Arc::new(sandbox), record: Arc::new(Mutex::new(record)), boundary })
     }
 
@@ -260,10 +277,9 @@ impl Worker {
             return self.boundary("", "container");
         };
         let resource = Resource::new("node.k8s.io", "v1", "runtimeclasses");
-        match self.shared.client.get(&resource, "", class).await {
-            Ok(object) => self.boundary(class, object.str_at("/handler")),
-            Err(status) if status.is_not_found() => Err(SetupError::NoRuntimeClass(class.to_owned())),
-            Err(status) => Err(status.into()),
+        match self.shared.client.get(&resource, "", class).await.found()? {
+            Some(object) => self.boundary(class, object.str_at("/handler")),
+            None => Err(SetupError::NoRuntimeClass(class.to_owned())),
         }
     }
 
@@ -276,18 +292,31 @@ impl Worker {
     }
 
     fn machine_instance(&self, boundary: &dyn Boundary) -> Result<Option<InstanceSpec>, SetupError> {
-        if !boundary.wants_tap() {
-            return Ok(None);
+        match self.object.annotation(machine::ANNOTATION) {
+            Some(text) if boundary.wants_tap() => Ok(Some(InstanceSpec::parse(text)?)),
+            _ => Ok(None),
         }
-        let Some(text) = self.object.annotation(machine::ANNOTATION) else {
-            return Err(SetupError::Unsupported(format!(
-                "spec.runtimeClassName: a pod of the {} boundary must be made by a VirtualMachine; container images in \
-                 machines are not supported yet (annotation {} is missing)",
-                boundary.name(),
-                machine::ANNOTATION
-            )));
-        };
-        Ok(Some(InstanceSpec::parse(text)?))
+    }
+
+    /// Images that have to be here before there is a sandbox.
+    fn images_first(&self, spec: &core::PodSpec, boundary: &dyn Boundary) -> Vec<(String, Option<String>)> {
+        if !boundary.wants_block_images() {
+            return Vec::new();
+        }
+        let of = |c: &core::Container| (c.image.clone().unwrap_or_default(), c.image_pull_policy.clone());
+        super::plan::containers(spec).map(|(_, container)| of(container)).collect()
+    }
+
+    /// The containers' images as block devices, each once.
+    async fn block_images(&self, wanted: &[(String, Option<String>)]) -> Result<Vec<SandboxImage>, SetupError> {
+        let mut images: Vec<SandboxImage> = Vec::new();
+        for (reference, _) in wanted {
+            let image = self.shared.images.block(reference).await?;
+            if !images.contains(&image) {
+                images.push(image);
+            }
+        }
+        Ok(images)
     }
 
     async fn make_dirs(&self) -> Result<(), SetupError> {
@@ -320,8 +349,15 @@ impl Worker {
         } else {
             let key = kept::key(&self.object, tap).map_err(SetupError::Unsupported)?;
             let bandwidth = wanted(&self.object).map_err(SetupError::Unsupported)?;
-            let request =
-                Attach { uid: self.uid.clone(), namespace: namespace.to_owned(), address_key: key, tap, bandwidth };
+            let asked = self.object.annotation(NETWORK);
+            let request = Attach {
+                uid: self.uid.clone(),
+                namespace: namespace.to_owned(),
+                address_key: key,
+                tap,
+                bandwidth,
+                place: self.shared.networks.place(&self.uid, namespace, asked).await?,
+            };
             let attached = self.shared.networks.attach(&request).await?;
             self.bandwidth = Some(bandwidth);
             attached
@@ -425,7 +461,8 @@ impl Worker {
         let names = sources::of_volumes(&self.pod);
         let client = self.shared.client.clone();
         let sources = Sources::fetch(client.as_ref(), self.object.namespace(), &names).await?;
-        self.write_volumes(&sandbox.spec.network, &sources, true).await
+        self.write_volumes(&sandbox.spec.network, &sources, true).await?;
+        Ok(limited(sandbox.boundary.volumes_changed(&sandbox.spec)).await?)
     }
 
     /// Asks the API for the tokens that projected volumes want; they are renewed at four fifths of their life.
@@ -482,6 +519,8 @@ impl Worker {
                 .filter(|(key, _)| key != machine::ANNOTATION)
                 .collect(),
             machine: None,
+            images: Vec::new(),
+            log_max_bytes: config.log_max_bytes,
         }
     }
 

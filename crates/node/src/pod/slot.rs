@@ -2,7 +2,7 @@
 
 use super::plan::{Progress, Role};
 use crate::boundary::{ContainerState, Phase};
-use crate::ports::ResolvedImage;
+use crate::ports::{ImageError, ResolvedImage};
 use api::k8s::api::core::v1 as core;
 use api::k8s::apimachinery::pkg::apis::meta::v1::Time;
 use api::k8s::jiff::Timestamp;
@@ -79,6 +79,12 @@ pub(crate) enum Pull {
     Failed { since: Instant, retry: Instant, reason: &'static str, message: String, announced: bool },
 }
 
+/// A look for an image, begun before its container's turn.
+pub(crate) struct Ahead {
+    pub reference: String,
+    pub found: JoinHandle<Result<Option<ResolvedImage>, ImageError>>,
+}
+
 pub(crate) struct Slot {
     pub name: String,
     pub role: Role,
@@ -96,6 +102,7 @@ pub(crate) struct Slot {
     pub image_ref: String,
     pub image_id: String,
     pub pull: Pull,
+    pub ahead: Option<Ahead>,
     pub pull_delay: Delay,
     crash_delay: Option<Delay>,
     /// Not started again before.
@@ -134,6 +141,7 @@ impl Slot {
             image_ref: container.image.clone().unwrap_or_default(),
             image_id: String::new(),
             pull: Pull::Idle,
+            ahead: None,
             pull_delay: Delay::first(),
             crash_delay: None,
             not_before: None,

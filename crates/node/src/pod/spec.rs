@@ -182,6 +182,7 @@ impl Files {
                     target: PathBuf::from(target),
                     read_only: false,
                     propagation: "None".into(),
+                    volume: None,
                 });
             }
         };

@@ -8,8 +8,10 @@ use super::{Sandbox, Wake, Worker, limited};
 use crate::boundary::{BoundaryError, ContainerState, Phase, Rootfs};
 use crate::config::log_path;
 use crate::events::Level;
+use crate::kept_logs;
 use crate::logs;
 use crate::ports::{ImageConfig, ResolvedImage};
+use api::object::Meta;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -46,6 +48,7 @@ impl Worker {
         }
         let (name, signal, begun) = (slot.name.clone(), slot.stop_signal, slot.begun);
         self.note_signal(sandbox, &name, signal).await;
+        self.done("image");
         if begun
             && let Err(error) = limited(sandbox.boundary.remove(&sandbox.spec, &name)).await
             && !matches!(error, BoundaryError::NotRunning(_) | BoundaryError::NoSandbox(_))
@@ -54,6 +57,7 @@ impl Worker {
         }
         match limited(sandbox.boundary.start(&sandbox.spec, &spec)).await {
             Ok(state) => {
+                self.done("container");
                 self.container_event(index, Level::Normal, "Created", format!("Created container: {name}"));
                 self.container_event(index, Level::Normal, "Started", format!("Started container {name}"));
                 self.begun(sandbox, index, &state).await;
@@ -266,7 +270,11 @@ impl Worker {
         let current = log_path(&self.dir, &slot.name, slot.attempt);
         let Some(dir) = current.parent().map(PathBuf::from) else { return };
         let termination = self.dir.join("termination").join(&slot.name);
+        let (data, pod, namespace) =
+            (self.shared.config.data_dir.clone(), self.dir.clone(), self.object.namespace().to_owned());
+        let owner = self.object.label(kept_logs::OWNER).map(str::to_owned);
         let _ = tokio::task::spawn_blocking(move || {
+            kept_logs::keep(&data, &namespace, owner.as_deref(), &pod, Some(oldest));
             for dir in [dir, termination] {
                 for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
                     let name = entry.file_name();

@@ -7,6 +7,7 @@ use super::status::End;
 use super::{Sandbox, Stage, Why, Worker, limited};
 use crate::boundary::BoundaryError;
 use crate::events::{About, Level, Recorder};
+use crate::kept_logs;
 use crate::volumes::tree;
 use api::client::DeleteOptions;
 use api::k8s::api::core::v1::LifecycleHandler;
@@ -197,7 +198,13 @@ impl Worker {
         }
         if !self.present {
             let dir = self.dir.clone();
-            match tokio::task::spawn_blocking(move || tree::remove(&dir)).await {
+            let (data, namespace) = (self.shared.config.data_dir.clone(), self.object.namespace().to_owned());
+            let owner = self.object.label(kept_logs::OWNER).map(str::to_owned);
+            let work = move || {
+                kept_logs::keep(&data, &namespace, owner.as_deref(), &dir, None);
+                tree::remove(&dir)
+            };
+            match tokio::task::spawn_blocking(work).await {
                 Ok(Ok(())) => self.stage = Stage::Gone,
                 Ok(Err(error)) => {
                     tracing::warn!(dir = %self.dir.display(), "pod directory cannot be removed, trying again: {error}");

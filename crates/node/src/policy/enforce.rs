@@ -2,7 +2,8 @@
 
 use super::{AdminPolicy, Compiled, EgressPolicy, Member, Node, Policy, World, compile};
 use crate::boundary::SandboxNetwork;
-use crate::ports::{Attach, Bandwidth, Leased, NetworkError, Networks, Records, ServiceRule};
+use crate::ports::{Attach, Bandwidth, Leased, NetworkError, Networks, Place, Records, ServiceRule};
+use crate::subnets::Subnets;
 use api::client::{Client, ListOptions, Patch};
 use api::informer::{Informer, Subscription};
 use api::kind::Resource;
@@ -11,7 +12,7 @@ use async_trait::async_trait;
 use network::{Isolation, RouterConfig};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -23,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(2);
 const RESYNC: Duration = Duration::from_secs(300);
 
 const ADMIN: &str = "policy.networking.k8s.io";
-/// On a namespace: the host's address that its workloads have outside.
+/// On a namespace: the host's addresses, one of a family, that its workloads have outside.
 const EGRESS_ADDRESS: &str = "atoll.dev/egress-address";
 
 pub(crate) struct Enforcer {
@@ -159,6 +160,10 @@ impl Enforcer {
         }
     }
 
+    pub fn namespaces(&self) -> &Informer {
+        &self.namespaces
+    }
+
     /// All whose changes matter whatever they are.
     fn informers(&self) -> impl Iterator<Item = &Informer> {
         let admin = self.admin.iter().map(|(_, informer)| informer);
@@ -229,14 +234,21 @@ impl Enforcer {
         Ok(())
     }
 
-    /// By workload, from what its namespace asks for.
-    fn egress_addresses(&self, leases: &[Leased]) -> BTreeMap<Ipv4Addr, Ipv4Addr> {
+    /// By workload's address, from what its namespace asks for.
+    fn egress_addresses(&self, leases: &[Leased]) -> BTreeMap<IpAddr, IpAddr> {
         let namespaces = self.namespaces.list();
-        let wanted: HashMap<&str, Ipv4Addr> = namespaces
-            .iter()
-            .filter_map(|object| Some((object.name(), object.annotation(EGRESS_ADDRESS)?.parse().ok()?)))
-            .collect();
-        leases.iter().filter_map(|l| Some((l.address, *wanted.get(l.namespace.as_str())?))).collect()
+        let asked = |object: &SharedObject| -> Option<Vec<IpAddr>> {
+            object.annotation(EGRESS_ADDRESS)?.split(',').map(|text| text.trim().parse().ok()).collect()
+        };
+        let wanted: HashMap<&str, Vec<IpAddr>> =
+            namespaces.iter().filter_map(|object| Some((object.name(), asked(object)?))).collect();
+        let of_lease = |lease: &Leased| {
+            let both: [IpAddr; 2] = [lease.address.into(), self.config.v6_of(lease.address).into()];
+            let asked = wanted.get(lease.namespace.as_str()).into_iter().flatten();
+            let pairs = asked.map(move |to| (both[usize::from(to.is_ipv6())], *to));
+            pairs.collect::<Vec<_>>()
+        };
+        leases.iter().flat_map(of_lease).collect()
     }
 
     fn compile(&self, work: &mut Work, leases: &[Leased]) -> Compiled {
@@ -284,6 +296,7 @@ fn labels(object: &SharedObject) -> &Value {
 pub(crate) struct Enforced {
     pub inner: Arc<dyn Networks>,
     pub enforcer: Arc<Enforcer>,
+    pub subnets: Arc<Subnets>,
 }
 
 #[async_trait]
@@ -292,6 +305,9 @@ impl Networks for Enforced {
         let network = self.inner.attach(request).await?;
         self.enforcer.settle().await?;
         Ok(network)
+    }
+    async fn place(&self, uid: &str, namespace: &str, asked: Option<&str>) -> Result<Place, NetworkError> {
+        self.subnets.place(uid, namespace, asked).await
     }
     async fn set_bandwidth(&self, uid: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
         self.inner.set_bandwidth(uid, bandwidth).await

@@ -1,7 +1,5 @@
-//! What `atoll network` asks: a socket in the run directory, which only root can enter. One line of JSON asks, lines of
-//! JSON answer.
+//! What `atoll network` asks, through the API.
 
-pub use super::watch::{Connection, Frame};
 use super::{Compiled, Enforcer};
 use crate::adaptors::RouterNetworks;
 use crate::config::Config;
@@ -9,79 +7,25 @@ use crate::exposed::Exposed;
 use crate::ports::{Exposure, Protocol};
 use crate::proxy;
 use api::informer::Informer;
+use api::inspect::{Answer, Explained, Inspect, Lines, Question, Told};
+use api::status::{Status, StatusResult};
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, StreamExt};
 use network::policy::{Flow, Reason, pod_address};
 use network::refused::{Refused, RefusedLog};
 use network::{Cause, Leads, Pattern, RouterConfig};
-use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, UNIX_EPOCH};
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
 
-/// In the run directory.
-pub const SOCKET: &str = "network.sock";
-const MAX_QUESTION: u64 = 4096;
+/// Questions that are being answered, at most.
+const ASKERS: usize = 16;
+/// Answers that are written together, if there are so many.
+const AT_ONCE: usize = 64;
 /// How often a follower of the log is told what is new.
 const TURN: Duration = Duration::from_millis(200);
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Question {
-    /// Whether a connection passes, and why.
-    Explain { from: String, to: String, protocol: String, port: Option<u16> },
-    /// What was refused.
-    Log { follow: bool },
-    /// All connections with what they have carried.
-    Connections,
-    /// A workload's frames; those with this port, so many.
-    Capture { pod: String, port: Option<u16>, count: Option<u64> },
-    /// Counters in Prometheus' text format.
-    Metrics,
-}
-
-/// One way that a connection may go; a Service has one for each endpoint.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Explained {
-    pub from: String,
-    pub to: String,
-    pub protocol: String,
-    pub port: Option<u16>,
-    pub allowed: bool,
-    /// Why the source's side lets it out, or not.
-    pub egress: String,
-    /// Why the destination's side lets it in, or not.
-    pub ingress: String,
-}
-
-/// A refused packet.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Told {
-    /// Milliseconds since 1970.
-    pub at: u64,
-    pub from: String,
-    pub to: String,
-    pub protocol: String,
-    pub port: u16,
-    pub why: String,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Answer {
-    Explained(Explained),
-    Refused(Told),
-    Connection(Connection),
-    /// Frames are captured from now on.
-    Capturing,
-    Frame(Frame),
-    Metrics(String),
-    Error(String),
-}
 
 pub(crate) struct Inspector {
     pub(super) config: RouterConfig,
@@ -91,6 +35,7 @@ pub(crate) struct Inspector {
     slices: Informer,
     exposed: Exposed,
     log: Option<RefusedLog>,
+    slots: Arc<Semaphore>,
 }
 
 impl Inspector {
@@ -108,88 +53,72 @@ impl Inspector {
             }
         };
         let exposed = Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
-        Inspector { config: router.router().config().clone(), router, enforcer, services, slices, exposed, log }
-    }
-
-    /// Answers until cancelled.
-    pub async fn run(self: Arc<Self>, run_dir: PathBuf) {
-        let listener = match listen(&run_dir.join(SOCKET)) {
-            Ok(listener) => listener,
-            Err(error) => return tracing::warn!("atoll network cannot ask: {}: {error}", run_dir.display()),
-        };
-        let inspector = self;
-        let mut clients = tokio::task::JoinSet::new();
-        loop {
-            tokio::select! {
-                accepted = listener.accept() => {
-                    if let Ok((stream, _)) = accepted && clients.len() < 16 {
-                        let inspector = inspector.clone();
-                        clients.spawn(async move { inspector.serve(stream).await });
-                    }
-                }
-                Some(_) = clients.join_next() => {}
-            }
+        Inspector {
+            config: router.router().config().clone(),
+            router,
+            enforcer,
+            services,
+            slices,
+            exposed,
+            log,
+            slots: Arc::new(Semaphore::new(ASKERS)),
         }
     }
 
-    async fn serve(&self, stream: UnixStream) {
-        let (read, mut write) = stream.into_split();
-        let mut lines = BufReader::new(read.take(MAX_QUESTION)).lines();
-        let question = match lines.next_line().await {
-            Ok(Some(line)) => serde_json::from_str::<Question>(&line).map_err(|error| error.to_string()),
-            _ => return,
-        };
-        match question {
-            Ok(Question::Explain { from, to, protocol, port }) => {
-                let current = self.enforcer.settled().await;
+    /// A line for each answer.
+    pub async fn answer(self: Arc<Self>, question: Question) -> StatusResult<Lines> {
+        let slot = self.slots.clone().try_acquire_owned().map_err(|_| {
+            let mut status =
+                Status::new(api::status::Reason::TooManyRequests, "the network is asked too much at once; try again");
+            status.retry_after_seconds = Some(1);
+            status
+        })?;
+        let answers = match question {
+            Question::Explain { from, to, protocol, port } => {
                 let asked = (from.as_str(), to.as_str(), protocol.as_str(), port);
-                let answers = match host_name(&current, &to) {
-                    Some(name) => self.explain_name(&current, asked, &name).await,
-                    None => self.explain(&current, asked),
-                };
-                let answers = match answers {
-                    Ok(all) => all.into_iter().map(Answer::Explained).collect(),
-                    Err(error) => vec![Answer::Error(error)],
-                };
-                let _ = write_all(&mut write, &answers).await;
+                let all = self.explain_all(asked).await.map_err(Status::bad_request)?;
+                stream::iter(all.into_iter().map(Answer::Explained)).boxed()
             }
-            Ok(Question::Log { follow }) => {
-                let mut after = 0;
-                loop {
-                    let news = self.log.as_ref().map(|log| log.since(after)).unwrap_or_default();
-                    after = news.last().map_or(after, |refused| refused.number);
-                    let current = self.enforcer.current();
-                    let answers: Vec<Answer> =
-                        news.iter().map(|refused| Answer::Refused(self.told(&current, refused))).collect();
-                    if write_all(&mut write, &answers).await.is_err() || !follow {
-                        return;
-                    }
-                    tokio::select! {
-                        () = tokio::time::sleep(TURN) => {}
-                        // The client says nothing more; its end of the stream is the end.
-                        _ = lines.next_line() => return,
-                    }
-                }
+            Question::Log { follow } => self.refusals(follow),
+            Question::Connections => stream::iter(self.connections().await?).boxed(),
+            Question::Capture { namespace, pod, port, count } => {
+                let frames = self.capture(&format!("{namespace}/{pod}"), port).await?;
+                let frames =
+                    frames.take(count.map_or(usize::MAX, |count| usize::try_from(count).unwrap_or(usize::MAX)));
+                stream::iter([Answer::Capturing]).chain(frames).boxed()
             }
-            Ok(Question::Connections) => {
-                let _ = write_all(&mut write, &self.connections().await).await;
-            }
-            Ok(Question::Metrics) => {
-                let answer = self.metrics().await.map(|text| Answer::Metrics(text.into_string()));
-                let _ = write_all(&mut write, &[answer.unwrap_or_else(Answer::Error)]).await;
-            }
-            Ok(Question::Capture { pod, port, count }) => {
-                let capture = self.capture(&pod, port, count, &mut write);
-                tokio::select! {
-                    () = capture => {}
-                    // The client says nothing more; its end of the stream is the end.
-                    _ = lines.next_line() => {}
-                }
-            }
-            Err(error) => {
-                let _ = write_all(&mut write, &[Answer::Error(error)]).await;
-            }
+        };
+        let line = move |some: Vec<Answer>| {
+            let _held = &slot;
+            lines(&some)
+        };
+        Ok(answers.ready_chunks(AT_ONCE).map(line).boxed())
+    }
+
+    async fn explain_all(&self, asked: (&str, &str, &str, Option<u16>)) -> Result<Vec<Explained>, String> {
+        let current = self.enforcer.settled().await;
+        match host_name(&current, asked.1) {
+            Some(name) => self.explain_name(&current, asked, &name).await,
+            None => self.explain(&current, asked),
         }
+    }
+
+    /// What was refused, and what will be if it is followed.
+    fn refusals(self: Arc<Self>, follow: bool) -> BoxStream<'static, Answer> {
+        let turn = move |(inspector, after, first): (Arc<Inspector>, u64, bool)| async move {
+            if !first {
+                if !follow {
+                    return None;
+                }
+                tokio::time::sleep(TURN).await;
+            }
+            let news = inspector.log.as_ref().map(|log| log.since(after)).unwrap_or_default();
+            let after = news.last().map_or(after, |refused| refused.number);
+            let current = inspector.enforcer.current();
+            let told: Vec<Answer> = news.iter().map(|one| Answer::Refused(inspector.told(&current, one))).collect();
+            Some((stream::iter(told), (inspector, after, false)))
+        };
+        stream::unfold((self, 0, true), turn).flatten().boxed()
     }
 
     fn told(&self, current: &Compiled, refused: &Refused) -> Told {
@@ -206,6 +135,7 @@ impl Inspector {
             (Cause::Questions, ..) => format!("limit: {} questions a second to the DNS server", limits.questions),
             (Cause::Fragments, ..) => "limit: parts of packets from one workload".to_owned(),
             (Cause::Groups, ..) => "multicast and broadcast go nowhere: there is no layer 2".to_owned(),
+            (Cause::Announcements, ..) => Reason::RouterAlone.to_string(),
             (Cause::Policy, Err(why), _) => format!("egress: {why}"),
             (Cause::Policy, _, Err(why)) => format!("ingress: {why}"),
             // Policies have changed since, or a packet in the middle of a connection that was ended.
@@ -237,10 +167,7 @@ impl Inspector {
                 false => (Ok(String::new()), Err("the node and Atoll's own ports are closed to workloads".into())),
             };
         }
-        let inside = match flow.destination {
-            IpAddr::V4(to) => self.config.pod_cidr.contains(to) || self.config.service_cidr.contains(to),
-            IpAddr::V6(to) => self.config.pod_cidr6.contains(to) || self.config.service_cidr6.contains(to),
-        };
+        let inside = self.config.networks().contains(flow.destination);
         if !inside && !current.policies.is_outside(flow.destination) {
             let why = "the address is outside, and no uplink leads there (atoll up --egress)".to_owned();
             return (text(&decision.egress), Err(why));
@@ -389,7 +316,7 @@ impl Inspector {
     /// A workload's other address where one of IPv6 was named as its peer.
     fn as_family_of(&self, peer: IpAddr, address: IpAddr) -> IpAddr {
         match address {
-            IpAddr::V4(pod) if peer.is_ipv6() && self.config.pod_cidr.contains(pod) => self.config.v6_of(pod).into(),
+            IpAddr::V4(pod) if peer.is_ipv6() && self.config.is_workloads(pod) => self.config.v6_of(pod).into(),
             other => other,
         }
     }
@@ -479,22 +406,22 @@ pub(super) fn protocol_name(number: u8) -> String {
     }
 }
 
-pub(super) async fn write_all(stream: &mut (impl AsyncWriteExt + Unpin), answers: &[Answer]) -> std::io::Result<()> {
-    let mut text = String::new();
+fn lines(answers: &[Answer]) -> std::io::Result<Bytes> {
+    let mut text = Vec::new();
     for answer in answers {
-        text.push_str(&serde_json::to_string(answer)?);
-        text.push('\n');
+        serde_json::to_writer(&mut text, answer)?;
+        text.push(b'\n');
     }
-    stream.write_all(text.as_bytes()).await
+    Ok(text.into())
 }
 
-/// Root's alone, from the moment it is there.
-fn listen(path: &Path) -> std::io::Result<UnixListener> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
+/// The network's desk: asked by the API once the agent runs.
+pub(crate) struct Desk(pub Arc<OnceLock<Arc<Inspector>>>);
+
+#[async_trait]
+impl Inspect for Desk {
+    async fn ask(&self, question: Question) -> StatusResult<Lines> {
+        let not_yet = || Status::new(api::status::Reason::ServiceUnavailable, "the node agent has not started yet");
+        self.0.get().ok_or_else(not_yet)?.clone().answer(question).await
     }
-    let listener = UnixListener::bind(path)?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }

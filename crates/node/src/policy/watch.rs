@@ -1,44 +1,22 @@
 //! What `atoll network` shows of traffic: connections, counters, and the frames of one workload.
 
-use super::inspect::{Answer, Inspector, protocol_name, write_all};
+use super::inspect::{Inspector, protocol_name};
+use api::inspect::{Answer, Connection, Frame};
 use api::metrics::{Kind, Text};
+use api::status::{Reason, Status, StatusResult};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use futures_util::stream::{self, Stream};
 use network::Router;
 use network::policy::pod_address;
 use network::watch::{Capture, Entry, ports};
-use serde::{Deserialize, Serialize};
 use std::time::{Duration, UNIX_EPOCH};
-use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 /// How soon a capture sees that nobody listens any more.
 const TURN: Duration = Duration::from_millis(200);
 /// Frames on their way to a client; while it does not read, the kernel keeps some and drops the rest.
 const FRAMES: usize = 256;
-
-/// A tracked connection.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Connection {
-    pub from: String,
-    pub from_port: u16,
-    pub to: String,
-    pub port: u16,
-    pub protocol: String,
-    /// There, and back.
-    pub packets: [u64; 2],
-    pub bytes: [u64; 2],
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Frame {
-    /// Nanoseconds since 1970.
-    pub at: u64,
-    /// Base64.
-    pub bytes: String,
-}
 
 impl Inspector {
     /// Asks the router without holding the others up.
@@ -53,7 +31,7 @@ impl Inspector {
         }
     }
 
-    pub(super) async fn connections(&self) -> Vec<Answer> {
+    pub(super) async fn connections(&self) -> StatusResult<Vec<Answer>> {
         let current = self.enforcer.current();
         let one = |entry: &Entry| {
             let (there, back) = (entry.counted[0], entry.counted[1]);
@@ -68,10 +46,8 @@ impl Inspector {
                 bytes: [there.1, back.1],
             })
         };
-        match self.ask(Router::connections).await {
-            Ok(all) => all.iter().map(one).collect(),
-            Err(error) => vec![Answer::Error(error)],
-        }
+        let all = self.ask(Router::connections).await.map_err(failed)?;
+        Ok(all.iter().map(one).collect())
     }
 
     /// Counters of the network, a bounded number for each workload that is here.
@@ -122,42 +98,26 @@ impl Inspector {
         Ok(text)
     }
 
-    /// Sends a workload's frames until there are enough, the link goes or nobody reads.
+    /// A workload's frames, until the link goes or nobody reads.
     pub(super) async fn capture(
         &self,
         pod: &str,
         port: Option<u16>,
-        count: Option<u64>,
-        to: &mut (impl AsyncWriteExt + Unpin),
-    ) {
-        let mut frames = match self.begin(pod, port).await {
-            Ok(frames) => frames,
-            Err(error) => return drop(write_all(to, &[Answer::Error(error)]).await),
-        };
-        if write_all(to, &[Answer::Capturing]).await.is_err() {
-            return;
-        }
-        let mut left = count.unwrap_or(u64::MAX);
-        while left > 0
-            && let Some(frame) = frames.recv().await
-        {
-            if write_all(to, &[frame]).await.is_err() {
-                return;
-            }
-            left -= 1;
-        }
-    }
-
-    async fn begin(&self, pod: &str, port: Option<u16>) -> Result<mpsc::Receiver<Answer>, String> {
+    ) -> StatusResult<impl Stream<Item = Answer> + use<>> {
         let current = self.enforcer.current();
-        let address = self.resolve(&current, pod)?;
+        let not_found = |why: String| Status::new(Reason::NotFound, why);
+        let address = self.resolve(&current, pod).map_err(not_found)?;
         let workload = pod_address(&self.config, address).filter(|pod| current.policies.workloads.contains_key(pod));
-        let address = workload.ok_or_else(|| format!("{pod}: no workload; name one as NAMESPACE/POD"))?;
-        let capture = self.ask(move |router| router.capture(address)).await?;
+        let address = workload.ok_or_else(|| not_found(format!("{pod}: no workload; name one as NAMESPACE/POD")))?;
+        let capture = self.ask(move |router| router.capture(address)).await.map_err(failed)?;
         let (sender, receiver) = mpsc::channel(FRAMES);
         tokio::task::spawn_blocking(move || pass_on(capture, port, &sender));
-        Ok(receiver)
+        Ok(stream::unfold(receiver, async |mut frames| Some((frames.recv().await?, frames))))
     }
+}
+
+fn failed(why: String) -> Status {
+    Status::new(Reason::InternalError, why)
 }
 
 fn pass_on(mut capture: Capture, port: Option<u16>, to: &mpsc::Sender<Answer>) {

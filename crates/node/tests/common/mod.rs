@@ -1,6 +1,8 @@
 //! A node without a machine below it: fake boundary, images and network that outlive the agent, as the real ones do.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod real;
+
 use api::client::{Client, DeleteOptions, ListOptions};
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject};
@@ -124,6 +126,9 @@ impl Boundary for FakeBoundary {
         self.name
     }
     fn wants_tap(&self) -> bool {
+        self.tap
+    }
+    fn wants_block_images(&self) -> bool {
         self.tap
     }
     async fn prepare(&self, sandbox: &SandboxSpec) -> BoundaryResult<()> {

@@ -89,6 +89,7 @@ impl Lab {
             namespace: namespace.into(),
             address_key: None,
             kind: LinkKind::Namespace,
+            place: network::Place::default(),
         };
         let attachment = self.router.as_ref().unwrap().attach(&request).unwrap();
         let (netns, address) = (attachment.netns.unwrap(), attachment.address);

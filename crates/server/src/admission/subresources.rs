@@ -33,6 +33,8 @@ const PODS: &[Sub] = &[
     sub("proxy", "PodProxyOptions", None, PROXY),
 ];
 const SERVICES: &[Sub] = &[sub("proxy", "ServiceProxyOptions", None, PROXY)];
+/// Logs of pods that are gone.
+const FUNCTIONS: &[Sub] = &[sub("log", "", None, &["get"])];
 const NAMESPACES: &[Sub] = &[sub("finalize", "", None, &["update"])];
 const ACCOUNTS: &[Sub] = &[sub("token", "TokenRequest", Some(("authentication.k8s.io", "v1")), &["create"])];
 
@@ -41,6 +43,7 @@ pub fn special(kind: &Kind) -> &'static [Sub] {
     match (&*kind.resource.group, &*kind.resource.plural) {
         ("", "pods") => PODS,
         ("", "services") => SERVICES,
+        ("serving.knative.dev", "services") => FUNCTIONS,
         ("", "namespaces") => NAMESPACES,
         ("", "serviceaccounts") => ACCOUNTS,
         _ => &[],

@@ -1,6 +1,7 @@
 //! Into a running pod: its logs here, exec, attach and port-forward handed to [`crate::stream`].
 
 use super::{Query, Request, Response, Service, method_not_allowed, respond, route::ResourcePath};
+use crate::admission::subresources;
 use crate::auth::Permit;
 use crate::core::Target;
 use api::kind::Kind;
@@ -9,12 +10,26 @@ use api::status::{Status, StatusResult};
 use api::streams::{self, LogOptions, Wanted};
 use bytes::Bytes;
 use futures_util::StreamExt;
+use futures_util::stream::BoxStream;
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::Value;
 
-/// Whether the path reaches into a pod.
+/// Whether the path reaches into a pod, or for what pods left behind.
 pub fn is_stream(kind: &Kind, path: &ResourcePath) -> bool {
+    is_kept(kind, path) || reaches_pod(kind, path)
+}
+
+/// Whether it is for the logs of pods that are gone, kept for the object that owned them.
+fn is_kept(kind: &Kind, path: &ResourcePath) -> bool {
+    !kind.resource.group.is_empty()
+        && path.subresource == "log"
+        && !path.name.is_empty()
+        && path.rest.is_empty()
+        && subresources::find(kind, "log").is_some()
+}
+
+fn reaches_pod(kind: &Kind, path: &ResourcePath) -> bool {
     kind.resource.group.is_empty()
         && *kind.resource.plural == *"pods"
         && !path.name.is_empty()
@@ -31,6 +46,14 @@ pub async fn handle(
     query: &Query,
 ) -> StatusResult<Response> {
     let pod = service.core.get(target).await?;
+    if *target.kind.resource.plural != *"pods" {
+        if request.method() != Method::GET {
+            return Err(method_not_allowed());
+        }
+        let options = LogOptions { follow: false, ..log_options(query)? };
+        let stream = service.core.streams()?.kept_logs(&target.namespace, pod.uid(), options).await?;
+        return Ok(streamed(service, stream));
+    }
     if subresource == "log" {
         if request.method() != Method::GET {
             return Err(method_not_allowed());
@@ -210,11 +233,15 @@ async fn logs(service: &Service, target: &Target, pod: &Object, query: &Query) -
         container,
     };
     let stream = service.core.streams()?.logs(&into, options).await?;
+    Ok(streamed(service, stream))
+}
+
+fn streamed(service: &Service, stream: BoxStream<'static, std::io::Result<Bytes>>) -> Response {
     let stop = service.stop.clone();
     let stream = stream.take_until(async move { stop.cancelled().await });
     let mut response = respond::text(StatusCode::OK, Bytes::new());
     *response.body_mut() = respond::stream(stream);
-    Ok(response)
+    response
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@ use crate::core::{Core, Target};
 use crate::rest::WriteOptions;
 use api::client::Patch;
 use api::object::{Meta, Object};
-use api::status::{Status, StatusResult};
+use api::status::{Found, Status, StatusResult};
 use api::streams::{self, Duplex, MachineAction, MachineStream};
 use http::{Method, StatusCode};
 use http_body_util::BodyExt;
@@ -98,14 +98,9 @@ impl Asked<'_> {
 
     /// The machine's instance, unless it has ended or is on its way out.
     async fn running(&self) -> StatusResult<Option<Object>> {
-        match self.core.get(&self.target(INSTANCES)?).await {
-            Ok(instance) => {
-                let ended = matches!(instance.str_at("/status/phase"), "Succeeded" | "Failed");
-                Ok(Some(instance).filter(|i| !ended && !i.is_deleting()))
-            }
-            Err(status) if status.is_not_found() => Ok(None),
-            Err(status) => Err(status),
-        }
+        let instance = self.core.get(&self.target(INSTANCES)?).await.found()?;
+        let ended = |instance: &Object| matches!(instance.str_at("/status/phase"), "Succeeded" | "Failed");
+        Ok(instance.filter(|instance| !ended(instance) && !instance.is_deleting()))
     }
 
     async fn patch(&self, plural: &str, subresource: &str, patch: Value) -> StatusResult<()> {

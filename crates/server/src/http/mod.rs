@@ -5,6 +5,7 @@
 
 mod connection;
 pub(crate) mod decode;
+mod inspect;
 mod logs;
 mod machines;
 mod metrics;

@@ -5,8 +5,8 @@ use super::objects::{self, Include};
 use super::query::propagation;
 use super::route::ResourcePath;
 use super::{
-    Decoded, Format, Query, Request, Response, Service, decode, header_text, logs, machines, method_not_allowed,
-    no_such_path, proxy, respond, review, watch,
+    Decoded, Format, Query, Request, Response, Service, decode, header_text, inspect, logs, machines,
+    method_not_allowed, no_such_path, proxy, respond, review, watch,
 };
 use crate::admission::{pods, returns_deleted, selectable, subresources, tokens};
 use crate::auth::Permit;
@@ -53,6 +53,9 @@ pub async fn handle(
     }
     if path.group == machines::GROUP {
         return machines::handle(service, permit, request, &path).await;
+    }
+    if path.group == api::inspect::GROUP {
+        return inspect::handle(service, request, &path, &query).await;
     }
     let kinds = service.core.kinds.current();
     let kind = kinds.get(&path.group, &path.version, &path.plural).cloned().ok_or_else(no_such_path)?;

@@ -146,7 +146,7 @@ pub fn attributes(route: &Route, method: &Method, path: &str, watch: bool) -> At
         _ => "other",
     };
     // Reaching into a pod is making something, whatever the method a protocol begins with.
-    let reaches = matches!(resource.subresource.as_str(), "exec" | "attach" | "portforward");
+    let reaches = matches!(resource.subresource.as_str(), "exec" | "attach" | "portforward" | "capture");
     Attributes {
         verb: if reaches { "create" } else { verb }.to_owned(),
         group: resource.group.clone(),

@@ -4,13 +4,13 @@ use super::run::{self, Answer, Command, DiskPart, LinkPart, Parts, RestoreParts}
 use super::virtio::net::Filter;
 use crate::disk::{self, Kind};
 use crate::engine::{Control, Engine, Plan, SNAPSHOT_DEADLINE, SnapshotFiles, Work};
-use crate::machine::{Disk, DiskFormat, Error, Link, Machine, Restore, Result};
-use crate::{channel, sys};
+use crate::machine::{Disk, DiskFormat, Error, Link, Machine, Rate, Restore, Result};
+use crate::{channel, client, sys};
 use kvm_ioctls::Kvm;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -48,7 +48,13 @@ impl Engine for KvmEngine {
         }
         if let Some(seed) = &machine.seed {
             let file = disk::open(seed, false)?;
-            disks.push(DiskPart { file, kind: Kind::Raw, read_only: true, serial: "cidata".into() });
+            disks.push(DiskPart {
+                file,
+                kind: Kind::Raw,
+                read_only: true,
+                serial: "cidata".into(),
+                rate: Rate::default(),
+            });
         }
         let (console, their_console) = UnixStream::pair().map_err(Error::io("make channel", "console"))?;
         let (control, their_control) = UnixStream::pair().map_err(Error::io("make channel", "control"))?;
@@ -61,7 +67,7 @@ impl Engine for KvmEngine {
             memory_bytes: machine.memory_bytes,
             disks,
             link: machine.link.as_ref().map(link).transpose()?,
-            vsock: listen(&machine.run_dir.join("vsock.sock"))?,
+            vsock: client::listen(&machine.run_dir.join(client::VSOCK))?,
             console: their_console,
             control: their_control,
             restore: machine.restore.as_ref().map(restore).transpose()?,
@@ -79,17 +85,17 @@ impl Engine for KvmEngine {
 fn disk_part(machine: &Machine, index: usize, one: &Disk) -> Result<DiskPart> {
     // refuses images that point outside themselves
     crate::qcow2::virtual_size(&one.path, one.format == DiskFormat::Qcow2)?;
-    let (serial, read_only) = (one.serial.clone(), one.read_only);
+    let (serial, read_only, rate) = (one.serial.clone(), one.read_only, one.rate);
     if one.overlay && !read_only {
         let base = Some((disk::open(&one.path, false)?, one.format));
         let file = disk::open(&disk::overlay(machine, index)?, true)?;
-        return Ok(DiskPart { file, kind: Kind::Qcow2 { base }, read_only, serial });
+        return Ok(DiskPart { file, kind: Kind::Qcow2 { base }, read_only, serial, rate });
     }
     let kind = match one.format {
         DiskFormat::Raw => Kind::Raw,
         DiskFormat::Qcow2 => Kind::Qcow2 { base: None },
     };
-    Ok(DiskPart { file: disk::open(&one.path, !read_only)?, kind, read_only, serial })
+    Ok(DiskPart { file: disk::open(&one.path, !read_only)?, kind, read_only, serial, rate })
 }
 
 fn link(link: &Link) -> Result<LinkPart> {
@@ -110,14 +116,6 @@ fn restore(restore: &Restore) -> Result<RestoreParts> {
         difference,
         verify: restore.verify,
     })
-}
-
-fn listen(path: &Path) -> Result<UnixListener> {
-    let _ = std::fs::remove_file(path);
-    let listener = UnixListener::bind(path).map_err(Error::io("listen on", path))?;
-    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o600))
-        .map_err(Error::io("set mode", path))?;
-    Ok(listener)
 }
 
 /// The inherited channel. The other end may be taken over: lines are bounded and only success or a text is believed.

@@ -114,9 +114,9 @@ struct Pace {
 }
 
 impl Pace {
-    /// Two instructions a turn.
+    /// Two instructions a turn. Whole ones: those are the same after a way through JSON.
     fn speed(&self) -> f64 {
-        2.0 / self.guest.max(1e-12)
+        (2.0 / self.guest.max(1e-12)).round()
     }
 }
 

@@ -9,6 +9,7 @@ use super::{End, Event, seccomp};
 use crate::channel::Lines;
 use crate::disk;
 use crate::engine::REBOOT_GRACE;
+use crate::machine::Rate;
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -44,6 +45,7 @@ pub struct DiskPart {
     pub kind: disk::Kind,
     pub read_only: bool,
     pub serial: String,
+    pub rate: Rate,
 }
 
 pub struct LinkPart {

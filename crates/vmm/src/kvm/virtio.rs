@@ -5,15 +5,19 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+#[doc(hidden)]
+pub mod fuzz;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+pub mod rate;
 pub mod rng;
 pub mod vsock;
 pub mod worker;
 
 use super::Fault;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 use worker::Io;
 
 /// The feature every driver has to take: no legacy.
@@ -61,5 +65,9 @@ pub trait Device: Send {
     }
     fn ready(&mut self, _io: &mut Io) -> Result<(), Fault> {
         Ok(())
+    }
+    /// How long it takes no request, because it has done as much as it may.
+    fn held(&self) -> Option<Duration> {
+        None
     }
 }

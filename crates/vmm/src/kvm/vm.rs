@@ -18,6 +18,7 @@ use super::virtio::block::Block;
 use super::virtio::console::Console;
 use super::virtio::mmio::{self, Transport};
 use super::virtio::net::Net;
+use super::virtio::rate::Limiter;
 use super::virtio::rng::Rng;
 use super::virtio::vsock::Vsock;
 use super::{Ending, Event, arch, boot};
@@ -248,7 +249,8 @@ fn list(parts: &Parts) -> io::Result<Vec<Box<dyn Device>>> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for part in &parts.disks {
         let disk: Box<dyn Disk> = disk::attach(part.file.try_clone()?, &part.kind, part.read_only)?;
-        devices.push(Box::new(Block { disk, read_only: part.read_only, serial: part.serial.clone() }));
+        let (serial, limiter) = (part.serial.clone(), Limiter::new(part.rate));
+        devices.push(Box::new(Block { disk, read_only: part.read_only, serial, limiter }));
     }
     if let Some(link) = &parts.link {
         devices.push(Box::new(Net::new(link.tap.try_clone()?, link.filter.clone(), link.mtu)?));

@@ -112,6 +112,8 @@ extern "C" fn main(zero_page: u64) -> ! {
         count();
     } else if has("reset") {
         reset_once();
+    } else if has("pulse") {
+        pulse();
     } else if has("hold") {
         loop {
             core::hint::spin_loop();
@@ -155,6 +157,18 @@ fn count() {
             b'q' => return,
             _ => {}
         }
+    }
+}
+
+/// Uses most of 256 MiB, then says so as often as it can: what is heard first tells when a restored machine went on.
+fn pulse() -> ! {
+    let mut at = 0x40_0000;
+    while at < 0xf80_0000 {
+        write64(at, at);
+        at += 4096;
+    }
+    loop {
+        say("pulse\n");
     }
 }
 

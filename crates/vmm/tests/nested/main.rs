@@ -13,18 +13,18 @@
 //! always there fails them all.
 
 mod archive;
+mod bench;
 mod guest;
 mod middle;
+mod outer;
 
 use archive::Archive;
-use std::io::{BufRead, BufReader, Read, Write};
+use outer::{BUSYBOX, Outer, QEMU};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
-const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-const BUSYBOX: &str = "/usr/bin/busybox";
 const ATTEMPTS: u32 = 3;
 /// A middle machine that says nothing for so long hangs.
 const SILENCE: Duration = Duration::from_secs(300);
@@ -66,17 +66,7 @@ struct Inputs {
 }
 
 fn inputs() -> Result<Inputs, String> {
-    for (program, package) in [(QEMU, "qemu-system-x86"), (BUSYBOX, "busybox-static")] {
-        if !Path::new(program).exists() {
-            return Err(format!("{program} is not here; apt-get install {package}"));
-        }
-    }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
-    let cache = root.join(".cache/nested");
-    let made = Command::new(root.join("scripts/nested.sh")).arg(&cache).output().map_err(|e| e.to_string())?;
-    if !made.status.success() {
-        return Err(String::from_utf8_lossy(&made.stderr).trim().to_owned());
-    }
+    let cache = outer::inputs(&[])?;
     let exe = std::env::current_exe().map_err(|e| e.to_string())?;
     let beside = exe.parent().and_then(Path::parent).map(|dir| dir.join("examples/vmm"));
     let role = std::env::var_os("ATOLL_VMM").map(PathBuf::from).or(beside).filter(|p| p.exists());
@@ -147,37 +137,6 @@ fn run(inputs: &Inputs) -> bool {
     archive.file("init", init.as_bytes(), true);
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, archive.finish()).unwrap();
-    let mut child = Command::new(QEMU)
-        .args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,+svm", "-smp", "2", "-m", "3072", "-nodefaults"])
-        .args(["-display", "none", "-no-reboot", "-serial", "stdio", "-append"])
-        .arg("console=ttyS0 quiet panic=-1 reboot=t mitigations=off nokaslr")
-        .arg("-kernel")
-        .arg(&inputs.kernel)
-        .arg("-initrd")
-        .arg(&initrd)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (sender, lines) = std::sync::mpsc::channel();
-    let output = BufReader::new(child.stdout.take().unwrap());
-    let reader = std::thread::spawn(move || output.split(b'\n').map_while(Result::ok).all(|l| sender.send(l).is_ok()));
-    let mut good = false;
-    loop {
-        match lines.recv_timeout(SILENCE) {
-            Ok(line) => {
-                let line = String::from_utf8_lossy(&line);
-                println!("{}", line.trim_end());
-                good |= line.trim_end() == middle::ALL_GOOD;
-            }
-            Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => {
-                println!("test nested_kvm: the middle machine says nothing any more");
-                let _ = child.kill();
-                break;
-            }
-        }
-    }
-    let _ = (child.wait(), reader.join());
-    good
+    let (kernel, initrd) = (inputs.kernel.as_path(), initrd.as_path());
+    Outer { kernel, initrd, memory_mib: 3072, more: &[], silence: SILENCE, all_good: middle::ALL_GOOD }.run()
 }

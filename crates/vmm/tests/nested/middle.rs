@@ -18,7 +18,7 @@ pub const STREAMED: usize = 1 << 20;
 const DISK: usize = 8 << 20;
 const STALLED: Duration = Duration::from_secs(240);
 
-fn busybox(args: &str) -> bool {
+pub fn busybox(args: &str) -> bool {
     Command::new("/bin/busybox").args(args.split(' ')).status().is_ok_and(|s| s.success())
 }
 
@@ -33,7 +33,7 @@ pub fn main() -> ! {
     let result = std::panic::catch_unwind(|| {
         probe();
         if std::env::var_os("ATOLL_BENCH").is_some() {
-            return compare();
+            return super::bench::compare();
         }
         elf_kernel();
         whole_machine();
@@ -52,7 +52,7 @@ fn probe() {
     assert!(matches!(support, Support::Hardware { .. }), "a native KVM is found");
 }
 
-fn machine(name: &str, args: &str) -> Machine {
+pub fn machine(name: &str, args: &str) -> Machine {
     let dir = PathBuf::from("/tmp").join(name);
     std::fs::create_dir_all(&dir).unwrap();
     Machine {
@@ -62,6 +62,7 @@ fn machine(name: &str, args: &str) -> Machine {
         kernel: Some("/guest.kernel".into()),
         initrd: Some("/guest.initrd".into()),
         kernel_args: format!("console=ttyS0 quiet panic=-1 {args}"),
+        efi: false,
         disks: Vec::new(),
         seed: None,
         link: None,
@@ -73,10 +74,11 @@ fn machine(name: &str, args: &str) -> Machine {
         restore: None,
         kvm_cache: None,
         display: false,
+        channel: None,
     }
 }
 
-fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     // a machine that hangs says nothing
     let mut until = Instant::now() + STALLED;
     let mut shown = 0;
@@ -96,7 +98,7 @@ fn wait_for<T>(machine: &Machine, what: &str, mut found: impl FnMut() -> Option<
     }
 }
 
-fn console(machine: &Machine) -> String {
+pub fn console(machine: &Machine) -> String {
     std::fs::read_to_string(&machine.console.log_path).unwrap_or_default()
 }
 
@@ -143,6 +145,7 @@ fn whole_machine() {
         boot_order: None,
         overlay: false,
         begins: None,
+        rate: vmm::Rate::default(),
     });
     tap("tap0");
     assert!(busybox("ip addr add 10.9.0.1/24 dev tap0") && busybox("ip link set tap0 up"));
@@ -254,7 +257,7 @@ fn balloon(monitor: &mut Client, pid: u32) {
 }
 
 /// A tap that stays when its maker's descriptor is closed.
-fn tap(name: &str) {
+pub fn tap(name: &str) {
     const TUNSETPERSIST: libc::c_ulong = 0x4004_54cb;
     let tun = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun").unwrap();
     // SAFETY: all-zero is a valid ifreq; both calls read or write what outlives them.
@@ -279,102 +282,4 @@ fn serve_big_file() {
             let _ = stream.write_all(&vec![b'x'; 4 << 20]);
         }
     });
-}
-
-const RUNS: usize = 3;
-
-/// The same kernel and initrd to `/init` and off, on our engine and on QEMU's microvm; as JSON lines for `bench/vmm.sh`.
-fn compare() {
-    let mut kernel = [Vec::new(), Vec::new()];
-    let mut whole = [Vec::new(), Vec::new()];
-    let mut memory = [Vec::new(), Vec::new()];
-    for run in 0..RUNS {
-        let (k, w, m) = ours(run);
-        kernel[0].push(k);
-        whole[0].push(w);
-        memory[0].push(m);
-        let (k, w, m) = qemus();
-        println!("bench run {run} is done");
-        kernel[1].push(k);
-        whole[1].push(w);
-        memory[1].push(m);
-    }
-    for (name, values) in [("kernel_to_init_s", kernel), ("start_to_off_s", whole), ("monitor_mib", memory)] {
-        let [ours, peer] = values.map(median);
-        println!(
-            "bench {{\"name\":\"{name}\",\"atoll\":{ours:.3},\"qemu-microvm\":{peer:.3},\"ratio\":{:.3}}}",
-            ours / peer
-        );
-    }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Seconds of guest time at which `/init` ran.
-fn init_at(text: &str) -> f64 {
-    let at = text.find("init at ").map(|at| &text[at + 8..]).unwrap_or_else(|| panic!("no init: {text}"));
-    at.split_whitespace().next().unwrap().parse().unwrap()
-}
-
-/// Resident memory that is not the guest's: all mappings but the largest.
-fn beside_guest(pid: u32) -> f64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
-    let mut mappings: Vec<(u64, u64)> = Vec::new();
-    for line in text.lines() {
-        let number = || line.split_whitespace().nth(1).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-        match line.split_once(':') {
-            Some(("Size", _)) => mappings.push((number(), 0)),
-            Some(("Pss", _)) => {
-                if let Some(last) = mappings.last_mut() {
-                    last.1 = number();
-                }
-            }
-            _ => {}
-        }
-    }
-    let largest = mappings.iter().map(|m| m.0).max().unwrap_or(0);
-    let sum: u64 = mappings.iter().filter(|m| m.0 != largest).map(|m| m.1).sum();
-    sum as f64 / 1024.0
-}
-
-fn ours(run: usize) -> (f64, f64, f64) {
-    let mut machine = machine(&format!("bench{run}"), "first");
-    machine.vcpus = 1;
-    let begun = Instant::now();
-    let state = vmm::launch(Path::new("/vmm"), &machine, |_| Ok(())).unwrap();
-    let mut memory: f64 = 0.0;
-    wait_for(&machine, "the end", || {
-        memory = memory.max(beside_guest(state.engine_pid));
-        client::recorded(&machine.state_dir)
-    });
-    (init_at(&console(&machine)), begun.elapsed().as_secs_f64(), memory)
-}
-
-fn qemus() -> (f64, f64, f64) {
-    let begun = Instant::now();
-    let mut child = Command::new("/usr/bin/qemu-system-x86_64")
-        .args(
-            "-M microvm,accel=kvm -cpu host -m 256 -smp 1 -nodefaults -no-user-config -display none -no-reboot"
-                .split(' '),
-        )
-        .args(["-serial", "stdio", "-kernel", "/guest.kernel", "-initrd", "/guest.initrd", "-append"])
-        .arg("console=ttyS0 quiet panic=-1 first")
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut output = child.stdout.take().unwrap();
-    let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        let _ = output.read_to_string(&mut text);
-        text
-    });
-    let mut memory: f64 = 0.0;
-    while child.try_wait().unwrap().is_none() {
-        memory = memory.max(beside_guest(child.id()));
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    (init_at(&reader.join().unwrap()), begun.elapsed().as_secs_f64(), memory)
 }

@@ -28,6 +28,18 @@ pub fn egress_policy() -> Vec<Column> {
     vec![name_column(), pod_selector(), names, programmed, age_column()]
 }
 
+pub fn subnet() -> Vec<Column> {
+    paths(&[
+        ("CIDR", "string", 0, ".spec.cidr"),
+        ("CIDR6", "string", 1, ".spec.cidr6"),
+        ("Used", "integer", 0, ".status.used"),
+        ("Free", "integer", 0, ".status.free"),
+        ("Ready", "string", 0, ".status.conditions[?(@.type=='Ready')].status"),
+        ("Reason", "string", 0, ".status.conditions[?(@.type=='Ready')].reason"),
+        ("Age", "date", 0, CREATED),
+    ])
+}
+
 pub fn admin_network_policy() -> Vec<Column> {
     paths(&[
         ("Priority", "string", 0, ".spec.priority"),

@@ -1,7 +1,7 @@
 //! Knative Serving: defaults its admission fills, and what it refuses.
 
 use super::field::{Problems, at, fill, has, int, items, items_mut, object_mut, pointer, text};
-use super::{bandwidth, pod_spec, volume};
+use super::{annotations, pod_spec, volume};
 use crate::names;
 use crate::object::{Meta, Object, child, object_of};
 use crate::status::Cause;
@@ -118,7 +118,7 @@ fn template(p: &mut Problems, object: &Object) {
     }
     p.labels("spec.template.metadata.labels", pointer(template, "/metadata/labels"));
     let annotations = pointer(template, "/metadata/annotations");
-    bandwidth::validate(p, "spec.template.metadata.annotations", annotations, &Value::Null);
+    annotations::validate(p, "spec.template.metadata.annotations", annotations, &Value::Null);
     for annotation in ["autoscaling.knative.dev/min-scale", "autoscaling.knative.dev/max-scale"] {
         let value = at(pointer(template, "/metadata/annotations"), annotation);
         if let Some(text) = value.as_str().filter(|text| text.parse::<u32>().is_err()) {

@@ -1,6 +1,6 @@
 //! Virtual machines: disks and volumes, interfaces and networks must belong together.
 
-use super::bandwidth;
+use super::annotations;
 use super::field::{Problems, at, has, items, pointer, present, text};
 use crate::names;
 use crate::object::Object;
@@ -21,7 +21,7 @@ pub fn validate_machine(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     p.labels("spec.template.metadata.labels", pointer(spec, "/template/metadata/labels"));
     let annotations = |object| pointer(object, "/spec/template/metadata/annotations");
     let known = old.map_or(&Value::Null, annotations);
-    bandwidth::validate(&mut p, "spec.template.metadata.annotations", annotations(new), known);
+    annotations::validate(&mut p, "spec.template.metadata.annotations", annotations(new), known);
     instance(&mut p, "spec.template.spec", pointer(spec, "/template/spec"));
     p.into_causes()
 }
@@ -37,7 +37,7 @@ pub fn warnings(new: &Object) -> Vec<String> {
 pub fn validate_instance(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     let mut p = Problems::default();
     let annotations = |object| pointer(object, "/metadata/annotations");
-    bandwidth::validate(&mut p, "metadata.annotations", annotations(new), old.map_or(&Value::Null, annotations));
+    annotations::validate(&mut p, "metadata.annotations", annotations(new), old.map_or(&Value::Null, annotations));
     match old {
         Some(old) if at(new, "spec") != at(old, "spec") => {
             p.forbidden("spec", "update of VMI object is restricted; change its VirtualMachine instead");

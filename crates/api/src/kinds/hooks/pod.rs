@@ -1,6 +1,6 @@
 //! Pods: what they begin with, and what of them may change.
 
-use super::bandwidth;
+use super::annotations;
 use super::field::{Problems, at, fill, items, object_mut, pointer, text};
 use super::pod_spec;
 use crate::object::{Object, child, object_of};
@@ -69,9 +69,10 @@ fn qos_class(spec: &Value) -> &'static str {
 pub fn validate(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     let mut p = Problems::default();
     pod_spec::validate(&mut p, "spec", at(new, "spec"));
-    let annotations = |pod| pointer(pod, "/metadata/annotations");
-    bandwidth::validate(&mut p, "metadata.annotations", annotations(new), old.map_or(&Value::Null, annotations));
+    let own = |pod| pointer(pod, "/metadata/annotations");
+    annotations::validate(&mut p, "metadata.annotations", own(new), old.map_or(&Value::Null, own));
     if let Some(old) = old {
+        annotations::validate_pod_update(&mut p, own(new), own(old));
         validate_update(&mut p, new, old);
     }
     p.into_causes()

@@ -1,6 +1,6 @@
 //! Deployments and ReplicaSets.
 
-use super::bandwidth;
+use super::annotations;
 use super::field::{Problems, at, fill, has, int, items, object_mut, pointer, text};
 use super::pod_spec;
 use crate::intstr::IntOrString;
@@ -56,7 +56,7 @@ fn replicas_and_template(p: &mut Problems, new: &Object, old: Option<&Object>) {
     let labels = pointer(spec, "/template/metadata/labels");
     let annotations = |object| pointer(object, "/spec/template/metadata/annotations");
     let known = old.map_or(&Value::Null, annotations);
-    bandwidth::validate(p, "spec.template.metadata.annotations", annotations(new), known);
+    annotations::validate(p, "spec.template.metadata.annotations", annotations(new), known);
     if has(spec, "selector") {
         p.selector("spec.selector", selector);
         match Selector::from_object(selector) {

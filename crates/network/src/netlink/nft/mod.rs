@@ -1,17 +1,17 @@
 //! nf_tables: tables, chains, sets, rules and their expressions, as `linux/netfilter/nf_tables.h` numbers them. Registers
 //! are named by 32-bit slots: `R0` to `R15`; a concatenated key occupies consecutive ones.
 
+mod list;
 pub mod meter;
 mod nat;
 mod relay;
 mod rule;
 mod timed;
 
-use super::parse::{Attributes, text};
-use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket, Writer};
+use super::{Batch, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, Socket, Writer};
 use crate::error::Result;
+pub use list::{chains, counted, keys, sets, table_comment};
 pub use rule::{Rule, Unreachable};
-use rustix::io::Errno;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 pub use timed::{Timed, read as read_timed, set_comments, timed};
 
@@ -19,13 +19,10 @@ const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const NEWTABLE: u16 = 0;
-const GETTABLE: u16 = 1;
 const DELTABLE: u16 = 2;
 const NEWCHAIN: u16 = 3;
-const GETCHAIN: u16 = 4;
 const DELCHAIN: u16 = 5;
 const NEWRULE: u16 = 6;
-const GETRULE: u16 = 7;
 const DELRULE: u16 = 8;
 const NEWSET: u16 = 9;
 const GETSET: u16 = 10;
@@ -511,100 +508,4 @@ pub fn interface_name(name: &str) -> [u8; 16] {
         *to = from;
     }
     field
-}
-
-/// The comment a table was made with; `None` if there is no such table.
-pub fn table_comment(socket: &mut Socket, table: &str, family: Family) -> Result<Option<String>> {
-    let mut batch = Batch::new();
-    batch.request("look the table up", SUBSYSTEM | GETTABLE, 0, &[Errno::NOENT], |w| {
-        w.raw(&[family as u8, 0, 0, 0]);
-        w.string(1, table);
-    });
-    let mut found = None;
-    socket.query(batch, |kind, payload| {
-        if kind == SUBSYSTEM | NEWTABLE {
-            let data = payload.get(4..).and_then(|bytes| Attributes::get(bytes, 6)).unwrap_or_default();
-            found = Some(text(data.get(2..).unwrap_or_default()).to_owned());
-        }
-    })?;
-    Ok(found)
-}
-
-/// Names of a table's chains.
-pub fn chains(socket: &mut Socket, table: &str, family: Family) -> Result<Vec<String>> {
-    names(socket, table, family, "list the chains", (GETCHAIN, NEWCHAIN), 3)
-}
-
-/// Names of a table's named sets and maps.
-pub fn sets(socket: &mut Socket, table: &str, family: Family) -> Result<Vec<String>> {
-    names(socket, table, family, "list the sets", (GETSET, NEWSET), 2)
-}
-
-fn names(
-    socket: &mut Socket,
-    table: &str,
-    family: Family,
-    operation: &'static str,
-    (get, new): (u16, u16),
-    attribute: u16,
-) -> Result<Vec<String>> {
-    let mut batch = Batch::new();
-    batch.request(operation, SUBSYSTEM | get, NLM_F_DUMP, &[], |w| w.raw(&[family as u8, 0, 0, 0]));
-    let mut all = Vec::new();
-    socket.query(batch, |kind, payload| {
-        let Some(attributes) = payload.get(4..) else { return };
-        if kind == SUBSYSTEM | new && Attributes::get(attributes, 1).map(text) == Some(table) {
-            all.extend(Attributes::get(attributes, attribute).map(|name| text(name).to_owned()));
-        }
-    })?;
-    Ok(all)
-}
-
-/// Packets that the counters in a chain's rules have counted.
-pub fn counted(socket: &mut Socket, table: &str, family: Family, chain: &str) -> Result<u64> {
-    let mut batch = Batch::new();
-    batch.request("list the rules", SUBSYSTEM | GETRULE, NLM_F_DUMP, &[Errno::NOENT], |w| {
-        w.raw(&[family as u8, 0, 0, 0]);
-        w.string(1, table);
-        w.string(2, chain);
-    });
-    let mut packets = 0;
-    socket.query(batch, |kind, payload| {
-        if kind == SUBSYSTEM | NEWRULE {
-            packets += payload.get(4..).map_or(0, counters_of_rule);
-        }
-    })?;
-    Ok(packets)
-}
-
-/// Reads a rule's counter expressions.
-fn counters_of_rule(attributes: &[u8]) -> u64 {
-    let expressions = Attributes::get(attributes, 4).unwrap_or_default();
-    let one = |(_, expression): (u16, &[u8])| {
-        let name = Attributes::get(expression, 1).map(text)?;
-        let data = Attributes::get(expression, 2).filter(|_| name == "counter")?;
-        Attributes::get(data, 2)?.try_into().ok().map(u64::from_be_bytes)
-    };
-    Attributes::new(expressions).filter_map(one).sum()
-}
-
-/// Keys of all elements of a set or map.
-pub fn keys(socket: &mut Socket, table: &str, family: Family, set: &str) -> Result<Vec<Vec<u8>>> {
-    let mut batch = Batch::new();
-    batch.request("list the elements", SUBSYSTEM | GETSETELEM, NLM_F_DUMP, &[], |w| {
-        w.raw(&[family as u8, 0, 0, 0]);
-        w.string(1, table);
-        w.string(2, set);
-    });
-    let mut all = Vec::new();
-    socket.query(batch, |kind, payload| {
-        let list = payload.get(4..).and_then(|attributes| Attributes::get(attributes, 3));
-        if kind == SUBSYSTEM | NEWSETELEM
-            && let Some(list) = list
-        {
-            let key = |element| Attributes::get(Attributes::get(element, 1)?, DATA_VALUE);
-            all.extend(Attributes::new(list).filter_map(|(_, element)| key(element)).map(<[u8]>::to_vec));
-        }
-    })?;
-    Ok(all)
 }

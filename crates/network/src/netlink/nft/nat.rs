@@ -1,6 +1,6 @@
 //! Expressions for the uplink and for Services: source and destination translation, segment sizes, maps that rules fill.
 
-use super::{AnonymousSet, NFPROTO_IPV4, R0, Reg, Rule};
+use super::{AnonymousSet, R0, Reg, Rule};
 use std::net::Ipv4Addr;
 
 const TCP: u8 = 6;
@@ -94,9 +94,10 @@ impl Rule {
         self.immediate(R0, &address.octets()).nat(1, R0)
     }
     fn nat(self, kind: u32, address: Reg) -> Rule {
+        let family = self.family as u32;
         self.expression("nat", |w| {
             w.be32(1, kind);
-            w.be32(2, u32::from(NFPROTO_IPV4));
+            w.be32(2, family);
             w.be32(3, address.number());
         })
     }

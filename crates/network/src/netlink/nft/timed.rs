@@ -1,10 +1,11 @@
 //! Sets whose elements expire. Both carry comments, which come back when they are listed.
 
 use super::{
-    Attributes, DATA_VALUE, Family, Field, GETSET, GETSETELEM, LIST_ELEM, NEWSET, NEWSETELEM, SET_TIMEOUT, SUBSYSTEM,
-    Transaction, text, user_comment,
+    DATA_VALUE, Family, Field, GETSET, GETSETELEM, LIST_ELEM, NEWSET, NEWSETELEM, SET_TIMEOUT, SUBSYSTEM, Transaction,
+    user_comment,
 };
 use crate::error::Result;
+use crate::netlink::parse::{Attributes, text};
 use crate::netlink::{Batch, NLM_F_CREATE, NLM_F_DUMP, Socket};
 use rustix::io::Errno;
 use std::time::Duration;

@@ -38,7 +38,7 @@ pub(super) struct Lambdas {
     watched: Mutex<HashMap<String, HashSet<(String, u32)>>>,
 }
 
-pub(super) fn is_lambda(sandbox: &SandboxSpec) -> bool {
+pub(in crate::boundary) fn is_lambda(sandbox: &SandboxSpec) -> bool {
     sandbox.annotations.get(INTERFACE).is_some_and(|value| value == LAMBDA)
 }
 

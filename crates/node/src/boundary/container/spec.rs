@@ -204,7 +204,7 @@ fn host_devices() -> Vec<oci::Mount> {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+pub(in crate::boundary) mod tests {
     use super::*;
 
     pub fn container(change: impl FnOnce(&mut ContainerSpec)) -> ContainerSpec {
@@ -264,6 +264,7 @@ pub(super) mod tests {
             target: target.into(),
             read_only: true,
             propagation: "HostToContainer".into(),
+            volume: None,
         };
         let container = container(|c| {
             c.mounts = vec![

@@ -1,4 +1,5 @@
-//! What functions used, by namespace and account (the Knative Service, else the pod): requests, memory by time, bytes sent.
+//! What functions used, by namespace and account (the Knative Service, else the pod): requests, memory by time, bytes sent, requests of
+//! their own.
 //!
 //! Hosts count for each function since it was added, and go on counting when no agent is there. The ledger remembers how
 //! far it has booked each function, in the same file as the sums: whatever moment an agent is killed at, nothing is booked
@@ -28,7 +29,27 @@ pub struct Usage {
     /// KiB by microseconds.
     pub memory_kib_micros: u64,
     pub sent_bytes: u64,
+    /// Requests of the functions' own, and bytes of their connections.
+    #[serde(default)]
+    pub outbound_requests: u64,
+    #[serde(default)]
+    pub outbound_sent_bytes: u64,
+    #[serde(default)]
+    pub outbound_received_bytes: u64,
+    #[serde(default)]
+    pub received_bytes: u64,
+    #[serde(default)]
+    pub cold_starts: u64,
+    #[serde(default)]
+    pub queue_micros: u64,
+    /// Requests by how long they took ([`function::BOUNDS`]), and all their time.
+    #[serde(default)]
+    pub durations: Durations,
+    #[serde(default)]
+    pub duration_micros: u64,
 }
+
+type Durations = [u64; function::BOUNDS.len() + 1];
 
 impl Usage {
     fn of(stats: &FunctionStats) -> Usage {
@@ -39,10 +60,22 @@ impl Usage {
             run_micros: stats.run_micros,
             memory_kib_micros: stats.memory_kib_micros,
             sent_bytes: stats.sent_bytes,
+            outbound_requests: stats.outbound_requests,
+            outbound_sent_bytes: stats.outbound_sent_bytes,
+            outbound_received_bytes: stats.outbound_received_bytes,
+            received_bytes: stats.received_bytes,
+            cold_starts: stats.cold_starts,
+            queue_micros: stats.queue_micros,
+            durations: stats.durations,
+            duration_micros: stats.duration_micros,
         }
     }
 
     fn each(self, other: Usage, work: impl Fn(u64, u64) -> u64) -> Usage {
+        let mut durations = self.durations;
+        for (one, other) in durations.iter_mut().zip(other.durations) {
+            *one = work(*one, other);
+        }
         Usage {
             requests: work(self.requests, other.requests),
             failures: work(self.failures, other.failures),
@@ -50,6 +83,14 @@ impl Usage {
             run_micros: work(self.run_micros, other.run_micros),
             memory_kib_micros: work(self.memory_kib_micros, other.memory_kib_micros),
             sent_bytes: work(self.sent_bytes, other.sent_bytes),
+            outbound_requests: work(self.outbound_requests, other.outbound_requests),
+            outbound_sent_bytes: work(self.outbound_sent_bytes, other.outbound_sent_bytes),
+            outbound_received_bytes: work(self.outbound_received_bytes, other.outbound_received_bytes),
+            received_bytes: work(self.received_bytes, other.received_bytes),
+            cold_starts: work(self.cold_starts, other.cold_starts),
+            queue_micros: work(self.queue_micros, other.queue_micros),
+            durations,
+            duration_micros: work(self.duration_micros, other.duration_micros),
         }
     }
 
@@ -97,6 +138,12 @@ impl Ledger {
             }
             changed
         })
+    }
+
+    /// Of all accounts of a namespace that was booked.
+    pub fn sums(&self, namespace: &str) -> BTreeMap<String, Usage> {
+        let books = self.books.lock().unwrap_or_else(|e| e.into_inner());
+        books.get(namespace).map(|book| book.accounts.clone()).unwrap_or_default()
     }
 
     /// A function is gone; its sums stay.

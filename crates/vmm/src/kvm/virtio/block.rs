@@ -2,9 +2,11 @@
 
 use super::Device;
 use super::queue::{self, Chain, Segment};
+use super::rate::Limiter;
 use super::worker::Io;
 use crate::disk::Disk;
 use crate::kvm::Fault;
+use std::time::{Duration, Instant};
 
 const SEG_MAX: u64 = 1 << 2;
 const READ_ONLY: u64 = 1 << 5;
@@ -19,6 +21,9 @@ const MOST_RANGES: u32 = 32;
 /// Sectors in one range: 1 GiB.
 const MOST_SECTORS: u32 = 2 << 20;
 
+/// What a request takes beside its data.
+const HEADER_AND_STATUS: u64 = 17;
+
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 const UNSUPPORTED: u8 = 2;
@@ -28,6 +33,7 @@ pub struct Block {
     pub read_only: bool,
     /// At most 20 bytes.
     pub serial: String,
+    pub limiter: Limiter,
 }
 
 /// What a request asks for, by its header.
@@ -169,15 +175,21 @@ impl Device for Block {
         self.disk.capacity()
     }
     fn kicked(&mut self, index: usize, io: &mut Io) -> Result<(), Fault> {
-        while let Some(chain) = io.take(index)? {
+        while self.held().is_none() {
+            let Some(chain) = io.take(index)? else { break };
             let room = queue::length(&chain.writable);
             if room == 0 {
                 return Err(Fault(format!("chain {}: a request without room for its status", chain.head)));
             }
             let (status, written) = self.serve(&chain, io)?;
+            let bytes = (queue::length(&chain.readable) + room).saturating_sub(HEADER_AND_STATUS);
+            self.limiter.spend(bytes, Instant::now);
             queue::scatter(&io.memory, &queue::part(&chain.writable, room - 1, 1), &[status])?;
             io.finish(index, chain.head, u32::try_from(written + 1).unwrap_or(u32::MAX))?;
         }
         io.notify(index)
+    }
+    fn held(&self) -> Option<Duration> {
+        self.limiter.wait(Instant::now)
     }
 }

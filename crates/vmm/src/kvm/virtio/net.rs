@@ -86,8 +86,13 @@ impl Net {
     /// `tap`: with `IFF_VNET_HDR`, non-blocking.
     pub fn new(tap: OwnedFd, filter: Filter, mtu: u16) -> io::Result<Self> {
         sys::tap_header(&tap, HEADER as i32)?;
+        Ok(Self::on(tap.into(), filter, mtu))
+    }
+
+    /// On what speaks as such a tap does: frames with their headers.
+    pub(super) fn on(tap: File, filter: Filter, mtu: u16) -> Self {
         let (mac, buffer) = (filter.mac, vec![0; MOST]);
-        Ok(Net { tap: tap.into(), mac, mtu, filter, buffer, waiting: None, mergeable: false })
+        Net { tap, mac, mtu, filter, buffer, waiting: None, mergeable: false }
     }
 
     /// Puts the frame in the buffer into the guest; false if there is no room for it now.

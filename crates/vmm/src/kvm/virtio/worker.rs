@@ -156,7 +156,9 @@ impl Running {
         loop {
             self.listen()?;
             events.clear();
-            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), None) {
+            let held = self.device.held();
+            let rest = held.and_then(|wait| wait.try_into().ok());
+            match epoll::wait(&self.poll, rustix::buffer::spare_capacity(&mut events), rest.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(Fault(format!("wait: {e}"))),
             }
@@ -166,6 +168,9 @@ impl Running {
                     SOURCE => self.device.ready(&mut self.io)?,
                     index => self.kicked(index as usize)?,
                 }
+            }
+            if held.is_some() && self.device.held().is_none() {
+                (0..self.kicks.len()).try_for_each(|index| self.kicked(index))?;
             }
         }
     }
@@ -190,7 +195,7 @@ impl Running {
         }
         loop {
             self.device.kicked(index, &mut self.io)?;
-            if !self.io.rearm(index)? || !self.device.drains(index) {
+            if self.device.held().is_some() || !self.io.rearm(index)? || !self.device.drains(index) {
                 return Ok(());
             }
         }

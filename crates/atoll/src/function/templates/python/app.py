@@ -2,9 +2,9 @@
 
 import json
 
-from componentize_py_types import Err, Ok
+from componentize_py_types import Ok
+from outbound import read
 from wit_world.exports import IncomingHandler as BaseHandler
-from wit_world.imports.streams import StreamError_Closed
 from wit_world.imports.types import (
     Fields,
     IncomingRequest,
@@ -37,15 +37,3 @@ class IncomingHandler(BaseHandler):
             for start in range(0, len(content), CHUNK):
                 stream.blocking_write_and_flush(content[start : start + CHUNK])
         OutgoingBody.finish(body, None)
-
-
-def read(request: IncomingRequest) -> bytes:
-    with request.consume() as body, body.stream() as stream:
-        parts = []
-        while True:
-            try:
-                parts.append(stream.blocking_read(65536))
-            except Err as end:
-                if isinstance(end.value, StreamError_Closed):
-                    return b"".join(parts)
-                raise

@@ -1,9 +1,12 @@
 //! Measures a running API server from outside, over TLS with the administrator's certificate:
-//! `apibench KUBECONFIG creates|watchers|pods` prints one JSON object.
+//! `apibench KUBECONFIG creates|watchers|pods|path` prints one JSON value.
 //!
 //! - `creates`: durable creates of ConfigMaps a second, 64 connections.
 //! - `watchers`: from sending a create until the last of 100 watchers has its event.
 //! - `pods`: from sending a pod until its process has written its first line (the log's own timestamp).
+//! - `path IMAGE COUNT`: the same as the process itself tells it.
+
+mod path;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -220,7 +223,7 @@ async fn pods(target: Target) -> Result<Value, Fault> {
 async fn main() -> Result<(), Fault> {
     let args: Vec<String> = std::env::args().collect();
     let (Some(config), Some(what)) = (args.get(1), args.get(2)) else {
-        return Err("usage: apibench KUBECONFIG creates|watchers|pods".into());
+        return Err("usage: apibench KUBECONFIG creates|watchers|pods|path".into());
     };
     let target = target(config)?;
     let mut sender = target.connect().await?;
@@ -233,7 +236,13 @@ async fn main() -> Result<(), Fault> {
         "creates" => creates(target).await?,
         "watchers" => watchers(target).await?,
         "pods" => pods(target).await?,
-        other => return Err(format!("{other}: must be creates, watchers or pods").into()),
+        "path" => {
+            let (Some(image), Some(Ok(count))) = (args.get(3), args.get(4).map(|count| count.parse())) else {
+                return Err("usage: apibench KUBECONFIG path IMAGE COUNT".into());
+            };
+            path::path(target, image, count).await?
+        }
+        other => return Err(format!("{other}: must be creates, watchers, pods or path").into()),
     };
     println!("{result}");
     Ok(())
