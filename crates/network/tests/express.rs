@@ -4,9 +4,9 @@
 
 mod common;
 use common::*;
-use network::{Attachment, Bandwidth, Isolation, Policies, Protocol, in_netns};
+use network::{Attachment, Bandwidth, Isolation, Limits, Policies, Protocol, in_netns};
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 const CLUSTER_IP: Ipv4Addr = Ipv4Addr::new(10, 43, 0, 80);
@@ -217,4 +217,39 @@ fn an_idle_connection_goes_on() {
     let seconds: u32 = own.split_whitespace().nth(4).unwrap().parse().unwrap();
     assert!(own.contains("ESTABLISHED") && seconds > 80_000, "{own}");
     talk.turns();
+}
+
+/// Clients that say all they have to say first, then listen: what the kernel knows of their connections is gone with them.
+#[test]
+fn connections_that_have_ended_are_not_counted() {
+    let Some(mut lab) = quick() else { return };
+    const MOST: u32 = 256;
+    lab.reopen_with(Limits { connections: MOST, ..Limits::default() });
+    let (client, server) = (lab.pod("client"), lab.pod("server"));
+    let listener = in_netns(&netns(&server), || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap()).unwrap();
+    let to = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut said = Vec::new();
+            if stream.read_to_end(&mut said).is_ok() {
+                let _ = stream.write_all(&said);
+            }
+        }
+    });
+    let server = server.address;
+    in_netns(&netns(&client), || {
+        for n in 0..2 * MOST {
+            let mut stream = TcpStream::connect((server, to)).unwrap_or_else(|error| panic!("connection {n}: {error}"));
+            let said = [n as u8; 3000];
+            stream.write_all(&said).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut heard = Vec::new();
+            stream.read_to_end(&mut heard).unwrap();
+            assert!(heard == said);
+            // Fewer in a second than it may open.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    })
+    .unwrap();
 }

@@ -54,7 +54,8 @@ fn killed(c: &Cluster) -> Outcome {
     c.apply(&(service(&ns, "last", "web") + &policy(&ns, "last", "web", "last", 8001)));
     settled(c, &ns, &web);
     let told = logs();
-    assert!(!told.contains("STOPPED"), "allowed traffic stopped:\n{told}");
+    let stopped: Vec<&str> = told.lines().filter(|line| !["begun", "called"].contains(line)).collect();
+    assert!(stopped.is_empty(), "allowed traffic stopped, in {} calls: {stopped:?}", told.matches("called").count());
     println!("{} calls during {} changes and {ROUNDS} kills", told.matches("called").count(), ROUNDS * CHANGES);
     let survived = kernel(c);
     // Nothing of it is kept: the same is written anew.

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! What a flow may do is decided by the firewall alone; the short way only repeats its last answer, and for no longer than
-//! two seconds, after which a packet asks again (and keeps the connection tracker's entry alive). [`Express::forget`], called
+//! two seconds, after which a packet asks again (and keeps the connection tracker's entry alive). What a side of a TCP connection
+//! sends after its FIN takes the long way. [`Express::forget`], called
 //! after every change that may refuse what was allowed, ends all flows at once: a flow belongs to the epoch in which its
 //! packet arrived, so one that was on its way during the change is not believed either. Packets that open or end
 //! connections, fragments, options and everything but TCP and UDP take the long way, as does everything from a link that

@@ -15,7 +15,8 @@ const KEY_PORTS: i16 = 32;
 const KEY_PROTOCOL: i16 = 36;
 const KEY_VERSION: i16 = 37;
 
-/// Flows: the settings' epoch at the time, the link, until when, what addresses and ports become, the frame's MACs.
+/// Flows: the settings' epoch at the time, the link, until when, what addresses and ports become, the frame's MACs, and
+/// whether the side that sends it has said its last.
 pub const FLOW: usize = 72;
 const FLOW_EPOCH: i16 = 0;
 const FLOW_LINK: i16 = 4;
@@ -23,6 +24,7 @@ const FLOW_UNTIL: i16 = 8;
 const FLOW_NEW: i16 = 16;
 const FLOW_CHANGES: i16 = 52;
 const FLOW_MACS: i16 = 56;
+const FLOW_CLOSED: i16 = 68;
 
 /// Links: whose they are, and what has gone out past the interface's own counters.
 pub const LINK: usize = 48;
@@ -73,6 +75,7 @@ const UDP_LENGTH: i16 = 8;
 const TCP_FLAGS: i16 = 13;
 /// FIN, SYN, RST: what the connection tracker has to see.
 const TURNS: i32 = 7;
+const SYN: i32 = 2;
 
 /// [`FLOW_CHANGES`]: what is translated.
 const CHANGED_SOURCE: i32 = 1;
@@ -250,7 +253,18 @@ pub fn arriving(maps: Maps) -> Option<Vec<Instruction>> {
     a.label("unknown");
     note(a, maps);
     a.jump("pass");
+    // Who has sent its FIN sends acknowledgements only, the last of which the connection tracker has to see, or the
+    // connection would count as open for half a minute more: they all take the long way, and are not learned from.
     a.label("turns");
+    a.jump_if(R1, If::AnyBit, SYN, "opens");
+    a.map(R1, maps.flows);
+    a.address(R2, FRAME, AT_KEY);
+    a.call(Helper::MapLookup);
+    a.jump_if(R0, If::Equal, 0, "pass");
+    a.store_value(Size::Word, R0, FLOW_CLOSED, 1);
+    a.store_value(Size::Double, R0, FLOW_UNTIL, 0);
+    a.jump("pass");
+    a.label("opens");
     a.map(R1, maps.flows);
     a.address(R2, FRAME, AT_KEY);
     a.call(Helper::MapDelete);
@@ -394,6 +408,13 @@ pub fn leaving(maps: Maps) -> Option<Vec<Instruction>> {
     a.jump_if_register(R1, If::Differs, R2, "pass");
     a.value(R1, 0);
     a.store(Size::Word, R6, SKB_MARK, R1);
+    a.map(R1, maps.flows);
+    a.address(R2, R9, NOTE_KEY);
+    a.call(Helper::MapLookup);
+    a.jump_if(R0, If::Equal, 0, "open");
+    a.load(Size::Word, R1, R0, FLOW_CLOSED);
+    a.jump_if(R1, If::Differs, 0, "pass");
+    a.label("open");
     flow(a);
     a.map(R1, maps.flows);
     a.address(R2, R9, NOTE_KEY);
@@ -452,7 +473,7 @@ fn flow(a: &mut Assembler) {
     a.store(Size::Double, FRAME, AT_FLOW + FLOW_MACS, R1);
     a.load(Size::Word, R1, R7, 8);
     a.store(Size::Word, FRAME, AT_FLOW + FLOW_MACS + 8, R1);
-    a.store_value(Size::Word, FRAME, AT_FLOW + FLOW_MACS + 12, 0);
+    a.store_value(Size::Word, FRAME, AT_FLOW + FLOW_CLOSED, 0);
     a.call(Helper::CoarseNow);
     a.alu(Alu::Add, R0, REFRESH_NS);
     a.store(Size::Double, FRAME, AT_FLOW + FLOW_UNTIL, R0);
