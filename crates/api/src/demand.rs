@@ -11,6 +11,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::Notify;
 use tokio::sync::futures::Notified;
 
+/// Annotation of a Service some of whose backends may sleep: `NAME=WEIGHT,...`, Services of the same namespace and their
+/// shares. Its namespace's workloads reach it through the gateway, which wakes one.
+pub const BACKENDS: &str = "serving.atoll.dev/backends";
+
+/// The names and weights that [`BACKENDS`] holds; what is not one is left out.
+pub fn backends(text: &str) -> Vec<(String, u32)> {
+    let one = |part: &str| {
+        let (name, weight) = part.trim().split_once('=')?;
+        Some((name.to_owned(), weight.parse().ok()?))
+    };
+    text.split(',').filter_map(one).collect()
+}
+
 /// Requests that may wait for one Service.
 pub const LINE: usize = 10_000;
 
@@ -164,6 +177,15 @@ mod tests {
         load.release();
         assert!(!load.is_held());
         assert_eq!((load.wants(), load.arrived()), (0, 1));
+    }
+
+    #[test]
+    fn backends_are_names_with_weights() {
+        let read =
+            |text| backends(text).into_iter().map(|(name, weight)| format!("{name} {weight}")).collect::<Vec<_>>();
+        assert_eq!(read("hello-00001=80,hello-00002=20"), ["hello-00001 80", "hello-00002 20"]);
+        assert_eq!(read("a=1, b=x,c,=,d=-1,e=4294967296"), ["a 1"]);
+        assert!(read("").is_empty());
     }
 
     #[test]

@@ -265,9 +265,16 @@ async fn serve(
         cluster_domain: CLUSTER_DOMAIN.into(),
     };
     let demand: Arc<api::demand::Demand> = Arc::default();
+    let listeners_inside = router.open_activator().map_err(explain)?;
+    let connecting = router.clone();
+    let inside = gateway::Inside {
+        listeners: listeners_inside,
+        connect: Arc::new(move |client, to| connecting.connect_as(client, to)),
+    };
     let gateway = gateway::Config {
         demand: demand.clone(),
         inner_listener: Some(inner),
+        inside: Some(inside),
         tls_listener: Some(listeners.gateway_tls),
         proxy_protocol: options.gateway_proxy_protocol,
         metrics_listener: listeners.gateway_metrics,

@@ -1,6 +1,7 @@
 //! Settings and limits of the gateway.
 
 use crate::access::Format as AccessFormat;
+use crate::activator::Inside;
 use api::demand::Demand;
 use std::fmt;
 use std::io::Write;
@@ -15,6 +16,8 @@ pub struct Config {
     pub listener: TcpListener,
     /// Another one for HTTP, whose clients say nothing by PROXY protocol: the node's own.
     pub inner_listener: Option<TcpListener>,
+    /// Where workloads' connections to Services that may sleep arrive.
+    pub inside: Option<Inside>,
     /// The same for HTTPS and TLS listeners.
     pub tls_listener: Option<TcpListener>,
     /// Every client connection begins with a PROXY protocol header: a load balancer is in front.
@@ -65,6 +68,7 @@ impl Config {
         Config {
             listener,
             inner_listener: None,
+            inside: None,
             tls_listener: None,
             proxy_protocol: false,
             metrics_listener: None,

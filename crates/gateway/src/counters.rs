@@ -48,6 +48,10 @@ counters! {
     retries_total,
     ejections_total,
     upgrades_total,
+    /// Connections of workloads to Services that may sleep.
+    activated_total,
+    /// Gauge.
+    activated_open,
     /// Requests that were answered from a cache.
     cache_hits_total,
     /// Those that had to be asked for.

@@ -1,5 +1,6 @@
 //! Follows the API: a changed EndpointSlice changes its Service's endpoints at once, everything else makes a new table.
 
+use crate::activator::sleepers;
 use crate::gateway::Shared;
 use crate::policy::{Attached, Backends, Limiters};
 use crate::routing::{Objects, build};
@@ -139,6 +140,7 @@ fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut 
     let policies = Attached::read(&objects, &mut state.limiters);
     let table = build(&objects, class, upstreams, &policies);
     let sites = tls::build(&objects, class, upstreams, &mut state.certificates);
+    let asleep = sleepers(&objects.services, upstreams);
     upstreams.retire();
     let backends = Backends::read(&objects);
     for upstream in upstreams.iter() {
@@ -146,6 +148,7 @@ fn rebuild(shared: &Shared, informers: &Informers, class: &str, upstreams: &mut 
         refresh(informers, upstream);
     }
     tracing::debug!(entries = table.len(), "made a new routing table");
+    shared.set_sleepers(asleep);
     shared.set_table(table, sites);
 }
 

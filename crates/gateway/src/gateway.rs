@@ -1,6 +1,7 @@
 //! The gateway as its user sees it.
 
 use crate::access::AccessLog;
+use crate::activator::{self, Sleepers};
 use crate::config::Config;
 use crate::counters::Counters;
 use crate::follow;
@@ -15,7 +16,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 
 #[derive(Debug, thiserror::Error)]
 pub enum GatewayError {
@@ -36,7 +38,9 @@ pub struct Gateway {
 pub(crate) struct Shared {
     table: RwLock<Option<Arc<Table>>>,
     sites: RwLock<Arc<Sites>>,
+    sleepers: RwLock<Arc<Sleepers>>,
     pub body_timeout: Duration,
+    pub connect_timeout: Duration,
     pub access: Option<AccessLog>,
     pub counters: Arc<Counters>,
     /// True when what still runs is to be cut.
@@ -50,6 +54,12 @@ impl Shared {
     }
     pub fn sites(&self) -> Arc<Sites> {
         self.sites.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    pub fn sleepers(&self) -> Arc<Sleepers> {
+        self.sleepers.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+    pub fn set_sleepers(&self, sleepers: Sleepers) {
+        *self.sleepers.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(sleepers);
     }
     pub fn set_table(&self, table: Table, sites: Sites) {
         Counters::add(&self.counters.tables_total);
@@ -97,7 +107,9 @@ impl Gateway {
         let shared = Arc::new(Shared {
             table: RwLock::new(None),
             sites: RwLock::default(),
+            sleepers: RwLock::default(),
             body_timeout: config.body_timeout,
+            connect_timeout: config.connect_timeout,
             access,
             counters: counters.clone(),
             cut: watch::Sender::new(false),
@@ -109,8 +121,17 @@ impl Gateway {
             connect_timeout: config.connect_timeout,
             idle: config.upstream_idle,
         };
+        let mut waking = JoinSet::new();
+        if let Some(inside) = config.inside {
+            // A share of its own, so that workloads take no place of clients outside.
+            let places = Arc::new(Semaphore::new(config.max_connections));
+            for listener in inside.listeners {
+                waking.spawn(activator::run(shared.clone(), open(listener)?, inside.connect.clone(), places.clone()));
+            }
+        }
         let following = tokio::spawn(follow::run(shared.clone(), client, config.class, Upstreams::new(settings)));
         serve::run(shared, doors, limits, shutdown).await;
+        waking.shutdown().await;
         following.abort();
         if let Some(telling) = telling {
             telling.abort();

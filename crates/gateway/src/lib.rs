@@ -5,6 +5,7 @@
 //! - [`upstream`] knows the endpoints of a Service port, keeps connections to them and speaks HTTP with them.
 //! - `proxy` carries one request from the one to the other; `serve` holds the client's connections, `tls` knows whose
 //!   certificate each is for. `direct` reads and answers the plain requests of HTTP/1.1, hyper all others.
+//! - `activator` hands on connections of workloads to Services that may sleep.
 //! - `policy` is what is asked of a request before its rule sees it.
 //! - `follow` watches the API and swaps the table when something changed.
 //!
@@ -13,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod activator;
 mod cache;
 mod compress;
 mod config;
@@ -37,6 +39,7 @@ pub mod routing;
 pub mod upstream;
 
 pub use access::Format as AccessFormat;
+pub use activator::{Connect, Inside};
 pub use config::{AccessSink, Config};
 pub use counters::Counters;
 pub use gateway::{Gateway, GatewayError};

@@ -9,13 +9,13 @@
 //! prerouting -150  returns       answers to connections that the relay made for clients outside are led to its sockets
 //! prerouting -100  services_in   map (address, protocol, port) -> chain of one service -> DNAT to an endpoint
 //! output     -100  services_out  the same for the router's own connections
-//! input         0  input         DNS and ping only; in `ip6` neighbour discovery too
+//! input         0  input         DNS, ping, and what Services lead to the activator; in `ip6` neighbour discovery too
 //! forward       0  forward       answers pass; what is still addressed to a ClusterIP has no endpoint: refused; then
 //!                                map `egress` by source: the namespace's own, or a chain of policies -> chain `ingress`,
 //!                                again nothing that the router alone may send, which a Service's port could hide; then
 //!                                map `ingress` by destination: the same -> `counted`: accept, if the source may have
 //!                                one more connection; or out by the uplink, if there is one. What comes in by the uplink starts at `ingress`. All else -> chain `refused`
-//! output        0  output        what the relay sends for clients outside starts at `ingress`; the refusal of endpointless services and of the outside for the router's own connections
+//! output        0  output        what the relay sends for clients outside starts at `ingress`, what the activator sends for workloads at `egress`; the refusal of endpointless services and of the outside for the router's own connections
 //! postrouting 100  hairpin       a pod that reached itself through a Service sees the router as its peer
 //! arp input     0  senders       an ARP packet names its link's own addresses as sender, or is dropped
 //! ```
@@ -47,7 +47,7 @@ const BEFORE_FRAGMENTS: i32 = -450;
 /// ICMPv6, which may be of neighbours.
 const DISCOVERY: &str = "discovery";
 /// Goes up with every change of the ruleset below; a router found with another one gets it replaced.
-const VERSION: u32 = 12;
+const VERSION: u32 = 13;
 
 const LINKS: &str = "links";
 const SENDERS: &str = "senders";
@@ -77,6 +77,11 @@ const LOG_BYTES: u32 = 128;
 /// On packets that the relay (`exposed`) sends with the address of a client outside, on their connections, and on the
 /// answers. No namespace has this number.
 pub const RELAYED: u32 = 0xffff_fff1;
+/// On packets that the activator sends with the address of a workload; on their connections, and on the answers.
+pub const ACTIVATOR: u32 = 0xffff_fff2;
+pub const TO_ACTIVATOR: u32 = 0xffff_fff4;
+/// On connections that a Service led to the activator.
+pub const ACTIVATED: u32 = 0xffff_fff3;
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -273,7 +278,9 @@ fn ruleset(t: &mut Transaction, side: &Side) {
     t.add_rule(limits::COUNTED, side.rule().if_mark(RELAYED).accept());
     limits::ruleset(t, side);
     input(t, side);
+    t.add_rule("output", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
     relayed(t, side);
+    activator(t, side);
     services(t, side);
     forward(t, side);
     t.add_rule("hairpin", itself(side).source_nat(side.router));
@@ -383,6 +390,8 @@ fn input(t: &mut Transaction, side: &Side) {
     let dns = |protocol| side.rule().if_destination(side.dns).if_protocol(protocol).if_destination_port(53);
     t.add_rule("input", dns(UDP).accept());
     t.add_rule("input", dns(TCP).goto(limits::COUNTED));
+    let activated = side.rule().if_protocol(TCP).if_destination(side.router).load_connection_mark(R0);
+    t.add_rule("input", activated.equal(R0, &ACTIVATED.to_ne_bytes()).goto(limits::COUNTED));
     if side.family == Family::Ip6 {
         for kind in [ROUTER_SOLICITATION, NEIGHBOUR_SOLICITATION, NEIGHBOUR_ADVERTISEMENT] {
             t.add_rule("input", side.rule().if_icmp_type(kind).accept());
@@ -414,9 +423,24 @@ fn relayed(t: &mut Transaction, side: &Side) {
     t.add_rule("returns", marked.set_mark(R0));
     let own = || side.rule().if_mark(RELAYED);
     t.add_rule("output", own().if_output("lo").accept().comment("refusals, on their way back to the relay"));
-    t.add_rule("output", own().if_state(ESTABLISHED_OR_RELATED).accept());
     t.add_rule("output", own().set_connection_mark(R0));
     t.add_rule("output", own().goto(TO_INGRESS));
+}
+
+/// The activator's connections in the name of workloads are judged as if these had made them.
+fn activator(t: &mut Transaction, side: &Side) {
+    let returning = || side.rule().load_connection_mark(R0).equal(R0, &TO_ACTIVATOR.to_ne_bytes()).set_mark(R0);
+    t.add_rule("returns", returning());
+    // A refusal takes the way of an answer.
+    t.add_rule(REFUSED, returning());
+    t.add_rule("output", side.rule().if_mark(TO_ACTIVATOR).if_output("lo").accept());
+    let own = || side.rule().if_mark(ACTIVATOR);
+    t.add_rule("output", own().if_state(INVALID).mark(TO_ACTIVATOR).goto(REFUSED));
+    t.add_rule("output", own().mark_connection(TO_ACTIVATOR));
+    let itself = own().load_source(R0).load_destination(R0.after(side.family.address())).if_in_set(HAIRPINS, R0);
+    t.add_rule("output", itself.goto(limits::COUNTED));
+    t.add_rule("output", own().load_source(R0).verdict_map(EGRESS, R0));
+    t.add_rule("output", own().goto(REFUSED));
 }
 
 fn services(t: &mut Transaction, side: &Side) {
@@ -444,7 +468,6 @@ fn forward(t: &mut Transaction, side: &Side) {
     for (base, prefix) in here.into_iter().chain(side.pods) {
         t.add_rule("output", side.rule().if_destination_in(base, prefix).accept());
     }
-    t.add_rule("output", side.rule().if_state(ESTABLISHED_OR_RELATED).accept());
     for link in [side.nowhere, UPLINK, RELAY] {
         t.add_rule("output", side.rule().if_output(link).reject_unreachable(Unreachable::Prohibited));
     }

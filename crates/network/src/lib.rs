@@ -6,6 +6,7 @@
 //! - [`Router`] makes or finds the pinned router namespace; [`Router::attach`] gives a workload its address and link.
 //! - [`Router::add_subnet`] lets workloads have addresses of other networks than `pod_cidr`.
 //! - [`Router::sync_services`] makes ClusterIPs: connections to them are spread over endpoints in the kernel.
+//! - [`Router::open_activator`] hears the connections to those Services that sleep.
 //! - [`Router::sync_policies`] makes who may talk to whom: [`policy`] decides, nftables maps and sets enforce.
 //! - [`Router::set_egress`] makes the way out ([`relay`] is the process of the one that touches nothing of the host);
 //!   [`Router::set_bandwidth`] limits what a workload sends and receives.
@@ -20,6 +21,7 @@
 //! Synchronous throughout, std threads only; knows nothing of the API. `unsafe` lives in `sys` alone.
 #![deny(unsafe_code)]
 
+mod activator;
 mod address;
 mod attach;
 mod bandwidth;

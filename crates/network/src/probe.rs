@@ -1,5 +1,6 @@
 //! Whether this machine's kernel can carry the network: a namespace is made and thrown away with the ruleset in it.
 
+use crate::activator::Activation;
 use crate::config::RouterConfig;
 use crate::error::Result;
 use crate::netlink::Socket;
@@ -18,12 +19,15 @@ pub fn probe() -> Result<()> {
         endpoints: vec![(config.pod_cidr.nth(2).into(), 80), (config.pod_cidr.nth(3).into(), 80)],
         affinity_seconds,
         sources: Vec::new(),
+        activated: false,
     };
     ns::in_scratch(|| {
         let mut socket = Socket::netfilter()?;
         firewall::ensure(&mut socket, &config, &[])?;
         // Both ways to choose an endpoint: they are modules of their own in the kernel.
-        Services::none().sync(&mut socket, &[service(80, None), service(81, Some(10800))]).map(drop)
+        let activation = Activation { listeners: &[], who: &|_| None };
+        let rules = [service(80, None), service(81, Some(10800))];
+        Services::none().sync(&mut socket, &rules, &activation).map(drop)
     })
 }
 

@@ -1,5 +1,6 @@
 //! The router: one network namespace per Atoll instance through which all workloads' packets pass.
 
+use crate::activator::Activation;
 use crate::address::{Addresses, Lease};
 use crate::attach::{NO_ADDRESS, NameLocks, link_name, link_of, owner_of};
 use crate::bandwidth::{self, Limited};
@@ -20,7 +21,7 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -56,6 +57,8 @@ pub struct Router {
     pub(crate) uplink: Mutex<Option<Uplink>>,
     pub(crate) relay: Mutex<Option<Relay>>,
     pub(crate) by_name: Arc<Names>,
+    /// Listeners of the activator, once they are open.
+    pub(crate) activator: Mutex<Vec<SocketAddr>>,
     _lock: File,
 }
 
@@ -125,6 +128,7 @@ impl Router {
             uplink: Mutex::new(None),
             relay: Mutex::new(None),
             by_name: Arc::new(Names::new(of_names, &config)),
+            activator: Mutex::default(),
             config,
             _lock: lock,
         })
@@ -168,9 +172,11 @@ impl Router {
                 why: format!("of service {}/{} is not in {v4} or {v6}", rule.namespace, rule.name),
             });
         }
+        let listeners = guard(&self.activator).clone();
         let mut firewall = guard(&self.firewall);
-        let Firewall { socket, services, .. } = &mut *firewall;
-        let changed = services.sync(socket, rules);
+        let Firewall { socket, services, policies } = &mut *firewall;
+        let activation = Activation { listeners: &listeners, who: &|namespace| policies.who(namespace) };
+        let changed = services.sync(socket, rules, &activation);
         if !matches!(changed, Ok(0)) {
             self.forget_flows()?;
         }
@@ -192,10 +198,13 @@ impl Router {
         let mut firewall = guard(&self.firewall);
         let live: HashSet<Ipv4Addr> = guard(&self.addresses).iter().map(|(_, lease)| lease.address).collect();
         policies.workloads.retain(|address, _| live.contains(address));
-        let Firewall { socket, policies: programmed, .. } = &mut *firewall;
+        let Firewall { socket, policies: programmed, services } = &mut *firewall;
         let changed = programmed.sync(socket, &self.config, &self.by_name, policies);
         if !matches!(changed, Ok(Changed { objects: 0, ended: 0 })) {
             self.forget_flows()?;
+            let listeners = guard(&self.activator).clone();
+            let who = |namespace: &str| programmed.who(namespace);
+            services.renumber(socket, &Activation { listeners: &listeners, who: &who })?;
         }
         changed
     }
@@ -330,7 +339,8 @@ fn base_links(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     for (base, prefix) in networks.chain([(NODE, 32), (Ipv4Addr::UNSPECIFIED, 0)]) {
         batch.add_link_route(base, prefix, lo, router);
     }
-    batch.deliver_marked(false, firewall::RELAYED, RELAY_TABLE, WIDE);
+    batch.deliver_marked(false, firewall::RELAYED, RELAY_TABLE, Some(WIDE));
+    batch.deliver_marked(false, firewall::TO_ACTIVATOR, RELAY_TABLE, None);
     route.send(batch)
 }
 
@@ -357,7 +367,8 @@ fn base_links6(route: &mut Socket, config: &RouterConfig) -> Result<()> {
     for (base, prefix) in networks.chain([(Ipv6Addr::UNSPECIFIED, 0)]) {
         batch.add_link_route6(base, prefix, void, router);
     }
-    batch.deliver_marked(true, firewall::RELAYED, RELAY_TABLE, WIDE);
+    batch.deliver_marked(true, firewall::RELAYED, RELAY_TABLE, Some(WIDE));
+    batch.deliver_marked(true, firewall::TO_ACTIVATOR, RELAY_TABLE, None);
     route.send(batch)
 }
 

@@ -5,8 +5,9 @@
 //! With session affinity a map of the service's own remembers each client's endpoint for some time after its last
 //! connection; the kernel fills it. An endpoint that has gone is not in the chain's set any more, and another is picked.
 
+use crate::activator::{Activation, Who};
 use crate::error::{Error, Result};
-use crate::firewall::{SERVICES, TABLE};
+use crate::firewall::{ACTIVATED, NAMESPACES, SERVICES, TABLE};
 use crate::netlink::nft::{
     self, AnonymousSet, Element, ElementValue, Family, Field, R0, R8, Transaction, Verdict, concat, octets,
 };
@@ -53,6 +54,8 @@ pub struct ServiceRule {
     pub affinity_seconds: Option<u32>,
     /// Who may connect to an IPv4 address, as sorted, disjoint, inclusive ranges; empty: anyone.
     pub sources: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// Its own namespace's workloads are led to the activator ([`crate::Router::open_activator`]), if there is one.
+    pub activated: bool,
 }
 
 type Key = (IpAddr, Protocol, u16);
@@ -64,6 +67,16 @@ struct Target {
     endpoints: Vec<(IpAddr, u16)>,
     affinity: Option<u32>,
     sources: Vec<(Ipv4Addr, Ipv4Addr)>,
+    activated: bool,
+    /// Who is led to the activator, and where that is.
+    through: Option<(Who, (IpAddr, u16))>,
+}
+
+impl Target {
+    /// Whether there is a chain: without one packets reach the refusal in `forward`.
+    fn leads(&self) -> bool {
+        !self.endpoints.is_empty() || self.through.is_some()
+    }
 }
 
 /// The services that the kernel holds now.
@@ -80,11 +93,32 @@ impl Services {
     }
 
     /// Makes the kernel's services these, in one transaction. Answers how many of them changed.
-    pub fn sync(&mut self, socket: &mut Socket, rules: &[ServiceRule]) -> Result<usize> {
-        let wanted = targets(rules)?;
-        if self.current.as_ref() == Some(&wanted) {
+    pub fn sync(&mut self, socket: &mut Socket, rules: &[ServiceRule], activation: &Activation<'_>) -> Result<usize> {
+        let wanted = targets(rules, activation)?;
+        match self.current.as_ref() == Some(&wanted) {
+            true => Ok(0),
+            false => self.replace(socket, wanted),
+        }
+    }
+
+    /// The namespaces' numbers may have changed.
+    pub fn renumber(&mut self, socket: &mut Socket, activation: &Activation<'_>) -> Result<usize> {
+        let Some(current) = &self.current else { return Ok(0) };
+        let changed = |(key, target): (&Key, &Target)| {
+            let namespace = target.comment.split_once('/').map_or("", |(namespace, _)| namespace);
+            let through = activation.of(namespace, key.0.is_ipv4());
+            (through != target.through).then(|| (*key, Target { through, ..target.clone() }))
+        };
+        let changed: Vec<_> = current.iter().filter(|(_, target)| target.activated).filter_map(changed).collect();
+        if changed.is_empty() {
             return Ok(0);
         }
+        let mut wanted = current.clone();
+        wanted.extend(changed);
+        self.replace(socket, wanted)
+    }
+
+    fn replace(&mut self, socket: &mut Socket, wanted: HashMap<Key, Target>) -> Result<usize> {
         let mut transaction = Transaction::new(TABLE);
         let known = self.current.take();
         let old = match &known {
@@ -157,7 +191,7 @@ fn forget_everything(t: &mut Transaction, socket: &mut Socket) -> Result<()> {
     Ok(())
 }
 
-fn targets(rules: &[ServiceRule]) -> Result<HashMap<Key, Target>> {
+fn targets(rules: &[ServiceRule], activation: &Activation<'_>) -> Result<HashMap<Key, Target>> {
     let mut all = HashMap::with_capacity(rules.len());
     for rule in rules {
         let mut endpoints = rule.endpoints.clone();
@@ -169,6 +203,11 @@ fn targets(rules: &[ServiceRule]) -> Result<HashMap<Key, Target>> {
             endpoints,
             affinity: rule.affinity_seconds,
             sources: rule.sources.clone(),
+            activated: rule.activated,
+            through: match rule.activated && rule.protocol == Protocol::Tcp {
+                true => activation.of(&rule.namespace, rule.cluster_ip.is_ipv4()),
+                false => None,
+            },
         };
         let key = (rule.cluster_ip, rule.protocol, rule.port);
         if let Some(other) = all.insert(key, target) {
@@ -198,8 +237,7 @@ fn difference(t: &mut Transaction, old: &HashMap<Key, Target>, wanted: &HashMap<
     for family in Family::INET {
         t.family(family);
         let own: Vec<_> = changed.iter().filter(|(key, _)| Family::of(key.0) == family).collect();
-        // A target without endpoints has no chain: its packets reach the refusal in `forward`.
-        let some = |target: &Option<&Target>| target.is_some_and(|t| !t.endpoints.is_empty());
+        let some = |target: &Option<&Target>| target.is_some_and(Target::leads);
         let (mut added, mut removed) = (Vec::new(), Vec::new());
         for (key, (before, after)) in &own {
             match (some(before), some(after)) {
@@ -210,7 +248,7 @@ fn difference(t: &mut Transaction, old: &HashMap<Key, Target>, wanted: &HashMap<
         }
         t.delete_elements(SERVICES, &removed);
         for (key, (before, after)) in own {
-            rewrite(t, key, before.filter(|t| !t.endpoints.is_empty()), after.filter(|t| !t.endpoints.is_empty()));
+            rewrite(t, key, before.filter(|t| t.leads()), after.filter(|t| t.leads()));
         }
         t.add_elements(SERVICES, &added);
     }
@@ -260,6 +298,20 @@ fn add_endpoints(t: &mut Transaction, chain: &str, target: &Target, address: Fie
         let elements: Vec<Element> = target.endpoints.iter().enumerate().map(value).collect();
         t.add_anonymous_map(&[Field::Integer], &[address, Field::Port], &elements)
     };
+    if let Some((who, to)) = &target.through {
+        let only = Element::new(0u32.to_ne_bytes().to_vec(), ElementValue::Data(endpoint(to)));
+        let activator = t.add_anonymous_map(&[Field::Integer], &[address, Field::Port], &[only]);
+        let workload = t.rule().load_source(R0).load_mapped(NAMESPACES, R0, R0);
+        let own = match who {
+            Who::Anyone => workload,
+            Who::Namespace(number) => workload.equal(R0, &number.to_ne_bytes()),
+        };
+        let led = own.mark_connection(ACTIVATED).random(1, R0).lookup(activator, R0, R0).destination_nat(R0);
+        t.add_rule(chain, led.comment("to the activator"));
+    }
+    if target.endpoints.is_empty() {
+        return;
+    }
     if !target.sources.is_empty() && address == Field::Address {
         // Whoever is not one of these is not redirected, and refused further on.
         let sources = t.add_anonymous_ranges(&target.sources);

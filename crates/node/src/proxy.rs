@@ -3,6 +3,7 @@
 //! Only Services that changed are read again.
 
 use crate::ports::{Networks, Protocol, Records, ServiceRule};
+use api::demand::BACKENDS;
 use api::informer::Informer;
 use api::k8s::api::core::v1::{Service, ServicePort, ServiceSpec};
 use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
@@ -135,7 +136,10 @@ impl One {
         let (rules, record) = match Service::deserialize(&**service).ok().and_then(|service| service.spec) {
             Some(spec) => {
                 let parts = by_service(&slices, |_| true).remove(&key).unwrap_or_default();
-                rules_and_record(node, key, &spec, &parts)
+                let (mut rules, record) = rules_and_record(node, key, &spec, &parts);
+                let activated = service.annotation(BACKENDS).is_some_and(|backends| !backends.is_empty());
+                rules.iter_mut().for_each(|rule| rule.activated = activated);
+                (rules, record)
             }
             None => (Vec::new(), None),
         };
@@ -250,6 +254,7 @@ fn rules_of(
             endpoints,
             affinity_seconds: affinity,
             sources: Vec::new(),
+            activated: false,
         });
     }
     out

@@ -142,8 +142,7 @@ fn exhausted(c: &Cluster) -> Outcome {
     let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
     let data = c.data();
     // What other tests left takes addresses too.
-    let left = ["delete", "deployments,ksvc,vm,pods", "-A", "--all", "--grace-period=0", "--timeout=60s"];
-    c.kubectl(&left).good();
+    c.clear();
     let ns = c.namespace("t-exhausted");
     c.stop(Signal::TERM);
     for (flags, wanted) in [

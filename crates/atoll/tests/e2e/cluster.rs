@@ -133,6 +133,12 @@ impl Cluster {
         name.to_owned()
     }
 
+    /// What earlier tests left ends now: its grace, up to five minutes for a Knative pod, is not this test's.
+    pub fn clear(&self) {
+        let left = ["delete", "deployments,ksvc,vm,pods", "-A", "--all", "--grace-period=0", "--timeout=60s"];
+        self.kubectl(&left).good();
+    }
+
     /// Also after a test that failed while it held this.
     fn running(&self) -> std::sync::MutexGuard<'_, Option<Child>> {
         self.up.lock().unwrap_or_else(std::sync::PoisonError::into_inner)

@@ -123,6 +123,7 @@ fn egress(c: &Cluster) -> Outcome {
     let mut world = World::new(c);
     world.with_ipv6();
     let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    c.clear();
     c.stop(Signal::TERM);
     down();
     let before = host_state(c);
@@ -212,6 +213,7 @@ fn relay(c: &Cluster) -> Option<u32> {
 fn egress_user(c: &Cluster) -> Outcome {
     let world = World::new(c);
     let down = || c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
+    c.clear();
     c.stop(Signal::TERM);
     down();
     let before = host_state(c);

@@ -12,6 +12,7 @@ pub const TESTS: &[Test] = &[
     ("function_outbound", outbound),
     ("function_container_sleeps_and_wakes_under_a_herd", herd),
     ("function_sleeps_and_wakes_without_a_loss", sleeper),
+    ("function_wakes_for_its_own_namespace", inside),
     ("function_ledger_adds_up", ledger),
     ("function_projects", projects),
 ];
@@ -211,6 +212,74 @@ fn sleeper(c: &Cluster) -> Outcome {
         }
     }
     function(c, &ns, &["rm", "short"]).good();
+    Outcome::Passed
+}
+
+/// A pod of the namespace wakes a Service by its name inside, as whom the server knows it and policies judge it.
+fn inside(c: &Cluster) -> Outcome {
+    let (ns, other) = (c.namespace("t-woken"), c.namespace("t-woken-other"));
+    let pages = "mkdir -p /tmp/cgi-bin; echo IyEvYmluL3NoCmVjaG8K | base64 -d > /tmp/cgi-bin/who; cp /tmp/cgi-bin/who /tmp/cgi-bin/slow; \
+                 echo echo from \\$REMOTE_ADDR >> /tmp/cgi-bin/who; echo sleep 9 >> /tmp/cgi-bin/slow; \
+                 echo echo slept >> /tmp/cgi-bin/slow; chmod +x /tmp/cgi-bin/*; exec httpd";
+    c.apply(&web(&ns, "web", "6s").replace("exec httpd", pages));
+    for (namespace, name) in [(&ns, "friend"), (&other, "stranger")] {
+        c.apply(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: {namespace}, labels: {{app: {name}}}}}\nspec:\n  \
+             containers:\n  - {{name: c, image: '127.0.0.1:5000/test/busybox:1', command: [sleep, '1000000']}}\n"
+        ));
+        c.wait_ready(namespace, &format!("pod/{name}"));
+    }
+    let asleep = || {
+        c.until("it sleeps", || {
+            let pods =
+                c.kubectl(&["get", "pods", "-n", &ns, "-l", "serving.knative.dev/service=web", "-o", "name"]).good();
+            replicas(c, &ns, "web") == "0" && pods.trim().is_empty()
+        });
+    };
+    c.wait_ready(&ns, "ksvc/web");
+    asleep();
+    let ask = |namespace: &str, pod: &str, host: &str, path: &str| {
+        // Debian's static busybox has a wget that crashes.
+        let line = format!("printf 'GET {path} HTTP/1.0\\r\\n\\r\\n' | nc -w 60 {host} 80");
+        c.kubectl(&["exec", "-n", namespace, pod, "--", "sh", "-c", &line])
+    };
+    let get = |what: &str, path: &str| c.kubectl(&["get", "-n", &ns, what, "-o", &format!("jsonpath={path}")]).good();
+    let address = get("pod/friend", "{.status.podIP}");
+    // One of another namespace neither reaches nor wakes it.
+    let service = get("service/web", "{.spec.clusterIP}");
+    let refused = ask(&other, "stranger", &service, "/").bad();
+    assert!(refused.contains("refused"), "{refused}");
+    assert_eq!(replicas(c, &ns, "web"), "0");
+
+    // Line ends differ between pages and programs.
+    let says = |path: &str, last: &str| ask(&ns, "friend", "web", path).out.ends_with(&format!("\n{last}\n"));
+    assert!(says("/", "up"));
+    let who = format!("from [::ffff:{address}]");
+    let told = ask(&ns, "friend", "web.t-woken.svc.cluster.local", "/cgi-bin/who").good();
+    assert!(told.ends_with(&format!("{who}\n")), "{told}");
+    // One request that lasts longer than the window is not cut off.
+    assert!(says("/cgi-bin/slow", "slept"));
+    asleep();
+
+    // What the friend may not reach it may not reach this way, awake or not.
+    c.apply(&format!(
+        "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {{name: shut, namespace: {ns}}}\nspec:\n  \
+         podSelector: {{matchLabels: {{serving.knative.dev/service: web}}}}\n  policyTypes: [Ingress]\n"
+    ));
+    assert_eq!(ask(&ns, "friend", "web", "/").out, "");
+    assert_eq!(status(c, "web.t-woken.atoll.local", "/"), "200", "the gateway does");
+    assert_eq!(ask(&ns, "friend", "web", "/").out, "");
+    c.kubectl(&["delete", "networkpolicy", "shut", "-n", &ns]).good();
+    c.until("it may again", || says("/", "up"));
+
+    // A revision that may not sleep is reached without a detour.
+    let patch = r#"{"spec":{"template":{"metadata":{"annotations":{"autoscaling.knative.dev/min-scale":"1"}}}}}"#;
+    c.kubectl(&["patch", "ksvc", "web", "-n", &ns, "--type=merge", "-p", patch]).good();
+    c.until("the Service says so", || {
+        get("service/web", "{.metadata.annotations.serving\\.atoll\\.dev/backends}").is_empty()
+    });
+    c.until("it answers", || says("/cgi-bin/who", &who));
+    c.kubectl(&["delete", "ksvc", "web", "-n", &ns]).good();
     Outcome::Passed
 }
 

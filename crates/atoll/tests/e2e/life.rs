@@ -146,6 +146,7 @@ pub fn compare(before: &[(&str, String)], now: &[(&str, String)], when: &str) {
 fn host_untouched(c: &Cluster) -> Outcome {
     let running = host_state(c);
     assert!(running.iter().all(|(what, said)| !said.is_empty() || !what.starts_with("sysctl")), "{running:?}");
+    c.clear();
     c.stop(Signal::TERM);
     c.atoll(&["down", "--data-dir", &c.data().to_string_lossy()]).good();
     let before = host_state(c);

@@ -1,9 +1,11 @@
 //! Routes: which revisions get the requests of a name, carried out by an HTTPRoute at the gateway and a Service inside.
 //!
 //! Inside, the Service of a Route with one target selects that revision's pods. With several targets it has no selector,
-//! and an EndpointSlice names the pods of all of them: there requests are shared by pods, at the gateway by percent.
+//! and an EndpointSlice names the pods of all of them: there requests are shared by pods, at the gateway by percent. Where a
+//! target may sleep, an annotation leads connections through the gateway, which wakes it and shares them by percent, too.
 
 use super::revision::{port, service_ports};
+use super::scale::Rules;
 use super::{LOCAL, REVISION_UID, ROUTE, ROUTING_STATE, SERVICE, State, child_name, ensure, set_conditions};
 use crate::context::{Context, ENDPOINT_SLICES, HTTP_ROUTES, KN_CONFIGURATIONS, KN_REVISIONS, KN_ROUTES, SERVICES};
 use crate::endpoints::{MANAGED_BY, SERVICE_NAME};
@@ -11,6 +13,7 @@ use crate::gateways::{DEFAULT_NAME, DEFAULT_NAMESPACE};
 use crate::objects::{controller_name, controller_reference, int, is_controlled_by, list};
 use crate::runner::{Again, Reconcile, Source, is_race};
 use api::client::{DeleteOptions, Patch};
+use api::demand::BACKENDS;
 use api::informer::{Informer, Key};
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject, object_of};
@@ -121,6 +124,15 @@ impl Reconcile for Routes {
         self.label_revisions(&key.namespace).await?;
         Ok(None)
     }
+}
+
+/// What [`BACKENDS`] says of these: nothing, unless one of them may sleep.
+fn asleep(parts: &[(&Target, i64)]) -> String {
+    if !parts.iter().any(|(target, _)| Rules::of(&target.revision).min == 0) {
+        return String::new();
+    }
+    let one = |(target, percent): &(&Target, i64)| format!("{}={percent}", target.revision.name());
+    parts.iter().map(one).collect::<Vec<_>>().join(",")
 }
 
 impl Routes {
@@ -289,7 +301,13 @@ impl Routes {
                 object_of(&mut spec).remove("selector");
             }
         }
-        json!({"apiVersion": "v1", "kind": "Service", "metadata": self.metadata(route, name), "spec": spec})
+        let mut metadata = self.metadata(route, name);
+        let asleep = asleep(parts);
+        let said = |service: SharedObject| service.annotation(BACKENDS).is_some_and(|said| said != asleep);
+        if !asleep.is_empty() || self.services.get(route.namespace(), name).is_some_and(said) {
+            object_of(&mut metadata).insert("annotations".into(), json!({BACKENDS: asleep}));
+        }
+        json!({"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": spec})
     }
 
     fn http_route(&self, route: &SharedObject, name: &str, parts: &[(&Target, i64)]) -> Object {

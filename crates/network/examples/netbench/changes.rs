@@ -80,6 +80,7 @@ pub fn service(n: u32, endpoints: Vec<Ipv4Addr>) -> ServiceRule {
         endpoints: endpoints.into_iter().map(|address| (address.into(), 80)).collect(),
         affinity_seconds: None,
         sources: Vec::new(),
+        activated: false,
     }
 }
 

@@ -6,7 +6,7 @@
 //! processor before that takes up another packet, so the note is the packet's own.
 
 use super::assembler::*;
-use crate::firewall::RELAYED;
+use crate::firewall::{ACTIVATOR, RELAYED, TO_ACTIVATOR};
 
 /// Keys: source, destination (IPv4 in the first four bytes), ports, protocol, IP version.
 pub const KEY: usize = 40;
@@ -52,7 +52,7 @@ const REFRESH_NS: i32 = 2_000_000_000i64 as i32;
 /// Marks are of these bits' form, which no mark of the firewall's has.
 const MARK: u32 = 0x8000_0000;
 const MARK_BITS: u32 = 0xc000_0000;
-const _: () = assert!(RELAYED & MARK_BITS != MARK);
+const _: () = assert!(RELAYED & ACTIVATOR & TO_ACTIVATOR & MARK_BITS != MARK);
 
 /// `struct __sk_buff`.
 const SKB_LENGTH: i16 = 0;

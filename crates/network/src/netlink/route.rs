@@ -274,16 +274,17 @@ impl Batch {
             fill(w);
         });
     }
-    /// Packets with this mark that no route of the main table longer than `prefix` leads elsewhere are for sockets here,
-    /// whatever their address: `table` holds that one route.
-    pub fn deliver_marked(&mut self, v6: bool, mark: u32, table: u8, prefix: u32) {
+    /// Packets with this mark are for sockets here, whatever their address: `table` holds that one route. With a `prefix`
+    /// only those that no longer route of the main table leads elsewhere.
+    pub fn deliver_marked(&mut self, v6: bool, mark: u32, table: u8, prefix: Option<u32>) {
         let family = if v6 { AF_INET6 } else { AF_INET };
         let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
         self.request("add the route to here", RTM_NEWROUTE, flags, &[], |w| {
             w.raw(&[family, 0, 0, 0, table, PROTOCOL_STATIC, SCOPE_HOST, ROUTE_LOCAL, 0, 0, 0, 0]);
             w.u32(4, LOOPBACK);
         });
-        for (order, table, suppressed) in [(0, TABLE_MAIN, Some(prefix)), (1, table, None)] {
+        let main = prefix.map(|prefix| (0, TABLE_MAIN, Some(prefix)));
+        for (order, table, suppressed) in main.into_iter().chain([(1, table, None)]) {
             let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
             self.request("add the routing rule", RTM_NEWRULE, flags, &[Errno::EXIST], |w| {
                 w.raw(&[family, 0, 0, 0, table, 0, 0, RULE_TO_TABLE, 0, 0, 0, 0]);

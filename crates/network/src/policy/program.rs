@@ -3,6 +3,7 @@
 //! between them leaves what the next one replaces.
 
 use super::{Action, Direction, Flow, Isolation, Otherwise, Policies, Profile, Reason, Workload, pod_address};
+use crate::activator::Who;
 use crate::config::RouterConfig;
 use crate::error::Result;
 use crate::firewall::{
@@ -72,6 +73,14 @@ impl Programmed {
     /// Of a table just made.
     pub fn none() -> Programmed {
         Programmed { current: Some(Policies::default()), numbers: Numbers::default() }
+    }
+
+    /// Who the workloads are that reach a namespace where no policy decides.
+    pub fn who(&self, namespace: &str) -> Option<Who> {
+        match self.current.as_ref()?.isolation {
+            Isolation::Open => Some(Who::Anyone),
+            Isolation::Private => self.numbers.namespaces.get(namespace).copied().map(Who::Namespace),
+        }
     }
 
     /// Makes the kernel enforce these.

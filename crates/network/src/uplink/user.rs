@@ -144,14 +144,14 @@ impl Router {
         let mut batch = Batch::new();
         batch.set_up(index);
         batch.add_address(index, self.config.router_address());
-        batch.deliver_marked(false, MARK, ROUTES, WIDE);
+        batch.deliver_marked(false, MARK, ROUTES, Some(WIDE));
         if v4 {
             for half in [Ipv4Addr::UNSPECIFIED, Ipv4Addr::new(128, 0, 0, 0)] {
                 batch.add_link_route(half, 1, index, self.config.router_address());
             }
         }
         if self.ipv6 {
-            batch.deliver_marked(true, MARK, ROUTES, WIDE);
+            batch.deliver_marked(true, MARK, ROUTES, Some(WIDE));
             for half in [Ipv6Addr::UNSPECIFIED, Ipv6Addr::new(0x8000, 0, 0, 0, 0, 0, 0, 0)] {
                 batch.add_link_route6(half, 1, index, self.config.router_address6());
             }

@@ -143,6 +143,7 @@ pub fn service<A: Into<IpAddr> + Copy>(ip: A, protocol: Protocol, port: u16, end
         endpoints: endpoints.iter().map(|(address, port)| ((*address).into(), *port)).collect(),
         affinity_seconds: None,
         sources: Vec::new(),
+        activated: false,
     }
 }
 

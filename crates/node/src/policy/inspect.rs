@@ -333,6 +333,7 @@ impl Inspector {
             return Err(format!("{name} has no such port; kubectl get service -n {} shows which", first.namespace));
         };
         match rule.endpoints.as_slice() {
+            [] if rule.activated => Err(format!("{name} sleeps: a connection from its own namespace wakes it")),
             [] => Err(format!("{name} has no endpoint that is ready: connections are refused")),
             all => Ok(all.iter().map(|(address, port)| (*address, Some(*port))).collect()),
         }
