@@ -21,11 +21,26 @@ use std::sync::Arc;
 pub struct Cache {
     provider: Arc<CryptoProvider>,
     configs: HashMap<String, (Arc<ServerConfig>, bool)>,
+    /// Why listeners are not served, which is told once.
+    told: HashMap<Arc<str>, (String, bool)>,
+}
+
+impl Cache {
+    fn tell(&mut self, listener: Arc<str>, why: String) {
+        let before = self.told.insert(listener.clone(), (why.clone(), true));
+        if before.is_none_or(|(before, _)| before != why) {
+            tracing::warn!(%listener, "not served: {why}");
+        }
+    }
 }
 
 impl Default for Cache {
     fn default() -> Cache {
-        Cache { provider: Arc::new(rustls::crypto::ring::default_provider()), configs: HashMap::new() }
+        Cache {
+            provider: Arc::new(rustls::crypto::ring::default_provider()),
+            configs: HashMap::new(),
+            told: HashMap::new(),
+        }
     }
 }
 
@@ -50,6 +65,7 @@ pub fn build(objects: &Objects, class: &str, upstreams: &mut Upstreams, cache: &
         builder.ingress(ingress);
     }
     builder.cache.configs.retain(|_, (_, used)| std::mem::replace(used, false));
+    builder.cache.told.retain(|_, (_, used)| std::mem::replace(used, false));
     builder.sites
 }
 
@@ -64,7 +80,7 @@ impl Builder<'_> {
             Ok(config) => {
                 self.sites.add(bound.host.clone(), Arc::new(Site::Terminate { listener, config }));
             }
-            Err(why) => tracing::warn!(%listener, "not served: {why}"),
+            Err(why) => self.cache.tell(listener, why),
         }
     }
 
