@@ -19,7 +19,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -29,8 +29,10 @@ use tokio::sync::Semaphore;
 const ATTEMPTS: usize = 3;
 /// How long a client waits for an endpoint at most, as Knative's requests do.
 const PATIENCE: Duration = Duration::from_secs(300);
-/// What a client may say before somebody hears it.
-const SAID: usize = 64 << 10;
+/// What of a client's words is taken before somebody hears them.
+const SAID: usize = 8 << 10;
+/// Connections of one workload at a time.
+const SHARE: usize = 2048;
 /// Pause after the kernel refused a connection (no descriptors left).
 const PAUSE: Duration = Duration::from_millis(50);
 /// A client that is gone without a word is found out after three questions.
@@ -103,17 +105,65 @@ impl Sleeper {
     }
 }
 
+/// Room for connections, of which each workload has a share: no one takes it all.
+#[derive(Clone)]
+pub struct Places {
+    all: Arc<Semaphore>,
+    clients: Arc<Mutex<HashMap<IpAddr, usize>>>,
+}
+
+impl Places {
+    /// So many, and no more than an eighth of the descriptors that this process may have: each takes two.
+    pub fn new(most: usize) -> Places {
+        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let most = descriptors.map_or(most, |files| most.min(usize::try_from(files / 8).unwrap_or(most)));
+        Places { all: Arc::new(Semaphore::new(most.max(1))), clients: Arc::default() }
+    }
+
+    /// `None`: the client has its share.
+    fn enter(&self, client: IpAddr) -> Option<Place> {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = clients.entry(client).or_default();
+        if *count >= SHARE {
+            return None;
+        }
+        *count += 1;
+        Some(Place { clients: self.clients.clone(), client })
+    }
+}
+
+struct Place {
+    clients: Arc<Mutex<HashMap<IpAddr, usize>>>,
+    client: IpAddr,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = clients.get_mut(&self.client) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(&self.client);
+            }
+        }
+    }
+}
+
 /// Accepts until it is dropped. Those that were accepted go on until the gateway ends.
-pub async fn run(shared: Arc<Shared>, listener: TcpListener, connect: Connect, places: Arc<Semaphore>) {
+pub async fn run(shared: Arc<Shared>, listener: TcpListener, connect: Connect, places: Places) {
     loop {
         // The semaphore is never closed.
-        let place = places.clone().acquire_owned().await;
+        let room = places.all.clone().acquire_owned().await;
         match listener.accept().await {
             Ok((client, from)) => {
+                let Some(place) = places.enter(from.ip()) else {
+                    reset(&client);
+                    continue;
+                };
                 let visit = Visit { shared: shared.clone(), connect: connect.clone(), from };
                 tokio::spawn(async move {
                     visit.serve(client).await;
-                    drop(place);
+                    drop((room, place));
                 });
             }
             Err(error) => {
@@ -145,8 +195,7 @@ impl Visit {
         };
         if let Err(error) = result {
             tracing::debug!(client = %self.from, "a workload's connection broke off: {error}");
-            // Reset rather than ended: nobody is to take a part for the whole.
-            let _ = sockopt::set_socket_linger(&client, Some(Duration::ZERO));
+            reset(&client);
         }
     }
 
@@ -231,6 +280,11 @@ async fn gone(client: &mut TcpStream, said: &mut BytesMut) {
     std::future::pending().await
 }
 
+/// The connection will not end but break off: nobody is to take a part for the whole. Failures only cost that.
+fn reset(stream: &TcpStream) {
+    let _ = sockopt::set_socket_linger(stream, Some(Duration::ZERO));
+}
+
 /// Where a client wanted to connect to before it was led here.
 fn original(client: &TcpStream) -> io::Result<SocketAddr> {
     Ok(match client.local_addr()? {
@@ -281,6 +335,19 @@ mod tests {
         assert_eq!(names.iter().filter(|name| **name == "one").count(), 75);
         assert_eq!(names.iter().filter(|name| **name == "two").count(), 25);
         assert!(sleepers[&"10.43.0.13:80".parse().unwrap()].pick(7).is_none(), "another namespace's is not led to");
+    }
+
+    #[test]
+    fn one_workload_takes_its_share_and_gives_it_back() {
+        let places = Places::new(usize::MAX);
+        let (one, other): (IpAddr, IpAddr) = ([10, 42, 0, 7].into(), [10, 42, 0, 8].into());
+        let mut taken: Vec<Place> = std::iter::repeat_with(|| places.enter(one)).map_while(|place| place).collect();
+        assert_eq!(taken.len(), SHARE);
+        assert!(places.enter(other).is_some());
+        taken.pop();
+        assert!(places.enter(one).is_some());
+        drop(taken);
+        assert!(places.clients.lock().unwrap().is_empty());
     }
 
     #[tokio::test]

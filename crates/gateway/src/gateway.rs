@@ -16,7 +16,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 #[derive(Debug, thiserror::Error)]
@@ -124,7 +124,7 @@ impl Gateway {
         let mut waking = JoinSet::new();
         if let Some(inside) = config.inside {
             // A share of its own, so that workloads take no place of clients outside.
-            let places = Arc::new(Semaphore::new(config.max_connections));
+            let places = activator::Places::new(config.max_connections);
             for listener in inside.listeners {
                 waking.spawn(activator::run(shared.clone(), open(listener)?, inside.connect.clone(), places.clone()));
             }
