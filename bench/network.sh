@@ -6,5 +6,8 @@ cd "$(dirname "$0")/.."
 cargo build --release -p network --example netbench
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-mkdir -p bench/out
-unshare --net --mount --propagation private "${CARGO_TARGET_DIR:-target}/release/examples/netbench" "$scratch" "$@" | tee bench/out/network.json
+mkdir -p bench/out "$scratch/run"
+# As /run is on most machines.
+in_memory='mount -t tmpfs run "$2/run" && exec "$@"'
+unshare --net --mount --propagation private sh -c "$in_memory" sh \
+    "${CARGO_TARGET_DIR:-target}/release/examples/netbench" "$scratch" "$@" | tee bench/out/network.json

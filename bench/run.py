@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The figures of the first issue, measured; peers in the same run. Prints a table, writes bench/out/figures.json.
 
-Names as arguments run only those: start idle size creates watchers pods path gateway oci
+Names as arguments run only those: start idle size creates watchers pods path endpoint gateway oci
 """
 import json
 import os
@@ -212,6 +212,17 @@ def path(up):
     daemon_path.measure(up, figure)
 
 
+def endpoint(up):
+    router = f"/run/atoll/{os.listdir('/run/atoll')[0]}/netns/router"
+    for count in (1, 2000):
+        result = up.apibench("endpoint", router, str(count))
+        command = f"apibench endpoint: {result['changes']} changes of one of {count} Services' EndpointSlices, until nftables tells of it"
+        for begin, goal in (("accepted", "< 5"), ("sent", "")):
+            for quantile in ("median", "p99"):
+                value = result[f"{begin}_to_kernel_ms"][quantile]
+                figure(f"endpoint {begin} to kernel, {count} Services, {quantile}", value, "ms", goal, command)
+
+
 def oci(_):
     """Its own script: all runtimes in one view of control groups, hyperfine's table."""
     subprocess.run([f"{ROOT}/bench/oci.sh"], check=False)
@@ -222,7 +233,7 @@ def size(_):
 
 
 def main():
-    every = [start, idle, size, creates, watchers, pods, path, gateway, oci]
+    every = [start, idle, size, creates, watchers, pods, path, endpoint, gateway, oci]
     wanted = [f for f in every if not sys.argv[1:] or f.__name__ in sys.argv[1:]]
     data = tempfile.mkdtemp(prefix="atoll-bench.") + "/data"
     up = Up(data)

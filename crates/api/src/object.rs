@@ -27,42 +27,64 @@ pub trait Meta {
     fn set_label(&mut self, key: &str, value: &str);
 }
 
+/// A field of `metadata`. Every list and watch reads some of every object, so it is not looked up by a JSON pointer, whose
+/// parts are copied to be unescaped.
+fn field<'a>(object: &'a Value, key: &str) -> Option<&'a Value> {
+    object.get("metadata")?.get(key)
+}
+
+fn text<'a>(object: &'a Value, key: &str) -> &'a str {
+    field(object, key).and_then(Value::as_str).unwrap_or("")
+}
+
+/// [`Value::pointer`], without a copy of its parts where none is escaped.
+fn at<'a>(value: &'a Value, pointer: &str) -> Option<&'a Value> {
+    let step = |value: &'a Value, key: &str| match value {
+        Value::Array(list) => list.get(key.parse::<usize>().ok()?),
+        other => other.get(key),
+    };
+    match pointer.strip_prefix('/') {
+        Some(keys) if !keys.contains('~') => keys.split('/').try_fold(value, step),
+        _ => value.pointer(pointer),
+    }
+}
+
 impl Meta for Value {
     fn str_at(&self, pointer: &str) -> &str {
-        self.pointer(pointer).and_then(Value::as_str).unwrap_or("")
+        at(self, pointer).and_then(Value::as_str).unwrap_or("")
     }
     fn name(&self) -> &str {
-        self.str_at("/metadata/name")
+        text(self, "name")
     }
     fn namespace(&self) -> &str {
-        self.str_at("/metadata/namespace")
+        text(self, "namespace")
     }
     fn uid(&self) -> &str {
-        self.str_at("/metadata/uid")
+        text(self, "uid")
     }
     fn resource_version(&self) -> &str {
-        self.str_at("/metadata/resourceVersion")
+        text(self, "resourceVersion")
     }
     fn generation(&self) -> i64 {
-        self.pointer("/metadata/generation").and_then(Value::as_i64).unwrap_or(0)
+        field(self, "generation").and_then(Value::as_i64).unwrap_or(0)
     }
     fn label(&self, key: &str) -> Option<&str> {
-        self.pointer("/metadata/labels")?.get(key)?.as_str()
+        field(self, "labels")?.get(key)?.as_str()
     }
     fn annotation(&self, key: &str) -> Option<&str> {
-        self.pointer("/metadata/annotations")?.get(key)?.as_str()
+        field(self, "annotations")?.get(key)?.as_str()
     }
     fn is_deleting(&self) -> bool {
-        !self.str_at("/metadata/deletionTimestamp").is_empty()
+        !text(self, "deletionTimestamp").is_empty()
     }
     fn finalizers(&self) -> Vec<&str> {
-        self.pointer("/metadata/finalizers")
+        field(self, "finalizers")
             .and_then(Value::as_array)
             .map(|list| list.iter().filter_map(Value::as_str).collect())
             .unwrap_or_default()
     }
     fn controller_ref(&self) -> Option<&Value> {
-        self.pointer("/metadata/ownerReferences")?
+        field(self, "ownerReferences")?
             .as_array()?
             .iter()
             .find(|owner| owner.get("controller").and_then(Value::as_bool) == Some(true))

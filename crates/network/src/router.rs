@@ -164,6 +164,22 @@ impl Router {
     /// Makes the kernel's ClusterIPs exactly these, in one transaction; nothing is sent when nothing changed. Answers
     /// how many service ports changed.
     pub fn sync_services(&self, rules: &[ServiceRule]) -> Result<usize> {
+        let changed = self
+            .with_services(rules, |services, socket, activation| services.sync(socket, rules, activation).map(Some));
+        Ok(changed?.unwrap_or_default())
+    }
+
+    /// Replaces some rules by others, as [`Self::sync_services`] does with all. The cost is that of these rules and, in the
+    /// kernel, of looking at all once. `None`, and nothing done, before all were handed over once.
+    pub fn change_services(&self, before: &[ServiceRule], after: &[ServiceRule]) -> Result<Option<usize>> {
+        self.with_services(after, |services, socket, activation| services.change(socket, before, after, activation))
+    }
+
+    fn with_services(
+        &self,
+        rules: &[ServiceRule],
+        change: impl FnOnce(&mut Services, &mut Socket, &Activation<'_>) -> Result<Option<usize>>,
+    ) -> Result<Option<usize>> {
         if let Some(rule) = rules.iter().find(|rule| !self.config.serves(rule.cluster_ip)) {
             let (v4, v6) = (self.config.service_cidr, self.config.service_cidr6);
             return Err(Error::Config {
@@ -176,8 +192,8 @@ impl Router {
         let mut firewall = guard(&self.firewall);
         let Firewall { socket, services, policies } = &mut *firewall;
         let activation = Activation { listeners: &listeners, who: &|namespace| policies.who(namespace) };
-        let changed = services.sync(socket, rules, &activation);
-        if !matches!(changed, Ok(0)) {
+        let changed = change(services, socket, &activation);
+        if !matches!(changed, Ok(None | Some(0))) {
             self.forget_flows()?;
         }
         changed

@@ -60,6 +60,18 @@ pub struct ServiceRule {
 
 type Key = (IpAddr, Protocol, u16);
 
+fn key(rule: &ServiceRule) -> Key {
+    (rule.cluster_ip, rule.protocol, rule.port)
+}
+
+fn taken(rule: &ServiceRule, other: &Target) -> Error {
+    Error::Config {
+        field: "cluster_ip",
+        value: format!("{}:{}/{}", rule.cluster_ip, rule.port, rule.protocol.name()),
+        why: format!("is both {}/{} and {}", rule.namespace, rule.name, other.comment),
+    }
+}
+
 /// What of a rule the kernel holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Target {
@@ -116,6 +128,37 @@ impl Services {
         let mut wanted = current.clone();
         wanted.extend(changed);
         self.replace(socket, wanted)
+    }
+
+    /// Replaces the services of some rules by others. `None`: what the kernel holds is not known.
+    pub fn change(
+        &mut self,
+        socket: &mut Socket,
+        before: &[ServiceRule],
+        after: &[ServiceRule],
+        activation: &Activation<'_>,
+    ) -> Result<Option<usize>> {
+        let Some(current) = &mut self.current else { return Ok(None) };
+        let wanted = targets(after, activation)?;
+        let gone: BTreeSet<Key> = before.iter().map(key).collect();
+        for rule in after.iter().filter(|rule| !gone.contains(&key(rule))) {
+            if let Some(other) = current.get(&key(rule)) {
+                return Err(taken(rule, other));
+            }
+        }
+        let old = gone.iter().filter_map(|key| Some((*key, current.get(key)?.clone()))).collect();
+        let mut transaction = Transaction::new(TABLE);
+        let changed = difference(&mut transaction, &old, &wanted);
+        if changed.is_empty() {
+            return Ok(Some(0));
+        }
+        // Nothing of a failed transaction takes effect.
+        transaction.commit(socket)?;
+        gone.iter().for_each(|key| drop(current.remove(key)));
+        current.extend(wanted);
+        let udp = changed.iter().filter(|key| key.1 == Protocol::Udp).copied().collect();
+        self.forget_stale(socket, &udp)?;
+        Ok(Some(changed.len()))
     }
 
     fn replace(&mut self, socket: &mut Socket, wanted: HashMap<Key, Target>) -> Result<usize> {
@@ -209,13 +252,8 @@ fn targets(rules: &[ServiceRule], activation: &Activation<'_>) -> Result<HashMap
                 false => None,
             },
         };
-        let key = (rule.cluster_ip, rule.protocol, rule.port);
-        if let Some(other) = all.insert(key, target) {
-            return Err(Error::Config {
-                field: "cluster_ip",
-                value: format!("{}:{}/{}", rule.cluster_ip, rule.port, rule.protocol.name()),
-                why: format!("is both {}/{} and {}", rule.namespace, rule.name, other.comment),
-            });
+        if let Some(other) = all.insert(key(rule), target) {
+            return Err(taken(rule, &other));
         }
     }
     Ok(all)

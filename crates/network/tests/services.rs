@@ -181,7 +181,13 @@ fn thousands_of_services_are_one_transaction() {
     rules[7].endpoints.pop();
     let start = Instant::now();
     assert_eq!(lab.router().sync_services(&rules).unwrap(), 1);
-    println!("2001 services, 10001 endpoints in {all:?}; one change in {:?}", start.elapsed());
+    let one = start.elapsed();
+    let before = rules[7].clone();
+    rules[7].endpoints.pop();
+    let start = Instant::now();
+    assert_eq!(lab.router().change_services(&[before], &rules[7..8]).unwrap(), Some(1));
+    println!("2001 services, 10001 endpoints in {all:?}; one change in {one:?}, alone in {:?}", start.elapsed());
+    assert_eq!(lab.router().sync_services(&rules).unwrap(), 0, "it is as if all had been handed over");
     // One service with ten thousand endpoints.
     rules[7].endpoints = (0..10_000u32).map(|n| (Ipv4Addr::from_bits(0x0a2a_1000 + n).into(), 80)).collect();
     assert_eq!(lab.router().sync_services(&rules).unwrap(), 1);
@@ -203,4 +209,28 @@ fn a_refused_change_changes_nothing() {
     assert!(error.contains("192.0.2.1") && error.contains("10.43.0.0/16"), "{error}");
     assert!(router.sync_services(&[good.clone(), good]).is_err());
     assert!(call_from(&client, IP, 80).is_ok());
+}
+
+#[test]
+fn a_change_is_of_what_it_names_alone() {
+    let Some(lab) = lab() else { return };
+    let (a, b, client) = (lab.pod("a"), lab.pod("b"), lab.pod("client"));
+    greet(&a, 80, "a");
+    greet(&b, 80, "b");
+    let router: &Router = lab.router();
+    let other = Ipv4Addr::new(10, 43, 0, 81);
+    let rule = |ip, to: Ipv4Addr| service(ip, Protocol::Tcp, 80, &[(to, 80)]);
+    let (a, b) = (a.address, b.address);
+    let says = |ip| call_from(&client, ip, 80).map(|greeting| greeting[..1].to_owned()).map_err(|error| error.kind());
+    router.sync_services(&[rule(IP, a)]).unwrap();
+    assert_eq!(router.change_services(&[], &[rule(other, b)]).unwrap(), Some(1));
+    assert_eq!((says(IP), says(other)), (Ok("a".into()), Ok("b".into())));
+    assert_eq!(router.change_services(&[rule(IP, a)], &[rule(IP, b)]).unwrap(), Some(1));
+    assert_eq!(router.change_services(&[rule(IP, b)], &[rule(IP, b)]).unwrap(), Some(0));
+    assert_eq!((says(IP), says(other)), (Ok("b".into()), Ok("b".into())));
+    let error = router.change_services(&[], &[rule(IP, a)]).unwrap_err().to_string();
+    assert!(error.contains("10.43.0.80:80/tcp") && error.contains("is both"), "{error}");
+    assert_eq!(router.change_services(&[rule(IP, b)], &[]).unwrap(), Some(1));
+    assert_eq!((says(IP), says(other)), (Err(ErrorKind::ConnectionRefused), Ok("b".into())));
+    assert_eq!(router.sync_services(&[rule(other, b)]).unwrap(), 0, "nothing else is left");
 }

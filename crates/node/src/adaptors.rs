@@ -216,6 +216,18 @@ fn failed(operation: &'static str, error: &network::Error) -> NetworkError {
     NetworkError { operation, message: crate::volumes::chain(error), reason }
 }
 
+/// One Service with a foreign address must not keep all others from working.
+fn served(router: &Router, rules: Vec<ServiceRule>) -> Vec<ServiceRule> {
+    let config = router.config();
+    let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|rule| config.serves(rule.cluster_ip));
+    let (v4, v6) = (config.service_cidr, config.service_cidr6);
+    for rule in foreign {
+        let (namespace, name) = (&rule.namespace, &rule.name);
+        tracing::warn!("service {namespace}/{name}: address {} is not in {v4} or {v6}", rule.cluster_ip);
+    }
+    ours
+}
+
 #[async_trait]
 impl Networks for RouterNetworks {
     async fn attach(&self, request: &Attach) -> Result<SandboxNetwork, NetworkError> {
@@ -282,17 +294,11 @@ impl Networks for RouterNetworks {
     }
 
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError> {
-        let work = move |router: &Router| {
-            // One Service with a foreign address must not keep all others from working.
-            let config = router.config();
-            let (ours, foreign): (Vec<_>, Vec<_>) = rules.into_iter().partition(|rule| config.serves(rule.cluster_ip));
-            let (v4, v6) = (config.service_cidr, config.service_cidr6);
-            for rule in foreign {
-                let (namespace, name) = (&rule.namespace, &rule.name);
-                tracing::warn!("service {namespace}/{name}: address {} is not in {v4} or {v6}", rule.cluster_ip);
-            }
-            router.sync_services(&ours).map(drop)
-        };
+        self.run("services", move |router| router.sync_services(&served(router, rules)).map(drop)).await
+    }
+
+    async fn change_services(&self, before: Vec<ServiceRule>, after: Vec<ServiceRule>) -> Result<bool, NetworkError> {
+        let work = move |router: &Router| Ok(router.change_services(&before, &served(router, after))?.is_some());
         self.run("services", work).await
     }
 

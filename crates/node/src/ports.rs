@@ -146,6 +146,8 @@ pub trait Networks: Send + Sync + 'static {
     async fn detach(&self, uid: &str) -> Result<(), NetworkError>;
     /// Replaces all Service rules.
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError>;
+    /// Replaces those rules by these; false: it does not know which there are, and has to be handed all.
+    async fn change_services(&self, before: Vec<ServiceRule>, after: Vec<ServiceRule>) -> Result<bool, NetworkError>;
     /// Replaces all ports of the host that lead to workloads; answers those that could not be opened.
     async fn sync_exposed(&self, _exposures: Vec<Exposure>) -> Result<Vec<NotOpen>, NetworkError> {
         Ok(Vec::new())

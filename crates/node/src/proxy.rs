@@ -1,16 +1,18 @@
 //! Services as the network sees them: rules for ClusterIPs and names for DNS, from Services and EndpointSlices. Pure
 //! functions and one task: a change acts at once; further ones are gathered for as long as that took, at most for [`PAUSE`].
-//! Only Services that changed are read again.
+//! Only Services that changed are read again ([`known`]), and the network is handed only those.
 
-use crate::ports::{Networks, Protocol, Records, ServiceRule};
-use api::demand::BACKENDS;
-use api::informer::Informer;
-use api::k8s::api::core::v1::{Service, ServicePort, ServiceSpec};
+mod known;
+
+use crate::ports::{NetworkError, Networks, Protocol, Records, ServiceRule};
+use api::informer::{Change, Informer, Key};
+use api::k8s::api::core::v1::{ServicePort, ServiceSpec};
 use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
 use api::object::{Meta, SharedObject};
+use known::{Changed, Known, Seen};
 use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
 use serde::Deserialize;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,25 +29,66 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
     services.synced().await;
     slices.synced().await;
     let mut known = Known::default();
+    // What has changed since the last turn; absent: anything may have.
+    let mut told: Option<Vec<Told>> = None;
     loop {
         let begun = Instant::now();
-        while service_changes.try_next().is_some() {}
-        while slice_changes.try_next().is_some() {}
-        let (rules, records) = known.compute(&node, &services.list(), &slices.list());
-        let mut failed = false;
-        for error in
-            [networks.sync_services(rules).await.err(), networks.sync_dns(records).await.err()].into_iter().flatten()
-        {
-            tracing::warn!("services are not up to date, trying again: {error}");
-            failed = true;
+        while let Some(change) = service_changes.try_next() {
+            note(&mut told, Told::Service, change);
         }
+        while let Some(change) = slice_changes.try_next() {
+            note(&mut told, Told::Slice, change);
+        }
+        let changed = match told.take() {
+            Some(told) => Some(known.apply(told.into_iter().map(|told| match told {
+                Told::Service(key) => Seen::Service(key.clone(), services.get_key(&key)),
+                Told::Slice(key) => Seen::Slice(key.clone(), slices.get_key(&key)),
+            }))),
+            None => {
+                known = Known::of(&node, services.list(), slices.list());
+                None
+            }
+        };
+        let failed = hand_over(&*networks, &known, changed).await.is_err();
         tokio::time::sleep(begun.elapsed().min(PAUSE)).await;
+        told = (!failed).then(Vec::new);
         tokio::select! {
-            _ = service_changes.next() => {}
-            _ = slice_changes.next() => {}
-            () = tokio::time::sleep(if failed { RETRY } else { RESYNC }) => {}
+            change = service_changes.next() => note(&mut told, Told::Service, change),
+            change = slice_changes.next() => note(&mut told, Told::Slice, change),
+            () = tokio::time::sleep(if failed { RETRY } else { RESYNC }) => told = None,
         }
     }
+}
+
+enum Told {
+    Service(Key),
+    Slice(Key),
+}
+
+fn note(told: &mut Option<Vec<Told>>, of: fn(Key) -> Told, change: Change) {
+    match change {
+        Change::Object { key, .. } => told.iter_mut().for_each(|told| told.push(of(key.clone()))),
+        Change::Everything => *told = None,
+    }
+}
+
+/// Gives the network what changed, or, where that is not known here or there, all of it.
+async fn hand_over(networks: &dyn Networks, known: &Known, changed: Option<Changed>) -> Result<(), NetworkError> {
+    let names = changed.as_ref().is_none_or(|changed| changed.names);
+    let done = match changed {
+        Some(Changed { before, after, .. }) if before.is_empty() && after.is_empty() => Ok(true),
+        Some(Changed { before, after, .. }) => networks.change_services(before, after).await,
+        None => Ok(false),
+    };
+    let services = match done {
+        Ok(false) => networks.sync_services(known.rules()).await,
+        other => other.map(drop),
+    };
+    let records = if names { networks.sync_dns(known.records()).await } else { Ok(()) };
+    for error in [&services, &records].into_iter().filter_map(|outcome| outcome.as_ref().err()) {
+        tracing::warn!("services are not up to date, trying again: {error}");
+    }
+    services.and(records)
 }
 
 pub(crate) fn protocol(text: Option<&str>) -> Protocol {
@@ -60,7 +103,10 @@ pub(crate) fn protocol(text: Option<&str>) -> Protocol {
 pub(crate) type Slices = BTreeMap<(String, String), Vec<EndpointSlice>>;
 
 /// Those of Services that `of` chooses, by namespace and name.
-pub(crate) fn by_service(slices: &[SharedObject], of: impl Fn(&(String, String)) -> bool) -> Slices {
+pub(crate) fn by_service<'a>(
+    slices: impl IntoIterator<Item = &'a SharedObject>,
+    of: impl Fn(&(String, String)) -> bool,
+) -> Slices {
     let mut by_service: Slices = BTreeMap::new();
     for object in slices {
         let Some(service) = object.label("kubernetes.io/service-name") else { continue };
@@ -77,74 +123,13 @@ pub(crate) fn by_service(slices: &[SharedObject], of: impl Fn(&(String, String))
 }
 
 /// Pure: rules and names of these objects.
-pub(crate) fn compute(node: &str, services: &[SharedObject], slices: &[SharedObject]) -> (Vec<ServiceRule>, Records) {
-    Known::default().compute(node, services, slices)
-}
-
-/// What Services came to, by namespace and name, with the objects that said so: one that changes is another object.
-#[derive(Default)]
-struct Known(HashMap<(String, String), One>);
-
-struct One {
-    service: SharedObject,
+pub(crate) fn compute(
+    node: &str,
+    services: Vec<SharedObject>,
     slices: Vec<SharedObject>,
-    rules: Vec<ServiceRule>,
-    record: Option<ServiceRecord>,
-}
-
-impl Known {
-    fn compute(
-        &mut self,
-        node: &str,
-        services: &[SharedObject],
-        slices: &[SharedObject],
-    ) -> (Vec<ServiceRule>, Records) {
-        let mut own: BTreeMap<(&str, &str), Vec<&SharedObject>> = BTreeMap::new();
-        for slice in slices {
-            if let Some(service) = slice.label("kubernetes.io/service-name") {
-                own.entry((slice.namespace(), service)).or_default().push(slice);
-            }
-        }
-        let mut before = std::mem::take(&mut self.0);
-        let (mut rules, mut records) = (Vec::new(), Records::default());
-        for service in services {
-            let key = (service.namespace().to_owned(), service.name().to_owned());
-            let slices = own.remove(&(service.namespace(), service.name())).unwrap_or_default();
-            let one = match before.remove(&key).filter(|one| one.is_of(service, &slices)) {
-                Some(one) => one,
-                None => One::read(node, service, &slices),
-            };
-            rules.extend(one.rules.iter().cloned());
-            records.services.extend(one.record.clone());
-            self.0.insert(key, one);
-        }
-        rules.sort_by_key(|r| (r.cluster_ip, r.protocol, r.port));
-        (rules, records)
-    }
-}
-
-impl One {
-    fn is_of(&self, service: &SharedObject, slices: &[&SharedObject]) -> bool {
-        Arc::ptr_eq(&self.service, service)
-            && self.slices.len() == slices.len()
-            && self.slices.iter().zip(slices).all(|(one, other)| Arc::ptr_eq(one, other))
-    }
-
-    fn read(node: &str, service: &SharedObject, slices: &[&SharedObject]) -> One {
-        let slices: Vec<SharedObject> = slices.iter().map(|slice| (*slice).clone()).collect();
-        let key = (service.namespace().to_owned(), service.name().to_owned());
-        let (rules, record) = match Service::deserialize(&**service).ok().and_then(|service| service.spec) {
-            Some(spec) => {
-                let parts = by_service(&slices, |_| true).remove(&key).unwrap_or_default();
-                let (mut rules, record) = rules_and_record(node, key, &spec, &parts);
-                let activated = service.annotation(BACKENDS).is_some_and(|backends| !backends.is_empty());
-                rules.iter_mut().for_each(|rule| rule.activated = activated);
-                (rules, record)
-            }
-            None => (Vec::new(), None),
-        };
-        One { service: service.clone(), slices, rules, record }
-    }
+) -> (Vec<ServiceRule>, Records) {
+    let known = Known::of(node, services, slices);
+    (known.rules(), known.records())
 }
 
 fn rules_and_record(
@@ -323,7 +308,7 @@ mod tests {
             json!([{"name": "http", "port": 8080}, {"name": "dns", "port": 5353, "protocol": "UDP"}]),
             json!([endpoint("10.42.0.9", true), endpoint("10.42.0.3", true), endpoint("10.42.0.4", false)]),
         )];
-        let (rules, records) = compute("n", &services, &slices);
+        let (rules, records) = compute("n", services.to_vec(), slices.to_vec());
         let two = |port| vec![(ip("10.42.0.3"), port), (ip("10.42.0.9"), port)];
         assert_eq!(rules.len(), 2);
         assert_eq!((rules[0].protocol, rules[0].port, &rules[0].endpoints), (Protocol::Tcp, 80, &two(8080)));
@@ -334,20 +319,35 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_is_read_again() {
-        let services = [service("web", json!({"clusterIP": "10.43.0.5", "ports": [{"port": 80}]}))];
-        let mut known = Known::default();
-        let mut endpoints = |addresses: &[&str]| {
+    fn only_what_changes_is_handed_on() {
+        let spec = |address: &str| json!({"clusterIP": address, "ports": [{"port": 80}]});
+        let (web, other) = (service("web", spec("10.43.0.5")), service("other", spec("10.43.0.6")));
+        let of = |name: &str, addresses: &[&str]| {
             let all = addresses.iter().map(|address| endpoint(address, true)).collect();
-            let slices = [slice("web", json!([{"name": "", "port": 80}]), Value::Array(all))];
-            let (rules, records) = known.compute("n", &services, &slices);
-            let again = known.compute("n", &services, &slices);
-            assert_eq!((&again.0, again.1.services.len()), (&rules, records.services.len()));
-            rules[0].endpoints.len()
+            slice(name, json!([{"name": "", "port": 80}]), Value::Array(all))
         };
-        assert_eq!((endpoints(&["10.42.0.3"]), endpoints(&["10.42.0.3", "10.42.0.4"]), endpoints(&[])), (1, 2, 0));
-        assert!(known.compute("n", &services, &[]).0[0].endpoints.is_empty());
-        assert!(known.compute("n", &[], &[]).0.is_empty() && known.0.is_empty());
+        let service =
+            |object: &SharedObject, there: bool| Seen::Service(Key::of(object), there.then(|| object.clone()));
+        let slice = |object: &SharedObject, there: bool| Seen::Slice(Key::of(object), there.then(|| object.clone()));
+        let first = of("web", &["10.42.0.3"]);
+        let mut known = Known::of("n", vec![web.clone()], vec![first.clone(), of("other", &["10.42.0.9"])]);
+        let mut apply = |seen: Vec<Seen>| {
+            let Changed { before, after, names } = known.apply(seen.into_iter());
+            let all = (known.rules().len(), known.records().services.len());
+            let counts = |rules: &[ServiceRule]| rules.iter().map(|rule| rule.endpoints.len()).collect::<Vec<_>>();
+            (counts(&before), counts(&after), names, all)
+        };
+        assert_eq!(apply(vec![slice(&first, true)]), (vec![], vec![], false, (1, 1)), "nothing is new");
+        let second = of("web", &["10.42.0.3", "10.42.0.4"]);
+        assert_eq!(apply(vec![slice(&second, true)]), (vec![1], vec![2], false, (1, 1)));
+        assert_eq!(apply(vec![slice(&second, false)]), (vec![2], vec![0], false, (1, 1)));
+        assert_eq!(apply(vec![service(&other, true)]), (vec![], vec![1], true, (2, 2)), "its slice came first");
+        assert_eq!(apply(vec![service(&web, false), slice(&second, true)]), (vec![0], vec![], true, (1, 1)));
+        assert_eq!(apply(vec![service(&web, true)]), (vec![], vec![2], true, (2, 2)));
+        // A slice that is another Service's from now on.
+        let mut moved = (*second).clone();
+        moved.set_label("kubernetes.io/service-name", "other");
+        assert_eq!(apply(vec![slice(&Arc::new(moved), true)]), (vec![1, 2], vec![3, 0], false, (2, 2)));
     }
 
     #[test]
@@ -356,8 +356,9 @@ mod tests {
         let ports = json!([{"name": "", "port": 8080}]);
         let mut six = (*slice("web", ports.clone(), json!([endpoint("fd00:10:42::3", true)]))).clone();
         six["addressType"] = "IPv6".into();
+        six["metadata"]["name"] = "web-2".into();
         let slices = [slice("web", ports, json!([endpoint("10.42.0.3", true)])), Arc::new(six)];
-        let (rules, records) = compute("n", &[service("web", spec)], &slices);
+        let (rules, records) = compute("n", vec![service("web", spec)], slices.to_vec());
         let of = |text: &str| &rules.iter().find(|rule| rule.cluster_ip == ip(text)).unwrap().endpoints;
         assert_eq!(of("10.43.0.5"), &[(ip("10.42.0.3"), 8080)]);
         assert_eq!(of("fd00:10:43::5"), &[(ip("fd00:10:42::3"), 8080)]);
@@ -371,7 +372,7 @@ mod tests {
             json!({"addresses": ["10.42.0.7"], "conditions": {"ready": false, "serving": true, "terminating": true}});
         let go = |endpoints: Value| {
             let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
-            compute("n", &services, &slices).0[0].endpoints.clone()
+            compute("n", services.to_vec(), slices.to_vec()).0[0].endpoints.clone()
         };
         assert_eq!(go(json!([ending, endpoint("10.42.0.8", false)])), [(ip("10.42.0.7"), 80)]);
         assert_eq!(go(json!([ending, endpoint("10.42.0.8", true)])), [(ip("10.42.0.8"), 80)]);
@@ -387,7 +388,7 @@ mod tests {
         ];
         let endpoints = json!([{"addresses": ["10.42.0.3"], "hostname": "db-0"}, endpoint("10.42.0.4", false)]);
         let slices = [slice("db", json!([{"name": "pg", "port": 6000}]), endpoints)];
-        let (rules, records) = compute("n", &services, &slices);
+        let (rules, records) = compute("n", services.to_vec(), slices.to_vec());
         assert!(rules.is_empty());
         let record = EndpointRecord { address: ip("10.42.0.3"), hostname: Some("db-0".into()) };
         assert_eq!(records.services[0].kind, ServiceKind::Headless(vec![record]));

@@ -1,11 +1,13 @@
 //! Measures a running API server from outside, over TLS with the administrator's certificate:
-//! `apibench KUBECONFIG creates|watchers|pods|path` prints one JSON value.
+//! `apibench KUBECONFIG creates|watchers|pods|path|endpoint` prints one JSON value.
 //!
 //! - `creates`: durable creates of ConfigMaps a second, 64 connections.
 //! - `watchers`: from sending a create until the last of 100 watchers has its event.
 //! - `pods`: from sending a pod until its process has written its first line (the log's own timestamp).
 //! - `path IMAGE COUNT`: the same as the process itself tells it.
+//! - `endpoint ROUTER COUNT`: from a changed EndpointSlice until the kernel has it.
 
+mod endpoint;
 mod path;
 
 use http_body_util::{BodyExt, Full};
@@ -223,7 +225,7 @@ async fn pods(target: Target) -> Result<Value, Fault> {
 async fn main() -> Result<(), Fault> {
     let args: Vec<String> = std::env::args().collect();
     let (Some(config), Some(what)) = (args.get(1), args.get(2)) else {
-        return Err("usage: apibench KUBECONFIG creates|watchers|pods|path".into());
+        return Err("usage: apibench KUBECONFIG creates|watchers|pods|path|endpoint".into());
     };
     let target = target(config)?;
     let mut sender = target.connect().await?;
@@ -242,7 +244,13 @@ async fn main() -> Result<(), Fault> {
             };
             path::path(target, image, count).await?
         }
-        other => return Err(format!("{other}: must be creates, watchers, pods or path").into()),
+        "endpoint" => {
+            let (Some(router), Some(Ok(count))) = (args.get(3), args.get(4).map(|count| count.parse())) else {
+                return Err("usage: apibench KUBECONFIG endpoint ROUTER COUNT".into());
+            };
+            endpoint::endpoint(target, router, count).await?
+        }
+        other => return Err(format!("{other}: must be creates, watchers, pods, path or endpoint").into()),
     };
     println!("{result}");
     Ok(())

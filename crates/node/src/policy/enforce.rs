@@ -318,6 +318,9 @@ impl Networks for Enforced {
     async fn sync_services(&self, rules: Vec<ServiceRule>) -> Result<(), NetworkError> {
         self.inner.sync_services(rules).await
     }
+    async fn change_services(&self, before: Vec<ServiceRule>, after: Vec<ServiceRule>) -> Result<bool, NetworkError> {
+        self.inner.change_services(before, after).await
+    }
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError> {
         self.inner.sync_dns(records).await
     }

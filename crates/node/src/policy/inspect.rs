@@ -323,7 +323,7 @@ impl Inspector {
 
     /// Where connections to a Service's address go.
     fn endpoints(&self, address: IpAddr, number: u8, port: Option<u16>) -> Result<Vec<(IpAddr, Option<u16>)>, String> {
-        let (rules, _) = proxy::compute("", &self.services.list(), &self.slices.list());
+        let (rules, _) = proxy::compute("", self.services.list(), self.slices.list());
         let of: Vec<_> = rules.iter().filter(|rule| rule.cluster_ip == address).collect();
         let Some(first) = of.first() else { return Err(format!("{address}: no Service has that address")) };
         let name = format!("Service {}/{}", first.namespace, first.name);

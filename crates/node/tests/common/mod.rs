@@ -350,6 +350,14 @@ impl Networks for FakeNetworks {
         *self.services.lock().unwrap() = rules;
         Ok(())
     }
+    async fn change_services(&self, before: Vec<ServiceRule>, after: Vec<ServiceRule>) -> Result<bool, NetworkError> {
+        let key = |rule: &ServiceRule| (rule.cluster_ip, rule.protocol, rule.port);
+        let mut services = self.services.lock().unwrap();
+        services.retain(|rule| !before.contains(rule));
+        services.extend(after);
+        services.sort_by_key(key);
+        Ok(true)
+    }
     async fn sync_dns(&self, records: Records) -> Result<(), NetworkError> {
         *self.records.lock().unwrap() = records;
         Ok(())
