@@ -26,6 +26,7 @@ const TARGETS: &[(&str, Target)] = &[
     ("dns", wire::dns),
     ("dhcp", wire::dhcp),
     ("egress_packet", wire::egress_packet),
+    ("sctp_packet", wire::sctp_packet),
     ("spdy", wire::spdy),
     ("qmp", wire::qmp),
     ("vm_snapshot", wire::vm_snapshot),

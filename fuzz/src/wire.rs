@@ -31,6 +31,11 @@ pub fn egress_packet(data: &[u8]) {
     network::fuzz::fuzz_packet(data);
 }
 
+/// What comes to a port of the host by SCTP.
+pub fn sctp_packet(data: &[u8]) {
+    network::fuzz::fuzz_sctp(data);
+}
+
 pub fn dns(data: &[u8]) {
     if let Ok(query) = codec::parse(data) {
         for udp in [true, false] {

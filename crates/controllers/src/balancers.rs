@@ -18,7 +18,6 @@ const COMPONENT: &str = "load-balancer-controller";
 /// Kubernetes' own name for it.
 const PORTS_ERROR: &str = "LoadBalancerPortsError";
 const IN_USE: &str = "atoll.dev/PortInUse";
-const NOT_CARRIED: &str = "atoll.dev/ProtocolNotSupported";
 
 pub(crate) struct Balancers {
     context: Arc<Context>,
@@ -116,17 +115,10 @@ impl Balancers {
             let (mut told, mut failed) = (Vec::new(), 0);
             for (protocol, port) in &ports {
                 let mut one = json!({"port": port, "protocol": protocol});
-                let error = match taken.get(&(address.is_ipv4(), protocol.clone(), *port)) {
-                    Some(owner) => Some((IN_USE, format!("{port}/{protocol} is Service {owner}'s, which is older"))),
-                    None if protocol == "SCTP" => {
-                        Some((NOT_CARRIED, format!("{port}/SCTP: only TCP and UDP are carried")))
-                    }
-                    None => None,
-                };
-                if let Some((error, why)) = error {
-                    one["error"] = error.into();
+                if let Some(owner) = taken.get(&(address.is_ipv4(), protocol.clone(), *port)) {
+                    one["error"] = IN_USE.into();
                     failed += 1;
-                    problems.insert(why);
+                    problems.insert(format!("{port}/{protocol} is Service {owner}'s, which is older"));
                 }
                 told.push(one);
             }

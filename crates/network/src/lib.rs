@@ -50,6 +50,7 @@ pub mod watch;
 pub mod dns;
 /// Parsers of what machines send, for fuzz targets.
 pub mod fuzz {
+    pub use crate::exposed::fuzz_sctp;
     pub use crate::guests::{dhcp4, dhcp6};
     pub use crate::relay::fuzz_packet;
 }

@@ -5,10 +5,12 @@
 mod common;
 use common::*;
 use network::policy::{Action, Direction, Otherwise, Ports, Profile, Ranges, Rule};
-use network::{Attachment, Isolation, Policies, Protocol, in_netns};
+use network::{Attachment, Exposer, Exposure, Isolation, Leads, Policies, Protocol, in_netns};
 use rustix::fd::OwnedFd;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, bind, recv, sendto, socket, sockopt};
-use std::net::{Ipv4Addr, SocketAddr};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, bind, recvfrom, sendto, socket, sockopt};
+use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,32 +81,37 @@ struct End(OwnedFd);
 
 impl End {
     fn of(pod: &Attachment) -> End {
+        End::at(&netns(pod), pod.address)
+    }
+
+    fn at(netns: &Path, address: impl Into<IpAddr>) -> End {
+        let address = address.into();
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
         let open = || {
-            let socket = socket(AddressFamily::INET, SocketType::RAW, Some(rustix::net::ipproto::SCTP)).unwrap();
-            bind(&socket, &SocketAddr::new(pod.address.into(), 0)).unwrap();
+            let socket = socket(family, SocketType::RAW, Some(rustix::net::ipproto::SCTP)).unwrap();
+            bind(&socket, &SocketAddr::new(address, 0)).unwrap();
             sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(Duration::from_millis(700))).unwrap();
             End(socket)
         };
-        in_netns(&netns(pod), open).unwrap()
+        in_netns(netns, open).unwrap()
     }
 
-    fn send(&self, to: Ipv4Addr, packet: &Packet) {
-        sendto(&self.0, &packet.bytes(), SendFlags::empty(), &SocketAddr::new(to.into(), 0)).unwrap();
+    fn send(&self, to: IpAddr, packet: &Packet) {
+        sendto(&self.0, &packet.bytes(), SendFlags::empty(), &SocketAddr::new(to, 0)).unwrap();
     }
 
     /// Who sent the next packet, and what it is; `None`: none came.
-    fn next(&self) -> Option<(Ipv4Addr, Packet)> {
+    fn next(&self) -> Option<(IpAddr, Packet)> {
         let mut buffer = [0; 2048];
-        let (length, _) = recv(&self.0, buffer.as_mut_slice(), RecvFlags::empty()).ok()?;
-        let header = usize::from(buffer[0] & 15) * 4;
-        let from: [u8; 4] = buffer[12..16].try_into().unwrap();
-        Some((from.into(), Packet::of(&buffer[header..length])))
+        let (length, _, from) = recvfrom(&self.0, buffer.as_mut_slice(), RecvFlags::empty()).ok()?;
+        let from = SocketAddr::try_from(from.unwrap()).unwrap().ip();
+        let header = if from.is_ipv4() { usize::from(buffer[0] & 15) * 4 } else { 0 };
+        Some((from, Packet::of(&buffer[header..length])))
     }
 }
 
-/// A server that says its name in answer to data.
-fn serve(pod: &Attachment, name: &'static str) {
-    let end = End::of(pod);
+/// A server that says its name, and whom it answers, in answer to data.
+fn serve(end: End, name: &'static str) {
     std::thread::spawn(move || {
         let (own, mut theirs) = (0x5e5e_0001u32, 0);
         loop {
@@ -115,7 +122,7 @@ fn serve(pod: &Attachment, name: &'static str) {
                     packet.answer(theirs, INIT_ACK, [&init(own)[..], &[0, 7, 0, 8], b"cook"].concat())
                 }
                 COOKIE_ECHO => packet.answer(theirs, COOKIE_ACK, Vec::new()),
-                DATA => packet.answer(theirs, DATA, data(name.as_bytes())),
+                DATA => packet.answer(theirs, DATA, data(format!("{name} {from}").as_bytes())),
                 _ => continue,
             };
             end.send(from, &answer);
@@ -133,12 +140,14 @@ fn data(said: &[u8]) -> Vec<u8> {
     [&1u32.to_be_bytes()[..], &[0; 8], said].concat()
 }
 
-/// An association of its own: the server's name, as its data says, and from whom all answers came.
-fn ask(end: &End, from: u16, to: Ipv4Addr) -> Option<(String, Ipv4Addr)> {
+/// What the server says in an association of its own. All answers have to come from whom they were asked of.
+fn ask(end: &End, from: u16, to: impl Into<IpAddr>) -> Option<String> {
+    let to = to.into();
     let packet = |tag, chunk, body| Packet { from, to: PORT, tag, chunk, body };
     let turn = |packet: &Packet, wanted: u8| {
         end.send(to, packet);
-        let (sender, answer) = end.next()?;
+        // An end on the host hears what it says to the host itself.
+        let (sender, answer) = std::iter::from_fn(|| end.next()).find(|(_, packet)| packet.to == from)?;
         assert_eq!((sender, answer.chunk, answer.from, answer.to), (to, wanted, PORT, from));
         Some(answer)
     };
@@ -148,7 +157,7 @@ fn ask(end: &End, from: u16, to: Ipv4Addr) -> Option<(String, Ipv4Addr)> {
     let answer = turn(&packet(tag, DATA, data(b"who?")), DATA)?;
     end.send(to, &packet(tag, SACK, [0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 0].to_vec()));
     assert_eq!(answer.tag, own);
-    Some((String::from_utf8(answer.body[12..].to_vec()).unwrap(), to))
+    Some(String::from_utf8(answer.body[12..].to_vec()).unwrap())
 }
 
 fn kernel_has_its_own() -> bool {
@@ -167,18 +176,19 @@ fn services_carry_sctp() {
         return;
     }
     let (a, b, client) = (lab.pod("a"), lab.pod("b"), lab.pod("client"));
-    serve(&a, "a");
-    serve(&b, "b");
+    serve(End::of(&a), "a");
+    serve(End::of(&b), "b");
     let end = End::of(&client);
     let to = [(a.address, PORT), (b.address, PORT)];
-    assert_eq!(ask(&end, OWN, a.address).unwrap().0, "a");
+    let whom = format!("a {}", client.address);
+    assert_eq!(ask(&end, OWN, a.address).unwrap(), whom);
     lab.router().sync_services(&[service(IP, Protocol::Sctp, PORT, &to)]).unwrap();
-    let mut heard: Vec<String> = (1..=24).map(|turn| ask(&end, OWN + turn, IP).unwrap().0).collect();
+    let mut heard: Vec<String> = (1..=24).map(|turn| ask(&end, OWN + turn, IP).unwrap()).collect();
     heard.sort();
     heard.dedup();
-    assert_eq!(heard, ["a", "b"], "associations are spread");
+    assert_eq!(heard, [whom.clone(), format!("b {}", client.address)], "associations are spread");
     lab.router().sync_services(&[service(IP, Protocol::Sctp, PORT, &to[..1])]).unwrap();
-    assert!((100..108).all(|turn| ask(&end, OWN + turn, IP).unwrap().0 == "a"));
+    assert!((100..108).all(|turn| ask(&end, OWN + turn, IP).unwrap() == whom));
     // The same number of another protocol is another port.
     lab.router().sync_services(&[service(IP, Protocol::Tcp, PORT, &to)]).unwrap();
     assert_eq!(ask(&end, OWN + 200, IP), None);
@@ -191,8 +201,8 @@ fn policies_tell_sctp_from_others() {
         return;
     }
     let (a, b, client) = (lab.pod("a"), lab.pod("b"), lab.pod("client"));
-    serve(&a, "a");
-    serve(&b, "b");
+    serve(End::of(&a), "a");
+    serve(End::of(&b), "b");
     let leases = lab.router().leases();
     let workloads = leases.iter().map(|l| (l.address, l.namespace.as_str(), l.uid.as_str()));
     let mut policies = Policies::without_rules(Isolation::Private, workloads);
@@ -213,6 +223,60 @@ fn policies_tell_sctp_from_others() {
     }
     lab.router().sync_policies(policies).unwrap();
     let end = End::of(&client);
-    assert_eq!(ask(&end, OWN, a.address).unwrap().0, "a");
+    assert_eq!(ask(&end, OWN, a.address).unwrap(), format!("a {}", client.address));
     assert_eq!(ask(&end, OWN + 1, b.address), None, "only TCP is allowed there");
+}
+
+#[test]
+fn ports_of_the_host_carry_sctp() {
+    let Some(lab) = lab() else { return };
+    if kernel_has_its_own() {
+        return;
+    }
+    let (address, other) = (Ipv4Addr::new(203, 0, 113, 2), Ipv4Addr::new(203, 0, 113, 3));
+    let address6 = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 2);
+    let (client, client6) = (Ipv4Addr::new(203, 0, 113, 1), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1));
+    let of_host = [format!("{address}/24"), format!("{other}/24"), format!("{address6}/64 nodad")];
+    let (host, world) = outside(&of_host, &[format!("{client}/24"), format!("{client6}/64 nodad")]);
+    let (a, b) = (lab.pod("a"), lab.pod("b"));
+    serve(End::of(&a), "a");
+    serve(End::of(&b), "b");
+    let (own6, router) = (a.address6.unwrap(), lab.router().config().router_address());
+    serve(End::at(&netns(&a), own6), "six");
+    let mut exposer = Exposer::new(lab.router(), File::open(&host).unwrap().into()).unwrap();
+    let exposure = |listen: IpAddr, to: &[(IpAddr, u16)]| Exposure {
+        namespace: "default".into(),
+        name: "diameter".into(),
+        listen: (listen, PORT).into(),
+        protocol: Protocol::Sctp,
+        leads: Leads::To { endpoints: to.to_vec(), sticky: false },
+        sources: Ranges::default(),
+    };
+    let mut open = |exposures: Vec<Exposure>| {
+        let failed = exposer.sync(lab.router(), exposures).unwrap();
+        assert!(failed.is_empty(), "{failed:?}");
+    };
+    // The pod's port is another one than the host's.
+    let to = |pod: &Attachment| (IpAddr::from(pod.address), 5000);
+    let everywhere = |v6: bool| if v6 { Ipv6Addr::UNSPECIFIED.into() } else { IpAddr::from(Ipv4Addr::UNSPECIFIED) };
+    open(vec![exposure(everywhere(false), &[to(&a), to(&b)]), exposure(everywhere(true), &[(own6.into(), 5000)])]);
+    let (end, end6) = (End::at(&world, client), End::at(&world, client6));
+    let mut heard: Vec<String> = (0..8).map(|turn| ask(&end, OWN + turn, address).unwrap()).collect();
+    heard.sort();
+    heard.dedup();
+    assert_eq!(heard, [format!("a {client}"), format!("b {client}")]);
+    assert_eq!(ask(&end6, OWN, address6).unwrap(), format!("six {client6}"));
+    // A client's port leads to an endpoint once, by whichever of the host's addresses; then to the other.
+    let ways = [address, other].map(|address| ask(&end, OWN + 20, address).unwrap());
+    assert_ne!(ways[0], ways[1]);
+    // The host itself is the node.
+    let inside = End::at(&host, address);
+    assert!(ask(&inside, OWN, address).is_some_and(|said| said.ends_with(&format!(" {router}"))));
+    // An endpoint that has gone takes its associations along: a new one of the same port finds the other.
+    open(vec![exposure(address.into(), &[to(&b)])]);
+    assert!((0..8).all(|turn| ask(&end, OWN + turn, address).unwrap() == format!("b {client}")));
+    assert_eq!(ask(&end, OWN + 30, other), None, "that address has no port any more");
+    lab.defaults(Isolation::Private);
+    open(Vec::new());
+    assert_eq!(ask(&end, OWN + 31, address), None);
 }

@@ -16,6 +16,7 @@
 mod datagram;
 mod health;
 mod reactor;
+mod sctp;
 mod slots;
 mod stream;
 
@@ -28,7 +29,7 @@ use crate::services::Protocol;
 use crate::sys;
 use reactor::{Command, Mailbox};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
@@ -48,7 +49,7 @@ pub struct Exposure {
     pub name: String,
     /// An address of the host, or the unspecified one for all of a family.
     pub listen: SocketAddr,
-    /// TCP or UDP; SCTP is not carried.
+    /// SCTP only where the kernel does not speak it itself.
     pub protocol: Protocol,
     pub leads: Leads,
     /// Who may connect; empty: anyone.
@@ -96,7 +97,25 @@ impl Exposure {
     }
 }
 
+/// What a raw socket hears, given other ports.
+pub fn fuzz_sctp(data: &[u8]) {
+    for v6 in [false, true] {
+        let mut heard = data.to_vec();
+        let Some(packet) = sctp::packet(&mut heard, v6) else { continue };
+        let length = packet.len();
+        sctp::readdress(packet, 1, 2);
+        assert!(sctp::ports(packet) == Some((1, 2)));
+        assert!(heard.ends_with(data.get(data.len() - length + 12..).unwrap_or_default()));
+    }
+}
+
 type Key = (SocketAddr, Protocol);
+
+fn is_sctp(exposure: &Exposure) -> bool {
+    exposure.protocol == Protocol::Sctp
+}
+
+const SCTP_OF_KERNEL: &str = "this host's kernel speaks SCTP itself (module sctp) and refuses what comes for others: unload that, or use the ClusterIP";
 
 /// Whom a connection is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,6 +175,10 @@ impl Exposer {
     pub fn sync(&mut self, router: &Router, mut wanted: Vec<Exposure>) -> Result<Vec<NotOpen>> {
         keep_own_endpoints(router, &mut wanted);
         let (mut keys, mut new, mut failed) = (HashSet::new(), Vec::new(), Vec::new());
+        if wanted.iter().any(is_sctp) && sctp::kernel_has_its_own() {
+            let refused = wanted.extract_if(.., |exposure| is_sctp(exposure));
+            failed.extend(refused.map(|exposure| NotOpen { exposure, why: io::Error::other(SCTP_OF_KERNEL) }));
+        }
         let mut changed = Vec::new();
         for exposure in wanted {
             let key = exposure.key();
@@ -239,23 +262,24 @@ fn keep_own_endpoints(router: &Router, wanted: &mut [Exposure]) {
 fn bind(exposure: &Exposure) -> io::Result<OwnedFd> {
     let v6 = exposure.listen.is_ipv6();
     let family = if v6 { AddressFamily::INET6 } else { AddressFamily::INET };
-    let kind = match exposure.protocol {
-        Protocol::Tcp => SocketType::STREAM,
-        Protocol::Udp => SocketType::DGRAM,
-        Protocol::Sctp => return Err(io::Error::other("SCTP is not carried to the host's ports")),
-    };
-    let socket = rustix::net::socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
-    if v6 {
+    let socket = socket(family, exposure.protocol)?;
+    // A raw socket is of one family.
+    if v6 && !is_sctp(exposure) {
         sockopt::set_ipv6_v6only(&socket, true)?;
     }
     match exposure.protocol {
-        Protocol::Tcp | Protocol::Sctp => {
+        Protocol::Tcp => {
             sockopt::set_socket_reuseaddr(&socket, true)?;
             rustix::net::bind(&socket, &exposure.listen)?;
             rustix::net::listen(&socket, BACKLOG)?;
         }
-        Protocol::Udp => {
-            rustix::net::bind(&socket, &exposure.listen)?;
+        Protocol::Udp | Protocol::Sctp => {
+            let mut listen = exposure.listen;
+            if is_sctp(exposure) {
+                sctp::hear_only(socket.as_fd(), v6, None, listen.port())?;
+                listen.set_port(0);
+            }
+            rustix::net::bind(&socket, &listen)?;
             if exposure.listen.ip().is_unspecified() {
                 sys::datagram::tell_local_address(socket.as_fd(), v6)?;
             }
@@ -264,10 +288,19 @@ fn bind(exposure: &Exposure) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
+fn socket(family: AddressFamily, protocol: Protocol) -> io::Result<OwnedFd> {
+    let (kind, number) = match protocol {
+        Protocol::Tcp => (SocketType::STREAM, None),
+        Protocol::Udp => (SocketType::DGRAM, None),
+        Protocol::Sctp => (SocketType::RAW, Some(ipproto::SCTP)),
+    };
+    Ok(rustix::net::socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, number)?)
+}
+
 /// A socket in the thread's namespace that is connected, or about to be, in the name of whoever it is from.
-fn connect(kind: SocketType, origin: Origin, to: SocketAddr) -> io::Result<OwnedFd> {
+fn connect(protocol: Protocol, origin: Origin, mut to: SocketAddr) -> io::Result<OwnedFd> {
     let family = if to.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
-    let socket = rustix::net::socket_with(family, kind, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC, None)?;
+    let socket = socket(family, protocol)?;
     match origin {
         Origin::Node => {}
         Origin::Client(address) => {
@@ -275,6 +308,9 @@ fn connect(kind: SocketType, origin: Origin, to: SocketAddr) -> io::Result<Owned
             rustix::net::bind(&socket, &SocketAddr::new(address, 0))?;
         }
         Origin::Nobody => return Err(io::ErrorKind::AddrNotAvailable.into()),
+    }
+    if protocol == Protocol::Sctp {
+        to.set_port(0);
     }
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(rustix::io::Errno::INPROGRESS) => Ok(socket),

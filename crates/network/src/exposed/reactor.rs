@@ -2,6 +2,7 @@
 
 use super::datagram::{self, Parties, Session};
 use super::health::Caller;
+use super::sctp::Association;
 use super::slots::{Slots, Token};
 use super::stream::{Connection, Moved, Pool, reset};
 use super::{Exposure, Key, Leads, Origin, connect};
@@ -13,8 +14,8 @@ use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, SocketType};
-use std::collections::{HashMap, VecDeque};
+use rustix::net::SocketFlags;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -109,6 +110,7 @@ pub fn spawn(mailbox: Arc<Mailbox>, config: RouterConfig) -> Result<JoinHandle<(
         ports: HashMap::new(),
         pool: Pool::default(),
         unfinished: VecDeque::new(),
+        associations: HashSet::new(),
         paused: Vec::new(),
         most,
         share: most / 4,
@@ -132,6 +134,7 @@ struct Reactor {
     pool: Pool,
     /// Connections with more to move than they had time for.
     unfinished: VecDeque<Token>,
+    associations: HashSet<Association>,
     /// Ports that do not accept for a moment, for lack of descriptors.
     paused: Vec<Token>,
     most: usize,
@@ -201,8 +204,10 @@ impl Reactor {
         self.watch(&socket, token, false, EventFlags::IN);
         self.ports.insert(exposure.key(), token);
         let entry = match exposure.protocol {
-            Protocol::Udp => Entry::Datagrams(datagram::Port { socket, exposure, sessions: HashMap::new(), turn: 0 }),
-            Protocol::Tcp | Protocol::Sctp => Entry::Port(Port { socket, exposure, turn: 0, live: 0 }),
+            Protocol::Udp | Protocol::Sctp => {
+                Entry::Datagrams(datagram::Port { socket, exposure, sessions: HashMap::new(), turn: 0 })
+            }
+            Protocol::Tcp => Entry::Port(Port { socket, exposure, turn: 0, live: 0 }),
         };
         self.slots.put(token, entry);
     }
@@ -248,7 +253,12 @@ impl Reactor {
     fn gone(&mut self, entry: Entry, broken: bool) {
         let port = match &entry {
             Entry::Connection(own) => own.port,
-            Entry::Session(own) => own.port,
+            Entry::Session(own) => {
+                if let Some(association) = &own.association {
+                    self.associations.remove(association);
+                }
+                own.port
+            }
             Entry::Caller(_, port) => *port,
             Entry::Port(_) | Entry::Datagrams(_) => return,
         };
@@ -322,7 +332,7 @@ impl Reactor {
             Leads::To { .. } => {
                 port.turn = port.turn.wrapping_add(1);
                 let Some(endpoint) = port.exposure.pick(peer, port.turn) else { return };
-                let Ok(socket) = connect(SocketType::STREAM, origin, endpoint.into()) else { return };
+                let Ok(socket) = connect(Protocol::Tcp, origin, endpoint.into()) else { return };
                 let _ = rustix::net::sockopt::set_socket_linger(&client, None);
                 match Connection::new(client, socket, token, peer, self.now) {
                     Ok(connection) => Entry::Connection(Box::new(connection)),
@@ -380,8 +390,10 @@ impl Reactor {
         for _ in 0..TURN {
             match receive_from(port.socket.as_fd(), &mut buffer) {
                 Ok((length, client, local)) => {
-                    let data = buffer.get(..length).unwrap_or_default();
-                    self.datagram(token, &mut port, (client, local), data);
+                    let data = buffer.get_mut(..length).unwrap_or_default();
+                    if let Some((client, data)) = port.heard(client, data) {
+                        self.datagram(token, &mut port, (client, local), data);
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => break,
@@ -391,7 +403,7 @@ impl Reactor {
         self.slots.put(token, Entry::Datagrams(port));
     }
 
-    fn datagram(&mut self, token: Token, port: &mut datagram::Port, parties: Parties, data: &[u8]) {
+    fn datagram(&mut self, token: Token, port: &mut datagram::Port, parties: Parties, data: &mut [u8]) {
         let now = self.now;
         let known = port.sessions.get(&parties).copied();
         let session = match known {
@@ -420,7 +432,10 @@ impl Reactor {
         }
         port.turn = port.turn.wrapping_add(1);
         let endpoint = port.exposure.pick(peer, port.turn)?;
-        let session = Session::open(token, parties, origin, endpoint, self.now).ok()?;
+        let session = Session::open((token, &port.exposure), parties, origin, endpoint, self.now).ok()?;
+        if session.association.is_some_and(|own| !self.associations.insert(own)) {
+            return None;
+        }
         let own = self.slots.reserve();
         self.watch(&session.socket, own, false, EventFlags::IN);
         self.slots.put(own, Entry::Session(Box::new(session)));

@@ -92,6 +92,18 @@ pub fn send_from(fd: BorrowedFd<'_>, data: &[u8], to: SocketAddr, from: Option<I
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
+/// Lets a socket hear only what a classic BPF program lets through.
+pub fn filter(fd: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let all = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    // SAFETY: `all` describes `program`, which outlives the call; the kernel only reads both, and checks the program.
+    let result = unsafe {
+        let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, (&raw const all).cast(), length)
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Writes the one control message; `msg_control` is a whole [`Control`].
 fn attach<T>(message: &mut libc::msghdr, level: libc::c_int, kind: libc::c_int, value: T) {
     const { assert!(size_of::<T>() <= 32) };

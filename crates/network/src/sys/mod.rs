@@ -52,7 +52,9 @@ pub fn speak_for_others(fd: BorrowedFd<'_>, v6: bool, mark: u32) -> io::Result<(
         false => set_option(fd, libc::IPPROTO_IP, libc::IP_TRANSPARENT, 1)?,
     }
     // The port is chosen when the socket is connected, so that only pairs of addresses run out.
-    set_option(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    if rustix::net::sockopt::socket_type(fd)? != rustix::net::SocketType::RAW {
+        set_option(fd, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)?;
+    }
     set_option(fd, libc::SOL_SOCKET, libc::SO_MARK, mark.cast_signed())
 }
 
