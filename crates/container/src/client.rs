@@ -64,7 +64,7 @@ impl Waiting {
             .args(["shim", &shim::title::blank()])
             .env_clear()
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
             .during(|| format!("executing {} as a shim", exe.display()))?;
@@ -85,12 +85,18 @@ impl Waiting {
         self.child.stdin = None;
     }
 
-    /// Returns when it is ready.
-    pub fn launch(mut self, sandbox: &Sandbox) -> Result<()> {
+    /// Returns when it is ready. What is left to do for this is then to be dropped, which may wait a little.
+    pub fn launch(&mut self, sandbox: &Sandbox) -> Result<()> {
         let text = serde_json::to_vec(sandbox).map_err(|e| Error::step("describing the sandbox", e))?;
         if let Some(mut stdin) = self.child.stdin.take() {
             // If it dies before it has read all, its exit status says so.
             let _ = stdin.write_all(&text);
+        }
+        let mut told = [0; shim::READY.len()];
+        if self.child.stdout.take().is_some_and(|mut stdout| stdout.read_exact(&mut told).is_ok())
+            && told == *shim::READY
+        {
+            return Ok(());
         }
         let mut said = String::new();
         if let Some(stderr) = self.child.stderr.take() {
@@ -98,9 +104,6 @@ impl Waiting {
             read.during(|| "waiting for the shim".into())?;
         }
         let status = self.child.wait().during(|| "waiting for the shim".into())?;
-        if status.success() {
-            return Ok(());
-        }
         Err(Error::Shim(format!("the shim did not start ({status}): {}", said.trim())))
     }
 }

@@ -12,6 +12,10 @@ use crate::router::{Router, guard};
 use rustix::fd::OwnedFd;
 use std::net::Ipv4Addr;
 use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How long after one was taken the next is made, while there are more: whoever took it is busy with a start.
+const REST: Duration = Duration::from_millis(20);
 
 #[derive(Default)]
 pub(crate) struct Pool {
@@ -49,13 +53,18 @@ impl Router {
         guard(&self.pool.state).wanted = count;
         loop {
             let mut state = guard(&self.pool.state);
+            let was_full = state.ready.len() >= state.wanted;
             while state.wanted > 0 && state.ready.len() >= state.wanted {
                 state = self.pool.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             if state.wanted == 0 {
                 return;
             }
+            let rests = was_full && !state.ready.is_empty();
             drop(state);
+            if rests {
+                std::thread::sleep(REST);
+            }
             match self.prepare() {
                 Ok(Some(prepared)) => self.keep(prepared),
                 Ok(None) => self.wait_for_a_change(),

@@ -1,11 +1,11 @@
 //! Which devices a group may use: `devices.allow` and `devices.deny` of version 1, a BPF program on version 2.
 
-use super::Cgroup;
+use super::{Cgroup, Hierarchies};
 use crate::error::{During, Error, Result};
 use crate::spec::DeviceRule;
-use crate::sys::{BpfInstruction, attach_device_program};
+use crate::sys::{BpfInstruction, attach_device_program, load_device_program};
 use std::fs;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Bounds the program; the verifier takes far more.
 const MAX_RULES: usize = 4096;
@@ -37,9 +37,23 @@ pub fn always_allowed() -> Vec<DeviceRule> {
     rules
 }
 
+/// The program of [`default_rules`], loaded before a container waits for it.
+pub struct DefaultDevices(OwnedFd);
+
+impl DefaultDevices {
+    /// `None` where no program decides, or where it cannot be loaded: whoever needs it tells why.
+    pub fn load(hierarchies: &Hierarchies) -> Option<DefaultDevices> {
+        if hierarchies.v1("devices").is_some() {
+            return None;
+        }
+        let rules = default_rules().iter().map(Rule::parse).collect::<Result<Vec<_>>>().ok()?;
+        load_device_program(&program(&rules)).ok().map(DefaultDevices)
+    }
+}
+
 impl Cgroup {
     /// Holds the group to `rules`; without any it keeps what its parent has.
-    pub fn set_devices(&self, rules: &[DeviceRule]) -> Result<()> {
+    pub fn set_devices(&self, rules: &[DeviceRule], default: Option<&DefaultDevices>) -> Result<()> {
         if rules.is_empty() {
             return Ok(());
         }
@@ -49,6 +63,7 @@ impl Cgroup {
                 rules.len()
             )));
         }
+        let is_default = rules == default_rules();
         let rules = rules.iter().map(Rule::parse).collect::<Result<Vec<_>>>()?;
         if let Some(mount) = self.hierarchies.v1("devices") {
             let directory = mount.join(&self.path);
@@ -61,8 +76,12 @@ impl Cgroup {
             return Ok(());
         }
         let Some(directory) = self.v2_directory_to_use() else { return Ok(()) };
-        attach_device_program(directory.as_fd(), &program(&rules))
-            .during(|| "linux.resources.devices: attaching the device program".into())
+        let attach = |program: &OwnedFd| attach_device_program(directory.as_fd(), program.as_fd());
+        let attached = match default.filter(|_| is_default) {
+            Some(DefaultDevices(program)) => attach(program),
+            None => load_device_program(&program(&rules)).and_then(|program| attach(&program)),
+        };
+        attached.during(|| "linux.resources.devices: attaching the device program".into())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Setting limits. A workload runs without a limit for which this host has no controller, and whoever asked is told; but
 //! a memory limit that the host could set and does not is an error: it protects the others.
 
-use super::Cgroup;
+use super::{Cgroup, DefaultDevices};
 use crate::error::{Error, Result};
 use crate::spec::{BlockIo, Cpu, Memory, NetworkLimits, Resources};
 use std::collections::BTreeMap;
@@ -53,9 +53,9 @@ impl Cgroup {
     }
 
     /// For a pod's container: nobody's memory limit turns into a slow host, and a container dies whole.
-    pub fn set_for_pod(&self, resources: &Resources) -> Result<Vec<String>> {
+    pub fn set_for_pod(&self, resources: &Resources, devices: Option<&DefaultDevices>) -> Result<Vec<String>> {
         let warnings = self.set(resources)?;
-        self.set_devices(&resources.devices)?;
+        self.set_devices(&resources.devices, devices)?;
         if let Some(limit) = resources
             .memory
             .as_ref()

@@ -6,7 +6,7 @@ mod devices;
 mod limits;
 mod stats;
 
-pub use devices::{always_allowed, default_rules};
+pub use devices::{DefaultDevices, always_allowed, default_rules};
 pub use stats::Stats;
 
 use crate::error::{During, Error, Result};

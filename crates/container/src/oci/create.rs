@@ -221,7 +221,7 @@ impl run::Owner for Making<'_> {
         (self.record.pid, self.record.start_time) = (pid, start_time(pid));
         self.home.save(&self.record)?;
         if let Some(cgroup) = &self.cgroup {
-            match cgroup.set_devices(&self.resources.devices) {
+            match cgroup.set_devices(&self.resources.devices, None) {
                 // Whoever is not root of the host cannot make device nodes either.
                 Err(e) if self.lenient => self.context.notices.warning(&e.to_string()),
                 other => other?,

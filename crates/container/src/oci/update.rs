@@ -46,7 +46,7 @@ pub fn update(context: &Context, args: &[String]) -> Result<i32> {
     if let Some(unit) = &record.scope {
         crate::systemd::update(unit, &resources)?;
     }
-    cgroup.set_devices(&resources.devices)?;
+    cgroup.set_devices(&resources.devices, None)?;
     // Nobody asked for what cannot be set in vain.
     match cgroup.set(&resources)?.as_slice() {
         [] => Ok(0),

@@ -325,7 +325,7 @@ impl Server {
                     let set = container
                         .cgroup
                         .as_ref()
-                        .map(|c| c.set_for_pod(&container.resources))
+                        .map(|c| c.set_for_pod(&container.resources, self.devices.as_ref()))
                         .unwrap_or(Ok(Vec::new()));
                     let warnings = match set {
                         Ok(warnings) => warnings,
@@ -387,7 +387,7 @@ impl Server {
             self.respond(waiter, &Response::Started(state.clone()), &[]);
         }
         self.changed();
-        self.make_spare();
+        self.spare_soon();
     }
 
     pub fn start_failed(&mut self, id: u32, error: Error) {
@@ -406,7 +406,7 @@ impl Server {
                 self.refuse_with(waiter, &error);
             }
         }
-        self.make_spare();
+        self.spare_soon();
     }
 
     /// One stream has something to say.

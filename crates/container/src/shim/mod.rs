@@ -21,7 +21,7 @@ mod viewers;
 pub use log::MAX_LINE;
 pub use state::directory as container_directory;
 
-use crate::cgroup::{Cgroup, Hierarchies};
+use crate::cgroup::{Cgroup, DefaultDevices, Hierarchies};
 use crate::error::{During, Error, Result};
 use crate::runtime::clone_into;
 use crate::sys::{self, Cloned, MountAttr, SingleThreaded, mount_setattr};
@@ -35,8 +35,12 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+/// What standard output says when the shim is ready.
+pub(crate) const READY: &[u8; 5] = b"ready";
+
 /// The role `shim` of the binary. `args` are those after the role's name; they only tell people which pod this is. The
-/// sandbox comes as JSON on standard input, maybe long after. Returns once the shim proper, a child of its own, is ready or has failed.
+/// sandbox comes as JSON on standard input, maybe long after. Returns once the shim proper, a child of its own, is ready
+/// or has failed; the child has said [`READY`] on standard output by then, or this says on standard error what failed.
 pub fn main(args: &[String]) -> i32 {
     match run(args) {
         Ok(()) => 0,
@@ -54,18 +58,20 @@ fn run(args: &[String]) -> Result<()> {
     let alone = SingleThreaded::prove().during(|| "starting the shim".into())?;
     let hierarchies = Hierarchies::discover()?;
     // All that does not depend on the sandbox comes before it is known.
+    let devices = DefaultDevices::load(&hierarchies);
     let sandbox = read_sandbox()?;
     let cgroup = Cgroup::new(hierarchies, &sandbox.cgroup)?;
     // Out of the daemon's control group, so that what ends the daemon's group does not end this one.
     let shims = cgroup.sibling("shims")?;
     let left = shims.create();
     let (mut ours, theirs) = UnixStream::pair().during(|| "making a socket pair".into())?;
+    let told = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3).during(|| "standard output".into())?;
     match clone_into(alone, left.is_ok().then_some(&shims), 0).during(|| "detaching the shim".into())? {
         (Cloned::Parent { .. }, _) => {
-            drop(theirs);
+            drop((theirs, told));
             let mut text = String::new();
             ours.read_to_string(&mut text).during(|| "waiting for the shim".into())?;
-            if text == "ready" {
+            if text.as_bytes() == READY {
                 Ok(())
             } else {
                 Err(Error::Shim(if text.is_empty() { "the shim died".into() } else { text }))
@@ -74,13 +80,14 @@ fn run(args: &[String]) -> Result<()> {
         (Cloned::Child, joined_v2) => {
             drop(ours);
             let left = left.and_then(|()| shims.join(alone, !joined_v2));
-            match become_shim(alone, sandbox, cgroup) {
+            match become_shim(alone, sandbox, cgroup, devices) {
                 Ok(mut server) => {
                     if let Err(e) = left {
                         server.warn(&format!("leaving the daemon's control group: {e}"));
                     }
-                    let _ = (&theirs).write_all(b"ready");
-                    drop(theirs);
+                    let _ = rustix::io::write(&told, READY);
+                    let _ = (&theirs).write_all(READY);
+                    drop((theirs, told));
                     server.run();
                     sys::exit_now(0)
                 }
@@ -99,10 +106,15 @@ fn read_sandbox() -> Result<Sandbox> {
     serde_json::from_slice(&text).map_err(|e| Error::Refused(format!("the sandbox on standard input: {e}")))
 }
 
-fn become_shim(alone: SingleThreaded, sandbox: Sandbox, cgroup: Cgroup) -> Result<server::Server> {
+fn become_shim(
+    alone: SingleThreaded,
+    sandbox: Sandbox,
+    cgroup: Cgroup,
+    devices: Option<DefaultDevices>,
+) -> Result<server::Server> {
     title::set(&sandbox.title);
     detach(&sandbox)?;
-    server::Server::new(alone, sandbox, cgroup)
+    server::Server::new(alone, sandbox, cgroup, devices)
 }
 
 /// Away from the daemon: a session, a working directory and standard streams of its own.

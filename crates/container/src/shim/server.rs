@@ -4,7 +4,7 @@ use super::containers::Container;
 use super::execs::Exec;
 use super::protocol::{ErrorKind, Network, Request, Response, SOCKET, Sandbox, State, VERSION};
 use super::state;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, DefaultDevices};
 use crate::error::{During, Error, Result};
 use crate::namespaces::{self, Pinned};
 use crate::runtime::Stage;
@@ -22,6 +22,8 @@ use std::time::{Duration, Instant};
 
 /// Connections at a time; each exec and each watch has one.
 const MAX_CONNECTIONS: usize = 1024;
+/// How long after a start the set-up process for the next is made: what was started is busy now.
+const SPARE_REST: Duration = Duration::from_millis(20);
 /// How long an unused set-up process is kept.
 const SPARE_LIFE: Duration = Duration::from_secs(60);
 /// A set-up that takes longer is called off.
@@ -92,12 +94,14 @@ pub struct Server {
     pub alone: SingleThreaded,
     pub sandbox: Sandbox,
     pub cgroup: Cgroup,
+    pub devices: Option<DefaultDevices>,
     pub pinned: Pinned,
     /// First process of a shared PID namespace, and that namespace.
     pub pid_holder: Option<(OwnedFd, OwnedFd)>,
     pub containers: BTreeMap<u32, Container>,
     pub execs: BTreeMap<u32, Exec>,
     pub spare: Option<Spare>,
+    spare_at: Option<Instant>,
     connections: BTreeMap<u32, Connection>,
     epoll: OwnedFd,
     listener: UnixListener,
@@ -111,7 +115,12 @@ pub struct Server {
 }
 
 impl Server {
-    pub fn new(alone: SingleThreaded, sandbox: Sandbox, cgroup: Cgroup) -> Result<Self> {
+    pub fn new(
+        alone: SingleThreaded,
+        sandbox: Sandbox,
+        cgroup: Cgroup,
+        devices: Option<DefaultDevices>,
+    ) -> Result<Self> {
         let lock = lock(&sandbox)?;
         // What a shim that was killed has left behind.
         if cgroup.exists() && !(cgroup.kill(KILL_LIMIT) && cgroup.remove(KILL_LIMIT).is_ok()) {
@@ -130,11 +139,13 @@ impl Server {
         let mut server = Self {
             alone,
             cgroup,
+            devices,
             pinned: Pinned::default(),
             pid_holder: None,
             containers: BTreeMap::new(),
             execs: BTreeMap::new(),
             spare: None,
+            spare_at: None,
             connections: BTreeMap::new(),
             epoll,
             listener,
@@ -159,7 +170,7 @@ impl Server {
 
     fn make_sandbox(&mut self) -> Result<()> {
         let mappings: Vec<_> = self.sandbox.id_map.into_iter().collect();
-        let mut warnings = self.cgroup.set_for_pod(&self.sandbox.resources)?;
+        let mut warnings = self.cgroup.set_for_pod(&self.sandbox.resources, self.devices.as_ref())?;
         let wanted = namespaces::Wanted {
             uid_mappings: &mappings,
             gid_mappings: &mappings,
@@ -203,14 +214,22 @@ impl Server {
         }
     }
 
-    /// On version 1 a set-up process is made ahead: see [`crate::runtime`].
-    pub fn make_spare(&mut self) {
-        if !self.cgroup.has_v1() || self.spare.is_some() || self.ended || self.paused {
+    /// A set-up process is made ahead, for what is started first; on version 1 again after every start: see
+    /// [`crate::runtime`].
+    fn make_spare(&mut self) {
+        self.spare_at = None;
+        if self.spare.is_some() || self.ended || self.paused {
             return;
         }
         match self.stage() {
             Ok((stage, cgroup)) => self.spare = Some(Spare { stage, cgroup, until: Instant::now() + SPARE_LIFE }),
             Err(e) => self.warn(&e.to_string()),
+        }
+    }
+
+    pub fn spare_soon(&mut self) {
+        if self.cgroup.has_v1() {
+            self.spare_at = Some(Instant::now() + SPARE_REST);
         }
     }
 
@@ -272,7 +291,7 @@ impl Server {
     fn next_deadline(&self) -> Option<Instant> {
         let launches = self.containers.values().filter_map(Container::deadline);
         let execs = self.execs.values().filter_map(Exec::deadline);
-        launches.chain(execs).chain(self.spare.as_ref().map(|s| s.until)).min()
+        launches.chain(execs).chain(self.spare.as_ref().map(|s| s.until)).chain(self.spare_at).min()
     }
 
     fn check_deadlines(&mut self) {
@@ -283,6 +302,9 @@ impl Server {
             dismiss(spare);
         }
         let late = |at: Option<Instant>| at.is_some_and(|at| at <= now);
+        if late(self.spare_at) {
+            self.make_spare();
+        }
         let launches: Vec<u32> =
             self.containers.iter().filter(|(_, c)| late(c.deadline())).map(|(id, _)| *id).collect();
         for id in launches {

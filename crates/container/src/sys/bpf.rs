@@ -79,10 +79,8 @@ fn owned(fd: i32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
-/// Makes `program` the one that decides about devices in the group `cgroup` is the directory of; those that decided
-/// before go.
-pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: &[BpfInstruction]) -> io::Result<()> {
-    let target_fd = cgroup.as_raw_fd() as u32;
+/// A program that decides about devices, of no group yet. The kernel takes a millisecond to check it.
+pub fn load_device_program(program: &[BpfInstruction]) -> io::Result<OwnedFd> {
     let mut load = Load {
         prog_type: PROG_TYPE_CGROUP_DEVICE,
         insn_cnt: program.len() as u32,
@@ -90,7 +88,13 @@ pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: &[BpfInstruction])
         license: c"Apache-2.0".as_ptr() as u64,
         ..Default::default()
     };
-    let new = owned(bpf(PROG_LOAD, &mut load)?);
+    bpf(PROG_LOAD, &mut load).map(owned)
+}
+
+/// Makes `program` the one that decides about devices in the group `cgroup` is the directory of; those that decided
+/// before go.
+pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let target_fd = cgroup.as_raw_fd() as u32;
     let mut ids = [0u32; 64];
     let mut query = Query {
         target_fd,
@@ -102,7 +106,7 @@ pub fn attach_device_program(cgroup: BorrowedFd<'_>, program: &[BpfInstruction])
     bpf(PROG_QUERY, &mut query)?;
     let mut attach = Attach {
         target_fd,
-        attach_bpf_fd: new.as_raw_fd() as u32,
+        attach_bpf_fd: program.as_raw_fd() as u32,
         attach_type: CGROUP_DEVICE,
         attach_flags: ALLOW_MULTI,
     };

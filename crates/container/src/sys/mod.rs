@@ -12,7 +12,7 @@ pub use attributes::{
     SchedAttr, join_session_keyring, set_affinity, set_domain_name, set_io_priority, set_personality, set_scheduler,
     unshare_cgroup, unshare_time,
 };
-pub use bpf::{BpfInstruction, attach_device_program};
+pub use bpf::{BpfInstruction, attach_device_program, load_device_program};
 pub use exe::run_from;
 pub use landlock::{LANDLOCK_SCOPES, landlock_abi, scope_abstract_sockets, scope_all};
 pub use mount::{MountAttr, mount_setattr};

@@ -30,7 +30,7 @@ fn figures() {
             client::launch(&shim_executable(), &pod.sandbox).expect("shim");
             launches.push(begun.elapsed());
         } else {
-            let waiting = Waiting::execute(&shim_executable()).expect("executed");
+            let mut waiting = Waiting::execute(&shim_executable()).expect("executed");
             std::thread::sleep(Duration::from_millis(50));
             let begun = Instant::now();
             waiting.launch(&pod.sandbox).expect("shim");

@@ -99,7 +99,7 @@ fn waiting_shims() {
     drop(waiting);
     assert!(fs::metadata(format!("/proc/{unused}")).is_err(), "it has ended");
 
-    let waiting = Waiting::execute(&shim_executable()).expect("executed");
+    let mut waiting = Waiting::execute(&shim_executable()).expect("executed");
     let pod = Pod::unlaunched(|_| {});
     waiting.launch(&pod.sandbox).expect("shim");
     let line = fs::read(format!("/proc/{}/cmdline", pod.client().shim_pid)).expect("cmdline");

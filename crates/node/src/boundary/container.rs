@@ -192,12 +192,12 @@ impl Boundary for ContainerBoundary {
     async fn prepare(&self, sandbox: &SandboxSpec) -> Result<()> {
         let wanted = spec::sandbox(sandbox, state_dir(sandbox), self.host_netns.clone());
         let shims = self.shims.clone();
-        blocking(sandbox.uid.clone(), "prepare", move || match Client::connect(&wanted.run_dir) {
-            Err(::container::Error::NoShim { .. }) => shims.launch(&wanted),
-            other => other.map(drop),
+        let launched = blocking(sandbox.uid.clone(), "prepare", move || match Client::connect(&wanted.run_dir) {
+            Err(::container::Error::NoShim { .. }) => shims.launch(&wanted).map(Some),
+            other => other.map(|_| None),
         })
         .await?;
-        self.shims.refill();
+        self.shims.refill(launched);
         Ok(())
     }
 

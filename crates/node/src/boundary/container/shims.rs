@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+/// How long after a pod's sandbox is ready the next pod's shim is executed: the pod's containers are being started now.
+const REST: Duration = Duration::from_millis(20);
 /// How long after a pod's start one is kept for the next.
 const KEPT: Duration = Duration::from_secs(60);
 
@@ -22,23 +24,29 @@ impl Shims {
         Self { exe, waiting: Mutex::default(), launched: AtomicU64::new(0) }
     }
 
-    /// Returns when the sandbox's shim is ready. Blocks.
-    pub fn launch(&self, sandbox: &Sandbox) -> ::container::Result<()> {
+    /// Returns when the sandbox's shim is ready, with what is to be dropped later. Blocks.
+    pub fn launch(&self, sandbox: &Sandbox) -> ::container::Result<Waiting> {
         self.launched.fetch_add(1, Ordering::Relaxed);
-        let waiting = self.take();
-        match waiting {
-            Some(waiting) => waiting.launch(sandbox),
-            None => Waiting::execute(&self.exe)?.launch(sandbox),
-        }
+        let mut waiting = match self.take() {
+            Some(waiting) => waiting,
+            None => Waiting::execute(&self.exe)?,
+        };
+        waiting.launch(sandbox)?;
+        Ok(waiting)
     }
 
-    /// In the background: one for the next pod, which goes if there is none for a while.
-    pub fn refill(self: &Arc<Self>) {
+    /// In the background, after a while: one for the next pod, which goes if there is none for long.
+    pub fn refill(self: &Arc<Self>, done: Option<Waiting>) {
         let shims = self.clone();
         tokio::spawn(async move {
+            tokio::time::sleep(REST).await;
             let launched = shims.launched.load(Ordering::Relaxed);
             let (filling, expiring) = (shims.clone(), shims.clone());
-            let _ = tokio::task::spawn_blocking(move || filling.fill()).await;
+            let _ = tokio::task::spawn_blocking(move || {
+                drop(done);
+                filling.fill();
+            })
+            .await;
             tokio::time::sleep(KEPT).await;
             if launched == shims.launched.load(Ordering::Relaxed) {
                 let _ = tokio::task::spawn_blocking(move || drop(expiring.take())).await;
