@@ -32,6 +32,20 @@ struct Listeners {
     events_token: Option<String>,
 }
 
+/// Connections of the gateway and of watchers are files: a shell's 1,024 would be soon used up. Workloads inherit it, as they
+/// do from other engines' services.
+fn open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const MOST: u64 = 1 << 20;
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(MOST).min(MOST);
+    if limit.current.is_some_and(|current| current < wanted)
+        && let Err(errno) = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum: limit.maximum })
+    {
+        tracing::warn!("the number of open files stays limited to {:?}: {errno}", limit.current);
+    }
+}
+
 pub fn run(options: &Up) -> Outcome {
     let begun = Instant::now();
     if !rustix::process::getuid().is_root() {
@@ -40,6 +54,7 @@ pub fn run(options: &Up) -> Outcome {
         ));
     }
     logging();
+    open_files();
     let pull = crate::images::pods_pull(options)?;
     let events_token = events_token(options)?;
     let instance = Instance::open(&options.data.data_dir)?;

@@ -155,3 +155,39 @@ async fn endpoints_are_told_who_the_client_is_ahead_of_the_request() {
     lab.stop().await;
     serving.abort();
 }
+
+#[tokio::test]
+async fn what_a_herd_opened_is_kept_for_the_next() {
+    const HERD: usize = 400;
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    if files.is_some_and(|files| files < 4 * HERD as u64 + 400) {
+        println!("SKIPPED: {files:?} open files are too few here");
+        return;
+    }
+    let (lab, listener) = (lab().await, TcpListener::bind("127.0.0.1:0").await.unwrap());
+    let address = listener.local_addr().unwrap();
+    let all_there = Arc::new(tokio::sync::Barrier::new(HERD));
+    let server = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let all_there = all_there.clone();
+            tokio::spawn(async move {
+                let mut stream = BufReader::new(stream);
+                while let Some((head, _)) = read_request(&mut stream).await {
+                    if head.starts_with("GET /together ") {
+                        all_there.wait().await;
+                    }
+                    stream.write_all(&ok("here")).await.unwrap();
+                }
+            });
+        }
+    });
+    lab.simple(&[address]).await;
+    for _ in 0..3 {
+        let answers = futures_util::future::join_all((0..HERD).map(|_| lab.get("/together"))).await;
+        assert!(answers.iter().all(|answer| *answer == (200, "here".into())));
+    }
+    assert_eq!(lab.count("upstream_connects_total"), HERD as u64);
+    lab.stop().await;
+    server.abort();
+}

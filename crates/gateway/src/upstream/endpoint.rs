@@ -15,8 +15,15 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-/// Idle connections kept per endpoint.
-const MAX_IDLE: usize = 256;
+/// Idle connections kept per endpoint: as many as a herd of clients had under way, or its next requests would each wait for a
+/// new one.
+const MAX_IDLE: usize = 4096;
+/// Those of an endpoint that keep their buffers.
+const WITH_BUFFERS: usize = 128;
+const READ_BUFFER: usize = 8 << 10;
+const HEAD_BUFFER: usize = 1 << 10;
+/// Idle connections of this process.
+static KEPT: AtomicUsize = AtomicUsize::new(0);
 const FIRST_EJECTION: Duration = Duration::from_secs(1);
 const MAX_EJECTION: Duration = Duration::from_secs(30);
 /// A request that must not be sent twice only uses a connection that was in use this recently: servers close idle ones,
@@ -29,7 +36,7 @@ pub struct Endpoint {
     /// Its name towards clients.
     pub id: u64,
     settings: Arc<Settings>,
-    idle: Mutex<Vec<Connection>>,
+    idle: Mutex<Vec<Idle>>,
     http2: tokio::sync::Mutex<Option<SendRequest<RequestBody>>>,
     active: AtomicUsize,
     failures: AtomicU32,
@@ -86,7 +93,34 @@ pub struct Connection {
     pub reused: bool,
     /// Is closed after this request.
     pub once: bool,
-    idle_since: Instant,
+}
+
+#[derive(Debug)]
+struct Idle {
+    connection: Connection,
+    since: Instant,
+    _kept: Kept,
+}
+
+/// A share of what this process keeps at most: a quarter of the files that it may have open.
+#[derive(Debug)]
+struct Kept(());
+
+impl Kept {
+    fn take() -> Option<Kept> {
+        static MOST: OnceLock<usize> = OnceLock::new();
+        let most = *MOST.get_or_init(|| {
+            let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+            files.and_then(|files| usize::try_from(files / 4).ok()).unwrap_or(usize::MAX)
+        });
+        KEPT.fetch_update(Relaxed, Relaxed, |kept| (kept < most).then(|| kept + 1)).ok().map(|_| Kept(()))
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        KEPT.fetch_sub(1, Relaxed);
+    }
 }
 
 impl Connection {
@@ -198,7 +232,7 @@ impl Endpoint {
         self.lock().clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Connection>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -216,11 +250,10 @@ impl Endpoint {
         let stream = self.dial().await?;
         Ok(Connection {
             stream,
-            read: BytesMut::with_capacity(8 << 10),
-            out: Vec::with_capacity(1 << 10),
+            read: BytesMut::with_capacity(READ_BUFFER),
+            out: Vec::with_capacity(HEAD_BUFFER),
             reused: false,
             once: false,
-            idle_since: Instant::now(),
         })
     }
 
@@ -241,17 +274,18 @@ impl Endpoint {
 
     fn pop(&self, repeatable: bool) -> Option<Connection> {
         let mut idle = self.lock();
-        while let Some(connection) = idle.pop() {
-            let age = connection.idle_since.elapsed();
+        while let Some(own) = idle.pop() {
+            let age = own.since.elapsed();
             if age > self.settings.idle || (!repeatable && age > FRESH) {
                 // The rest has been idle for longer still.
                 if age > self.settings.idle {
                     idle.clear();
                 } else {
-                    idle.push(connection);
+                    idle.push(own);
                 }
                 return None;
             }
+            let connection = own.connection;
             if connection.is_quiet(repeatable) {
                 return Some(connection);
             }
@@ -265,17 +299,21 @@ impl Endpoint {
             return;
         }
         connection.reused = true;
-        connection.idle_since = Instant::now();
         let mut idle = self.lock();
-        if idle.len() < MAX_IDLE {
-            idle.push(connection);
+        if idle.len() >= WITH_BUFFERS {
+            (connection.read, connection.out) = (BytesMut::new(), Vec::new());
+        }
+        if idle.len() < MAX_IDLE
+            && let Some(_kept) = Kept::take()
+        {
+            idle.push(Idle { connection, since: Instant::now(), _kept });
         }
     }
 
     /// Closes what has been idle for too long.
     pub fn tidy(&self) {
         let limit = self.settings.idle;
-        self.lock().retain(|connection| connection.idle_since.elapsed() <= limit);
+        self.lock().retain(|own| own.since.elapsed() <= limit);
     }
 
     /// The one HTTP/2 connection, made if there is none.
