@@ -6,7 +6,7 @@ use crate::config::Config;
 use crate::down;
 use crate::etc_files::Resolver;
 use crate::events::Recorder;
-use crate::exposed;
+use crate::exposed::{self, Followed};
 use crate::kept;
 use crate::kept_logs;
 use crate::pod::{self, Update};
@@ -220,6 +220,9 @@ impl Running {
         let pods = follow("", "pods", mine);
         let services = follow("", "services", ListOptions::default());
         let slices = follow("discovery.k8s.io", "endpointslices", ListOptions::default());
+        let named = ListOptions { field_selector: format!("metadata.name={}", config.name), ..ListOptions::default() };
+        let own = follow("", "nodes", named);
+        let followed = Followed { own, services: services.clone(), slices };
         let mut helpers = JoinSet::new();
         let mut networks = agent.networks.clone();
         if let Some(router) = &agent.router {
@@ -228,8 +231,7 @@ impl Running {
             let enforcer = Enforcer::new(network, config.isolation, client.clone(), inner.clone(), pods.clone());
             let enforcer = Arc::new(enforcer);
             helpers.spawn(enforcer.clone().run());
-            let objects = (services.clone(), slices.clone());
-            let inspector = Inspector::new(&config, router.clone(), enforcer.clone(), objects);
+            let inspector = Inspector::new(&config, router.clone(), enforcer.clone(), followed.clone());
             let _ = agent.inspector.set(Arc::new(inspector));
             let networks_of_pods = Informer::spawn(client.clone(), subnets::resource(), "", ListOptions::default());
             let followed = (networks_of_pods, enforcer.namespaces().clone(), pods.clone());
@@ -238,10 +240,11 @@ impl Running {
             networks = Arc::new(Enforced { inner, enforcer, subnets });
         }
         let events = Recorder::spawn(client.clone(), &config.name);
-        let exposed = exposed::Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
-        helpers.spawn(exposed.run((services.clone(), slices.clone()), agent.networks.clone(), events.clone()));
+        let place = proxy::Place { node: config.name.clone(), zone: None };
+        let exposed = exposed::Exposed { place, exposing: config.exposing.clone() };
+        helpers.spawn(exposed.run(followed.clone(), agent.networks.clone(), events.clone()));
         helpers.spawn(kept::run(client.clone(), agent.networks.clone()));
-        helpers.spawn(proxy::run(config.name.clone(), services.clone(), slices, agent.networks.clone()));
+        helpers.spawn(proxy::run(config.name.clone(), followed, agent.networks.clone()));
         let registration = Registration {
             config: config.clone(),
             client: client.clone(),

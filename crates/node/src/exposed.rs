@@ -7,8 +7,8 @@
 use crate::config::Exposing;
 use crate::events::{About, Level, Recorder};
 use crate::ports::{Exposure, Networks, Protocol};
-use crate::proxy::{self, Slices};
-use api::informer::Informer;
+use crate::proxy::{self, Place, Slices};
+use api::informer::{Informer, Subscription};
 use api::k8s::api::core::v1::{Service, ServicePort, ServiceSpec};
 use api::object::{Meta, SharedObject};
 use network::Leads;
@@ -35,23 +35,35 @@ pub(crate) struct Problem {
     pub message: String,
 }
 
+/// What the API says: the node itself, Services and EndpointSlices.
+#[derive(Clone)]
+pub(crate) struct Followed {
+    pub own: Informer,
+    pub services: Informer,
+    pub slices: Informer,
+}
+
 /// What is needed to say which ports are open.
 #[derive(Clone)]
 pub(crate) struct Exposed {
-    pub node: String,
+    pub place: Place,
     pub exposing: Exposing,
 }
 
 impl Exposed {
     /// Runs until cancelled.
-    pub async fn run(self, (services, slices): (Informer, Informer), networks: Arc<dyn Networks>, events: Recorder) {
+    pub async fn run(mut self, followed: Followed, networks: Arc<dyn Networks>, events: Recorder) {
+        let Followed { own, services, slices } = followed;
         let (mut service_changes, mut slice_changes) = (services.subscribe(), slices.subscribe());
+        let mut own_changes = own.subscribe();
         services.synced().await;
         slices.synced().await;
         let mut told = BTreeSet::new();
         loop {
             while service_changes.try_next().is_some() {}
             while slice_changes.try_next().is_some() {}
+            while own_changes.try_next().is_some() {}
+            self.place = Place::of(&self.place.node, &own);
             let (exposures, mut problems) = self.compute(&services.list(), &slices.list());
             let mut again = RESYNC;
             match networks.sync_exposed(exposures).await {
@@ -75,10 +87,18 @@ impl Exposed {
             told = problems;
             tokio::time::sleep(PAUSE).await;
             tokio::select! {
+                () = self.moved(&own, &mut own_changes) => {}
                 _ = service_changes.next() => {}
                 _ = slice_changes.next() => {}
                 () = tokio::time::sleep(again) => {}
             }
+        }
+    }
+
+    /// Until the node is in another zone.
+    async fn moved(&self, own: &Informer, changes: &mut Subscription) {
+        while Place::of(&self.place.node, own) == self.place {
+            changes.next().await;
         }
     }
 
@@ -157,7 +177,7 @@ impl Plan<'_> {
     fn leads(&self, service: &SharedObject, spec: &ServiceSpec, port: &ServicePort, v4: bool) -> Leads {
         let local = spec.external_traffic_policy.as_deref() == Some("Local");
         let slices = self.slices.get(&key(service)).map(Vec::as_slice).unwrap_or_default();
-        let endpoints = proxy::endpoints(slices, v4, port, local.then_some(&*self.of.node));
+        let endpoints = proxy::endpoints(slices, v4, port, (&self.of.place, local));
         Leads::To { endpoints, sticky: spec.session_affinity.as_deref() == Some("ClientIP") }
     }
 
@@ -186,7 +206,7 @@ impl Plan<'_> {
         let slices = self.slices.get(&key(service)).map(Vec::as_slice).unwrap_or_default();
         let v4 = families(spec).first().copied().unwrap_or(true);
         let ports = spec.ports.iter().flatten();
-        let all = ports.flat_map(|port| proxy::endpoints(slices, v4, port, Some(&self.of.node)));
+        let all = ports.flat_map(|port| proxy::endpoints(slices, v4, port, (&self.of.place, true)));
         all.map(|(address, _)| address).collect::<BTreeSet<IpAddr>>().len()
     }
 
@@ -271,7 +291,7 @@ mod tests {
             load_balancers: addresses(&["192.0.2.1"]),
             external_ips: vec!["198.51.100.0/24".parse().unwrap()],
         };
-        Exposed { node: "here".into(), exposing }
+        Exposed { place: Place { node: "here".into(), zone: None }, exposing }
     }
 
     fn service(name: &str, spec: Value, status: Value) -> SharedObject {

@@ -4,6 +4,7 @@
 
 mod known;
 
+use crate::exposed::Followed;
 use crate::ports::{NetworkError, Networks, Protocol, Records, ServiceRule};
 use api::informer::{Change, Informer, Key};
 use api::k8s::api::core::v1::{ServicePort, ServiceSpec};
@@ -18,14 +19,33 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
+const ZONE: &str = "topology.kubernetes.io/zone";
 const PAUSE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(2);
 /// Everything is handed over again this often, should the kernel's state have been touched.
 const RESYNC: Duration = Duration::from_secs(300);
 
+/// Where a node is, as hints of endpoints see it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub node: String,
+    pub zone: Option<String>,
+}
+
+impl Place {
+    /// `own`: the node's object, as soon as there is one.
+    pub fn of(node: &str, own: &Informer) -> Place {
+        let zone = own.get("", node).and_then(|object| object.label(ZONE).map(str::to_owned));
+        Place { node: node.to_owned(), zone: zone.filter(|zone| !zone.is_empty()) }
+    }
+}
+
 /// Runs until cancelled.
-pub(crate) async fn run(node: String, services: Informer, slices: Informer, networks: Arc<dyn Networks>) {
+pub(crate) async fn run(node: String, followed: Followed, networks: Arc<dyn Networks>) {
+    let Followed { own, services, slices } = followed;
     let (mut service_changes, mut slice_changes) = (services.subscribe(), slices.subscribe());
+    let mut own_changes = own.subscribe();
+    let mut place = Place::of(&node, &own);
     services.synced().await;
     slices.synced().await;
     let mut known = Known::default();
@@ -33,6 +53,11 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
     let mut told: Option<Vec<Told>> = None;
     loop {
         let begun = Instant::now();
+        while own_changes.try_next().is_some() {}
+        let here = Place::of(&node, &own);
+        if here != place {
+            (place, told) = (here, None);
+        }
         while let Some(change) = service_changes.try_next() {
             note(&mut told, Told::Service, change);
         }
@@ -45,7 +70,7 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
                 Told::Slice(key) => Seen::Slice(key.clone(), slices.get_key(&key)),
             }))),
             None => {
-                known = Known::of(&node, services.list(), slices.list());
+                known = Known::of(&place, services.list(), slices.list());
                 None
             }
         };
@@ -55,6 +80,7 @@ pub(crate) async fn run(node: String, services: Informer, slices: Informer, netw
         tokio::select! {
             change = service_changes.next() => note(&mut told, Told::Service, change),
             change = slice_changes.next() => note(&mut told, Told::Slice, change),
+            _ = own_changes.next() => {}
             () = tokio::time::sleep(if failed { RETRY } else { RESYNC }) => told = None,
         }
     }
@@ -124,16 +150,16 @@ pub(crate) fn by_service<'a>(
 
 /// Pure: rules and names of these objects.
 pub(crate) fn compute(
-    node: &str,
+    place: &Place,
     services: Vec<SharedObject>,
     slices: Vec<SharedObject>,
 ) -> (Vec<ServiceRule>, Records) {
-    let known = Known::of(node, services, slices);
+    let known = Known::of(place, services, slices);
     (known.rules(), known.records())
 }
 
 fn rules_and_record(
-    node: &str,
+    place: &Place,
     key: (String, String),
     spec: &ServiceSpec,
     slices: &[EndpointSlice],
@@ -149,7 +175,7 @@ fn rules_and_record(
         Some(ServiceKind::Headless(headless_endpoints(spec, slices)))
     } else {
         for address in &addresses {
-            rules.extend(rules_of(node, &key, spec, *address, slices));
+            rules.extend(rules_of(place, &key, spec, *address, slices));
         }
         (!addresses.is_empty()).then_some(ServiceKind::ClusterIp(addresses))
     };
@@ -189,22 +215,46 @@ fn usable<'a>(endpoints: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
         .collect()
 }
 
-/// Where connections to a Service's port go, of one family; only on `node`, if one is named.
+/// Those that hints lead here; all, unless each has hints and one is for here: first for the node, then for its zone
+/// (<https://kubernetes.io/docs/concepts/services-networking/topology-aware-routing/>).
+fn near<'a>(chosen: Vec<&'a Endpoint>, place: &Place) -> Vec<&'a Endpoint> {
+    let for_node = |endpoint: &Endpoint| {
+        let nodes = endpoint.hints.as_ref()?.for_nodes.as_ref().filter(|nodes| !nodes.is_empty())?;
+        Some(nodes.iter().any(|node| node.name == place.node))
+    };
+    let for_zone = |endpoint: &Endpoint| {
+        let zones = endpoint.hints.as_ref()?.for_zones.as_ref().filter(|zones| !zones.is_empty())?;
+        Some(zones.iter().any(|zone| Some(&zone.name) == place.zone.as_ref()))
+    };
+    for of in [&for_node as &dyn Fn(&Endpoint) -> Option<bool>, &for_zone] {
+        if chosen.iter().all(|endpoint| of(endpoint).is_some())
+            && chosen.iter().any(|endpoint| of(endpoint) == Some(true))
+        {
+            return chosen.into_iter().filter(|endpoint| of(endpoint) == Some(true)).collect();
+        }
+    }
+    chosen
+}
+
+/// Where connections to a Service's port go, of one family, from a node; only to what is there too, if that is asked for.
 pub(crate) fn endpoints(
     slices: &[EndpointSlice],
     v4: bool,
     port: &ServicePort,
-    node: Option<&str>,
+    (place, local): (&Place, bool),
 ) -> Vec<(IpAddr, u16)> {
     let (family, name) = (if v4 { "IPv4" } else { "IPv6" }, port.name.as_deref().unwrap_or(""));
     let mut candidates: Vec<(&Endpoint, u16)> = Vec::new();
     for slice in slices.iter().filter(|slice| slice.address_type == family) {
         let found = slice.ports.iter().flatten().find(|p| p.name.as_deref().unwrap_or("") == name);
         let Some(target) = found.and_then(|p| p.port).and_then(|p| u16::try_from(p).ok()) else { continue };
-        let here = |e: &&Endpoint| node.is_none_or(|node| e.node_name.as_deref() == Some(node));
+        let here = |e: &&Endpoint| !local || e.node_name.as_deref() == Some(&*place.node);
         candidates.extend(slice.endpoints.iter().filter(here).map(|e| (e, target)));
     }
-    let chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
+    let mut chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
+    if !local {
+        chosen = near(chosen, place);
+    }
     let endpoints: BTreeSet<(IpAddr, u16)> = candidates
         .iter()
         .filter(|(e, _)| chosen.iter().any(|c| std::ptr::eq(*c, *e)))
@@ -214,7 +264,7 @@ pub(crate) fn endpoints(
 }
 
 fn rules_of(
-    node: &str,
+    place: &Place,
     key: &(String, String),
     spec: &ServiceSpec,
     address: IpAddr,
@@ -229,7 +279,7 @@ fn rules_of(
     let mut out = Vec::new();
     for port in spec.ports.iter().flatten() {
         let Ok(number) = u16::try_from(port.port) else { continue };
-        let endpoints = endpoints(slices, address.is_ipv4(), port, local.then_some(node));
+        let endpoints = endpoints(slices, address.is_ipv4(), port, (place, local));
         out.push(ServiceRule {
             namespace: key.0.clone(),
             name: key.1.clone(),
@@ -278,6 +328,9 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    fn at(zone: &str) -> Place {
+        Place { node: "n".into(), zone: Some(zone.into()) }
+    }
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
     }
@@ -308,7 +361,7 @@ mod tests {
             json!([{"name": "http", "port": 8080}, {"name": "dns", "port": 5353, "protocol": "UDP"}]),
             json!([endpoint("10.42.0.9", true), endpoint("10.42.0.3", true), endpoint("10.42.0.4", false)]),
         )];
-        let (rules, records) = compute("n", services.to_vec(), slices.to_vec());
+        let (rules, records) = compute(&at("a"), services.to_vec(), slices.to_vec());
         let two = |port| vec![(ip("10.42.0.3"), port), (ip("10.42.0.9"), port)];
         assert_eq!(rules.len(), 2);
         assert_eq!((rules[0].protocol, rules[0].port, &rules[0].endpoints), (Protocol::Tcp, 80, &two(8080)));
@@ -330,7 +383,7 @@ mod tests {
             |object: &SharedObject, there: bool| Seen::Service(Key::of(object), there.then(|| object.clone()));
         let slice = |object: &SharedObject, there: bool| Seen::Slice(Key::of(object), there.then(|| object.clone()));
         let first = of("web", &["10.42.0.3"]);
-        let mut known = Known::of("n", vec![web.clone()], vec![first.clone(), of("other", &["10.42.0.9"])]);
+        let mut known = Known::of(&at("a"), vec![web.clone()], vec![first.clone(), of("other", &["10.42.0.9"])]);
         let mut apply = |seen: Vec<Seen>| {
             let Changed { before, after, names } = known.apply(seen.into_iter());
             let all = (known.rules().len(), known.records().services.len());
@@ -358,7 +411,7 @@ mod tests {
         six["addressType"] = "IPv6".into();
         six["metadata"]["name"] = "web-2".into();
         let slices = [slice("web", ports, json!([endpoint("10.42.0.3", true)])), Arc::new(six)];
-        let (rules, records) = compute("n", vec![service("web", spec)], slices.to_vec());
+        let (rules, records) = compute(&at("a"), vec![service("web", spec)], slices.to_vec());
         let of = |text: &str| &rules.iter().find(|rule| rule.cluster_ip == ip(text)).unwrap().endpoints;
         assert_eq!(of("10.43.0.5"), &[(ip("10.42.0.3"), 8080)]);
         assert_eq!(of("fd00:10:43::5"), &[(ip("fd00:10:42::3"), 8080)]);
@@ -372,11 +425,39 @@ mod tests {
             json!({"addresses": ["10.42.0.7"], "conditions": {"ready": false, "serving": true, "terminating": true}});
         let go = |endpoints: Value| {
             let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
-            compute("n", services.to_vec(), slices.to_vec()).0[0].endpoints.clone()
+            compute(&at("a"), services.to_vec(), slices.to_vec()).0[0].endpoints.clone()
         };
         assert_eq!(go(json!([ending, endpoint("10.42.0.8", false)])), [(ip("10.42.0.7"), 80)]);
         assert_eq!(go(json!([ending, endpoint("10.42.0.8", true)])), [(ip("10.42.0.8"), 80)]);
         assert!(go(json!([])).is_empty());
+    }
+
+    #[test]
+    fn hints_lead_to_what_is_near() {
+        let services = [service("web", json!({"clusterIP": "10.43.0.5", "ports": [{"port": 80}]}))];
+        let go = |place: &Place, endpoints: Value| {
+            let slices = [slice("web", json!([{"name": "", "port": 80}]), endpoints)];
+            let rules = compute(place, services.to_vec(), slices.to_vec()).0;
+            rules[0].endpoints.iter().map(|(address, _)| address.to_string()).collect::<Vec<_>>().join(" ")
+        };
+        let hinted = |address: &str, ready: bool, zone: &str, node: Option<&str>| {
+            let mut value = endpoint(address, ready);
+            value["hints"] =
+                json!({"forZones": [{"name": zone}], "forNodes": node.map(|node| json!([{"name": node}]))});
+            value
+        };
+        let two = json!([hinted("10.42.0.3", true, "a", None), hinted("10.42.0.4", true, "b", None)]);
+        assert_eq!(go(&at("a"), two.clone()), "10.42.0.3");
+        assert_eq!(go(&at("b"), two.clone()), "10.42.0.4");
+        let both = "10.42.0.3 10.42.0.4";
+        assert_eq!(go(&at("c"), two.clone()), both, "none is for here");
+        assert_eq!(go(&Place { zone: None, ..at("") }, two), both, "the node has no zone");
+        let one = json!([hinted("10.42.0.3", true, "a", None), endpoint("10.42.0.4", true)]);
+        assert_eq!(go(&at("a"), one), both, "not each has hints");
+        let unready = json!([hinted("10.42.0.3", false, "a", None), hinted("10.42.0.4", true, "b", None)]);
+        assert_eq!(go(&at("a"), unready), "10.42.0.4", "what is near is not ready");
+        let nodes = json!([hinted("10.42.0.3", true, "a", Some("m")), hinted("10.42.0.4", true, "b", Some("n"))]);
+        assert_eq!(go(&at("a"), nodes), "10.42.0.4", "the node comes before the zone");
     }
 
     #[test]
@@ -388,7 +469,7 @@ mod tests {
         ];
         let endpoints = json!([{"addresses": ["10.42.0.3"], "hostname": "db-0"}, endpoint("10.42.0.4", false)]);
         let slices = [slice("db", json!([{"name": "pg", "port": 6000}]), endpoints)];
-        let (rules, records) = compute("n", services.to_vec(), slices.to_vec());
+        let (rules, records) = compute(&at("a"), services.to_vec(), slices.to_vec());
         assert!(rules.is_empty());
         let record = EndpointRecord { address: ip("10.42.0.3"), hostname: Some("db-0".into()) };
         assert_eq!(records.services[0].kind, ServiceKind::Headless(vec![record]));

@@ -7,6 +7,7 @@ pub const TESTS: &[Test] = &[
     ("network_namespaces_are_private", private),
     ("network_policies_through_kubectl", policies),
     ("network_shop_under_default_deny", shop),
+    ("network_services_lead_to_what_is_near", near),
 ];
 
 /// A pod that serves its name on some ports.
@@ -96,6 +97,48 @@ fn private(c: &Cluster) -> Outcome {
     assert!(say.contains("passes") && say.contains(&format!("NetworkPolicy {ours}/open ingress[0]")), "{say}");
     assert!(say.contains(&format!("NetworkPolicy {theirs}/out egress[0]")), "{say}");
     assert_eq!(call(c, friend, &stranger, 9000), "", "the other way stays closed");
+    Outcome::Passed
+}
+
+/// Hints of somebody's own EndpointSlices, and those that `trafficDistribution` asks for.
+fn near(c: &Cluster) -> Outcome {
+    let ns = c.namespace("t-net-near");
+    c.apply(&server(&ns, "one", "app: near", &[8000]));
+    c.apply(&server(&ns, "two", "app: near", &[8000]));
+    c.apply(&server(&ns, "client", "app: client", &[]));
+    let slice = |pod: &str, zone: &str| {
+        format!(
+            "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {{name: web-{zone}, namespace: {ns}, \
+             labels: {{kubernetes.io/service-name: web}}}}\nports: [{{name: '', port: 8000, protocol: TCP}}]\n\
+             endpoints: [{{addresses: [{}], conditions: {{ready: true}}, hints: {{forZones: [{{name: {zone}}}]}}}}]\n",
+            address(c, &ns, pod)
+        )
+    };
+    address(c, &ns, "client");
+    let services = format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: {ns}}}\nspec: {{ports: [{{port: 80, targetPort: 8000}}]}}\n\
+         ---\napiVersion: v1\nkind: Service\nmetadata: {{name: own, namespace: {ns}}}\nspec: {{selector: {{app: near}}, \
+         trafficDistribution: PreferClose, ports: [{{port: 80, targetPort: 8000}}]}}\n"
+    );
+    c.apply(&(services + &slice("one", "t-a") + &slice("two", "t-b")));
+    let zone = |label: &str| {
+        c.kubectl(&["label", "node", "--all", "--overwrite", label]).good();
+    };
+    let heard = || {
+        let line = "for n in 1 2 3 4 5 6 7 8 9 10 11 12; do nc -w 3 web 80 </dev/null; done | sort -u";
+        exec(c, &ns, "client", line).out.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    for (label, wanted) in [("t-a", "one"), ("t-b", "two"), ("t-c", "one two")] {
+        zone(&format!("topology.kubernetes.io/zone={label}"));
+        c.until("the zone's endpoints answer alone", || heard() == wanted);
+    }
+    c.until("endpoints say for whom they are", || {
+        let shown = ["get", "endpointslices", "-n", &ns, "-l", "kubernetes.io/service-name=own", "-o"];
+        let path = "jsonpath={.items[*].endpoints[*].zone} {.items[*].endpoints[*].hints.forZones[*].name}";
+        c.kubectl(&[&shown[..], &[path]].concat()).good().trim() == "t-c t-c t-c t-c"
+    });
+    zone("topology.kubernetes.io/zone-");
+    c.until("without a zone all answer", || heard() == "one two");
     Outcome::Passed
 }
 

@@ -17,11 +17,19 @@ pub(super) struct Group {
     pub endpoints: Vec<Endpoint>,
 }
 
-/// `family` as EndpointSlices name it: `IPv4` or `IPv6`.
-pub(super) fn groups(service: &Object, family: &str, pods: &[SharedObject]) -> Vec<Group> {
+/// The label of a node that says where it is.
+pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// `zone_of`: of the node of that name. `family` as EndpointSlices name it: `IPv4` or `IPv6`.
+pub(super) fn groups(
+    service: &Object,
+    family: &str,
+    pods: &[SharedObject],
+    zone_of: &dyn Fn(&str) -> Option<String>,
+) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for pod in pods {
-        let Some(endpoint) = endpoint(service, family, pod) else { continue };
+        let Some(endpoint) = endpoint(service, family, pod, zone_of) else { continue };
         let Some(ports) = ports(service, pod) else { continue };
         match groups.iter_mut().find(|group| group.ports == ports) {
             Some(group) => group.endpoints.push(endpoint),
@@ -41,7 +49,12 @@ fn address_of<'a>(pod: &'a Object, family: &str) -> Option<&'a str> {
     all.chain([pod.str_at("/status/podIP")]).find(of_family)
 }
 
-fn endpoint(service: &Object, family: &str, pod: &Object) -> Option<Endpoint> {
+fn endpoint(
+    service: &Object,
+    family: &str,
+    pod: &Object,
+    zone_of: &dyn Fn(&str) -> Option<String>,
+) -> Option<Endpoint> {
     let address = address_of(pod, family).filter(|_| !has_ended(pod))?;
     let (serving, terminating) = (is_ready(pod), pod.is_deleting());
     let even_unready = flag(service, "/spec/publishNotReadyAddresses");
@@ -54,6 +67,15 @@ fn endpoint(service: &Object, family: &str, pod: &Object) -> Option<Endpoint> {
         let node = pod.str_at("/spec/nodeName");
         if !node.is_empty() {
             fields.insert("nodeName".into(), node.into());
+            let zone = zone_of(node).filter(|zone| !zone.is_empty());
+            if let Some(hints) =
+                hints(service, node, zone.as_deref()).filter(|_| even_unready || (serving && !terminating))
+            {
+                fields.insert("hints".into(), hints);
+            }
+            if let Some(zone) = zone {
+                fields.insert("zone".into(), zone.into());
+            }
         }
         let hostname = pod.str_at("/spec/hostname");
         if !hostname.is_empty() && pod.str_at("/spec/subdomain") == service.name() {
@@ -61,6 +83,19 @@ fn endpoint(service: &Object, family: &str, pod: &Object) -> Option<Endpoint> {
         }
     }
     Some(Endpoint { uid: pod.uid().to_owned(), value })
+}
+
+/// Who should use an endpoint, as the Service's `trafficDistribution` has it.
+fn hints(service: &Object, node: &str, zone: Option<&str>) -> Option<Value> {
+    let wanted = service.str_at("/spec/trafficDistribution");
+    let mut hints = Map::new();
+    if wanted == "PreferSameNode" {
+        hints.insert("forNodes".into(), json!([{"name": node}]));
+    }
+    if let Some(zone) = zone.filter(|_| matches!(wanted, "PreferClose" | "PreferSameZone" | "PreferSameNode")) {
+        hints.insert("forZones".into(), json!([{"name": zone}]));
+    }
+    (!hints.is_empty()).then_some(Value::Object(hints))
 }
 
 /// The Service's ports as numbers of this pod. `None` if it has ports and the pod none of them.

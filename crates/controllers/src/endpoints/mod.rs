@@ -7,7 +7,7 @@ mod desired;
 #[cfg(test)]
 mod tests;
 
-use crate::context::{Context, ENDPOINT_SLICES, PODS, SERVICES};
+use crate::context::{Context, ENDPOINT_SLICES, NODES, PODS, SERVICES};
 use crate::objects::{controller_reference, is_controlled_by};
 use crate::runner::{Again, Reconcile, Source, is_race};
 use api::client::DeleteOptions;
@@ -32,12 +32,13 @@ pub(crate) struct Endpoints {
     services: Informer,
     pods: Informer,
     slices: Informer,
+    nodes: Informer,
 }
 
 pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
     let informers = &context.informers;
     let (services, pods) = (informers.of(&SERVICES), informers.of(&PODS));
-    let slices = informers.of(&ENDPOINT_SLICES);
+    let (slices, nodes) = (informers.of(&ENDPOINT_SLICES), informers.of(&NODES));
     let all = services.clone();
     let selected = Source::new(pods.clone(), move |pod| {
         let means = |service: &SharedObject| selector(service).is_some_and(|selector| selector.matches_object(pod));
@@ -47,8 +48,10 @@ pub(crate) fn new(context: &Arc<Context>) -> (Arc<dyn Reconcile>, Vec<Source>) {
         (Some(MANAGER), Some(service)) => vec![Key::new(slice.namespace(), service)],
         _ => Vec::new(),
     });
-    let sources = vec![Source::own(services.clone()), selected.filtered(matters), own];
-    (Arc::new(Endpoints { context: Arc::clone(context), services, pods, slices }), sources)
+    let all = services.clone();
+    let zoned = Source::new(nodes.clone(), move |_| all.keys());
+    let sources = vec![Source::own(services.clone()), selected.filtered(matters), own, zoned.filtered(is_elsewhere)];
+    (Arc::new(Endpoints { context: Arc::clone(context), services, pods, slices, nodes }), sources)
 }
 
 /// Whether a change of a pod can change an endpoint.
@@ -66,6 +69,12 @@ fn matters(old: Option<&Object>, new: Option<&Object>) -> bool {
         )
     };
     part(old) != part(new)
+}
+
+/// Whether a node has come to another zone.
+fn is_elsewhere(old: Option<&Object>, new: Option<&Object>) -> bool {
+    let [old, new] = [old, new].map(|node| node.and_then(|node| node.label(desired::ZONE)));
+    old != new
 }
 
 /// `None` when somebody else makes the endpoints.
@@ -97,9 +106,10 @@ impl Reconcile for Endpoints {
         let mut pods = self.pods.list_in(&key.namespace);
         pods.retain(|pod| selector.matches_object(pod));
         let families = families(&service);
+        let zone_of = |node: &str| self.nodes.get("", node)?.label(desired::ZONE).map(str::to_owned);
         for family in families {
             let of_family = known.extract_if(.., |slice| slice.str_at("/addressType") == family).collect();
-            self.apply(&service, family, desired::groups(&service, family, &pods), of_family).await?;
+            self.apply(&service, family, desired::groups(&service, family, &pods, &zone_of), of_family).await?;
         }
         // Of a family that the Service has no longer.
         for slice in known {

@@ -1,5 +1,5 @@
 use super::{HEADLESS, SERVICE_NAME};
-use crate::context::{ENDPOINT_SLICES, PODS, SERVICES};
+use crate::context::{ENDPOINT_SLICES, NODES, PODS, SERVICES};
 use crate::objects::{is_controlled_by, list};
 use crate::testing::World;
 use api::client::{Client, Patch};
@@ -35,6 +35,37 @@ async fn a_slice_for_each_family() {
     let single = Patch::Merge(json!({"spec": {"ipFamilies": ["IPv6"]}}));
     world.client.patch(&SERVICES, "x", "web", "", single).await.unwrap();
     world.wait_all(&ENDPOINT_SLICES, |slices| shown(slices) == ["fd00:10:42::1:80 rs-"]).await;
+}
+
+#[tokio::test]
+async fn endpoints_say_where_they_are_and_whom_they_are_for() {
+    let world = World::new().await;
+    let mut close = service(json!([{"name": "p", "port": 80}]));
+    close["spec"]["trafficDistribution"] = "PreferClose".into();
+    world.create(&SERVICES, close).await;
+    world.client.put(&PODS, pod("a", "10.42.0.1", 8080, true));
+    world.client.put(&PODS, pod("b", "10.42.0.2", 8080, false));
+    let told = |slices: &[SharedObject]| {
+        let own = slices.iter().filter(|slice| slice.label(SERVICE_NAME) == Some("web"));
+        let endpoints = own.flat_map(|slice| list(slice, "/endpoints"));
+        let mut all: Vec<_> =
+            endpoints.map(|e| (e["addresses"][0].clone(), e["zone"].clone(), e["hints"].clone())).collect();
+        all.sort_by_key(|(address, ..)| address.to_string());
+        all
+    };
+    let (a, b) = (json!("10.42.0.1"), json!("10.42.0.2"));
+    let plain = vec![(a.clone(), Value::Null, Value::Null), (b.clone(), Value::Null, Value::Null)];
+    world.wait_all(&ENDPOINT_SLICES, |slices| told(slices) == plain).await;
+    let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n", "labels": {"topology.kubernetes.io/zone": "z"}}});
+    world.client.put(&NODES, node);
+    let zone = json!([{"name": "z"}]);
+    let near = vec![(a.clone(), json!("z"), json!({"forZones": zone})), (b.clone(), json!("z"), Value::Null)];
+    world.wait_all(&ENDPOINT_SLICES, |slices| told(slices) == near).await;
+    let same_node = Patch::Merge(json!({"spec": {"trafficDistribution": "PreferSameNode"}}));
+    world.client.patch(&SERVICES, "x", "web", "", same_node).await.unwrap();
+    let hints = json!({"forNodes": [{"name": "n"}], "forZones": zone});
+    let both = vec![(a, json!("z"), hints), (b, json!("z"), Value::Null)];
+    world.wait_all(&ENDPOINT_SLICES, |slices| told(slices) == both).await;
 }
 
 fn shown(slices: &[SharedObject]) -> Vec<String> {

@@ -3,10 +3,9 @@
 use super::{Compiled, Enforcer};
 use crate::adaptors::RouterNetworks;
 use crate::config::Config;
-use crate::exposed::Exposed;
+use crate::exposed::{Exposed, Followed};
 use crate::ports::{Exposure, Protocol};
-use crate::proxy;
-use api::informer::Informer;
+use crate::proxy::{self, Place};
 use api::inspect::{Answer, Explained, Inspect, Lines, Question, Told};
 use api::status::{Status, StatusResult};
 use async_trait::async_trait;
@@ -31,20 +30,14 @@ pub(crate) struct Inspector {
     pub(super) config: RouterConfig,
     pub(super) router: Arc<RouterNetworks>,
     pub(super) enforcer: Arc<Enforcer>,
-    services: Informer,
-    slices: Informer,
+    followed: Followed,
     exposed: Exposed,
     log: Option<RefusedLog>,
     slots: Arc<Semaphore>,
 }
 
 impl Inspector {
-    pub fn new(
-        config: &Config,
-        router: Arc<RouterNetworks>,
-        enforcer: Arc<Enforcer>,
-        (services, slices): (Informer, Informer),
-    ) -> Inspector {
+    pub fn new(config: &Config, router: Arc<RouterNetworks>, enforcer: Arc<Enforcer>, followed: Followed) -> Inspector {
         let log = match RefusedLog::start(router.router()) {
             Ok(log) => Some(log),
             Err(error) => {
@@ -52,17 +45,21 @@ impl Inspector {
                 None
             }
         };
-        let exposed = Exposed { node: config.name.clone(), exposing: config.exposing.clone() };
+        let place = Place { node: config.name.clone(), zone: None };
+        let exposed = Exposed { place, exposing: config.exposing.clone() };
         Inspector {
             config: router.router().config().clone(),
             router,
             enforcer,
-            services,
-            slices,
+            followed,
             exposed,
             log,
             slots: Arc::new(Semaphore::new(ASKERS)),
         }
+    }
+
+    fn place(&self) -> Place {
+        Place::of(&self.exposed.place.node, &self.followed.own)
     }
 
     /// A line for each answer.
@@ -192,7 +189,8 @@ impl Inspector {
 
     /// The port of the host that leads a client outside to a workload's.
     fn opened(&self, flow: &Flow) -> Result<String, String> {
-        let (exposures, _) = self.exposed.compute(&self.services.list(), &self.slices.list());
+        let (exposures, _) = Exposed { place: self.place(), ..self.exposed.clone() }
+            .compute(&self.followed.services.list(), &self.followed.slices.list());
         let leads_there = |exposure: &&Exposure| match &exposure.leads {
             Leads::To { endpoints, .. } => {
                 exposure.protocol.number() == flow.protocol && endpoints.contains(&(flow.destination, flow.port))
@@ -323,7 +321,7 @@ impl Inspector {
 
     /// Where connections to a Service's address go.
     fn endpoints(&self, address: IpAddr, number: u8, port: Option<u16>) -> Result<Vec<(IpAddr, Option<u16>)>, String> {
-        let (rules, _) = proxy::compute("", self.services.list(), self.slices.list());
+        let (rules, _) = proxy::compute(&self.place(), self.followed.services.list(), self.followed.slices.list());
         let of: Vec<_> = rules.iter().filter(|rule| rule.cluster_ip == address).collect();
         let Some(first) = of.first() else { return Err(format!("{address}: no Service has that address")) };
         let name = format!("Service {}/{}", first.namespace, first.name);
@@ -348,7 +346,7 @@ impl Inspector {
             return Ok(address);
         }
         if let Some((namespace, name)) = text.strip_prefix("svc/").and_then(|rest| rest.split_once('/')) {
-            let service = self.services.get(namespace, name);
+            let service = self.followed.services.get(namespace, name);
             let address = service.as_ref().and_then(|s| s.pointer("/spec/clusterIP")?.as_str()?.parse().ok());
             return address.ok_or_else(|| format!("{text}: no Service with an address of its own"));
         }

@@ -1,6 +1,6 @@
 //! What Services came to, followed object by object: the cost of a change is that of the Services it is about.
 
-use super::{by_service, rules_and_record};
+use super::{Place, by_service, rules_and_record};
 use crate::ports::{Records, ServiceRule};
 use api::demand::BACKENDS;
 use api::informer::Key;
@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 #[derive(Default)]
 pub(super) struct Known {
-    node: String,
+    place: Place,
     services: HashMap<Key, SharedObject>,
     /// By their Service, whether that is there or not.
     slices: HashMap<Key, BTreeMap<Key, SharedObject>>,
@@ -42,8 +42,8 @@ pub(super) struct Changed {
 }
 
 impl Known {
-    pub fn of(node: &str, services: Vec<SharedObject>, slices: Vec<SharedObject>) -> Known {
-        let mut known = Known { node: node.to_owned(), ..Known::default() };
+    pub fn of(place: &Place, services: Vec<SharedObject>, slices: Vec<SharedObject>) -> Known {
+        let mut known = Known { place: place.clone(), ..Known::default() };
         let services = services.into_iter().map(|object| Seen::Service(Key::of(&object), Some(object)));
         let slices = slices.into_iter().map(|object| Seen::Slice(Key::of(&object), Some(object)));
         known.apply(services.chain(slices));
@@ -106,7 +106,7 @@ impl Known {
         let names = (key.namespace.to_string(), key.name.to_string());
         let slices = self.slices.get(key).into_iter().flat_map(BTreeMap::values);
         let slices = by_service(slices, |_| true).remove(&names).unwrap_or_default();
-        let (mut rules, record) = rules_and_record(&self.node, names, &spec, &slices);
+        let (mut rules, record) = rules_and_record(&self.place, names, &spec, &slices);
         let activated = service.annotation(BACKENDS).is_some_and(|backends| !backends.is_empty());
         rules.iter_mut().for_each(|rule| rule.activated = activated);
         One { rules, record }

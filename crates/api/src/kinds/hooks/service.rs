@@ -52,6 +52,8 @@ pub fn validate(new: &Object, old: Option<&Object>) -> Vec<Cause> {
     p.one_of("spec.type", kind, &TYPES);
     p.one_of("spec.sessionAffinity", text(spec, "sessionAffinity"), &["ClientIP", "None"]);
     p.one_of("spec.internalTrafficPolicy", text(spec, "internalTrafficPolicy"), &["Cluster", "Local"]);
+    let near = ["PreferClose", "PreferSameNode", "PreferSameZone"];
+    p.one_of("spec.trafficDistribution", text(spec, "trafficDistribution"), &near);
     p.one_of("spec.externalTrafficPolicy", text(spec, "externalTrafficPolicy"), &["Cluster", "Local"]);
     let families = ["PreferDualStack", "RequireDualStack", "SingleStack"];
     p.one_of("spec.ipFamilyPolicy", text(spec, "ipFamilyPolicy"), &families);
@@ -323,6 +325,10 @@ mod tests {
     fn ports_and_addresses() {
         assert_eq!(told(json!({})), ["spec.ports: Required value"]);
         assert!(told(json!({"clusterIP": "None"})).is_empty());
+        let near = |value: &str| told(json!({"ports": [{"port": 80}], "trafficDistribution": value}));
+        assert!(near("PreferClose").is_empty() && near("PreferSameNode").is_empty());
+        let only = "supported values: \"PreferClose\", \"PreferSameNode\", \"PreferSameZone\"";
+        assert_eq!(near("Near"), [format!("spec.trafficDistribution: Unsupported value: \"Near\": {only}")]);
         assert_eq!(told(json!({"type": "ExternalName"})), ["spec.externalName: Required value"]);
         assert_eq!(
             told(
