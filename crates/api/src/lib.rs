@@ -30,6 +30,7 @@ pub mod streams;
 pub mod table;
 pub mod testing;
 pub mod time;
+pub mod topology;
 
 /// The field's own typed wire structs for built-in kinds; deserialize from `&serde_json::Value` at the edge of a room.
 pub use k8s_openapi as k8s;

@@ -287,6 +287,7 @@ async fn serve(
         connect: Arc::new(move |client, to| connecting.connect_as(client, to)),
     };
     let gateway = gateway::Config {
+        node: node_name(options),
         demand: demand.clone(),
         inner_listener: Some(inner),
         inside: Some(inside),

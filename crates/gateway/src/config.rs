@@ -26,6 +26,8 @@ pub struct Config {
     pub metrics_listener: Option<TcpListener>,
     /// Where a line for each request goes.
     pub access_log: Option<AccessSink>,
+    /// The node that this is, for the hints of endpoints.
+    pub node: String,
     /// Gateways whose `gatewayClassName` is this are served.
     pub class: String,
     /// Bytes of a request's head.
@@ -73,6 +75,7 @@ impl Config {
             proxy_protocol: false,
             metrics_listener: None,
             access_log: None,
+            node: String::new(),
             class: "atoll".to_owned(),
             max_head: 64 << 10,
             demand: Arc::default(),

@@ -10,6 +10,7 @@ use api::client::{Client, ListOptions};
 use api::informer::{Change, Informer, Subscription};
 use api::kind::Resource;
 use api::object::{Meta, SharedObject};
+use api::topology::Place;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,9 @@ const GATHER: Duration = Duration::from_millis(2);
 const TIDY: Duration = Duration::from_secs(15);
 
 struct Informers {
+    /// The node's object, and where that says it is.
+    own: Informer,
+    place: Place,
     classes: Informer,
     gateways: Informer,
     routes: Informer,
@@ -54,8 +58,14 @@ struct Dirty {
     services: HashSet<(String, String)>,
 }
 
-pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mut upstreams: Upstreams) {
-    let informers = Informers::start(&client);
+pub async fn run(
+    shared: Arc<Shared>,
+    client: Arc<dyn Client>,
+    (node, class): (String, String),
+    mut upstreams: Upstreams,
+) {
+    let mut informers = Informers::start(&client, &node);
+    let mut own = informers.own.subscribe();
     let mut subscriptions = informers.subscribe();
     let mut slices = informers.slices.subscribe();
     informers.synced().await;
@@ -66,6 +76,7 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
         let mut dirty = Dirty::default();
         tokio::select! {
             change = slices.next() => dirty.slice(change),
+            _ = own.next() => {}
             () = any(&mut subscriptions) => {
                 dirty.table = true;
                 tokio::time::sleep(GATHER).await;
@@ -76,6 +87,12 @@ pub async fn run(shared: Arc<Shared>, client: Arc<dyn Client>, class: String, mu
         }
         while let Some(change) = slices.try_next() {
             dirty.slice(change);
+        }
+        while own.try_next().is_some() {}
+        let place = Place::of(&node, &informers.own);
+        if place != informers.place {
+            informers.place = place;
+            dirty.table = true;
         }
         for subscription in &mut subscriptions {
             while subscription.try_next().is_some() {
@@ -159,15 +176,19 @@ fn refresh(informers: &Informers, upstream: &Upstream) {
         .into_iter()
         .filter(|slice| slice.label(SERVICE_NAME) == Some(&upstream.service))
         .collect();
-    upstream.set_endpoints(&addresses(slices.iter(), &upstream.port_name));
+    upstream.set_endpoints(&addresses(slices.iter(), &upstream.port_name, &informers.place));
 }
 
 impl Informers {
-    fn start(client: &Arc<dyn Client>) -> Informers {
+    fn start(client: &Arc<dyn Client>, node: &str) -> Informers {
+        let named = ListOptions { field_selector: format!("metadata.name={node}"), ..ListOptions::default() };
+        let own = Informer::spawn(client.clone(), Resource::new("", "v1", "nodes"), "", named);
         let follow = |group: &str, version: &str, plural: &str| {
             Informer::spawn(client.clone(), Resource::new(group, version, plural), "", ListOptions::default())
         };
         Informers {
+            place: Place::of(node, &own),
+            own,
             classes: follow(GROUP, "v1", "gatewayclasses"),
             gateways: follow(GROUP, "v1", "gateways"),
             routes: follow(GROUP, "v1", "httproutes"),

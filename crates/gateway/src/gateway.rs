@@ -129,7 +129,8 @@ impl Gateway {
                 waking.spawn(activator::run(shared.clone(), open(listener)?, inside.connect.clone(), places.clone()));
             }
         }
-        let following = tokio::spawn(follow::run(shared.clone(), client, config.class, Upstreams::new(settings)));
+        let following =
+            tokio::spawn(follow::run(shared.clone(), client, (config.node, config.class), Upstreams::new(settings)));
         serve::run(shared, doors, limits, shutdown).await;
         waking.shutdown().await;
         following.abort();

@@ -19,12 +19,14 @@ use crate::services::{ServiceRule, Services};
 use crate::uplink::{self, NODE, Relay, Uplink};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder, File};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 const ROUTER: &str = "router";
 /// A link that leads nowhere, for IPv6 routes to what is redirected or refused: over loopback they would end a packet
@@ -289,12 +291,19 @@ fn make_dir(path: &Path) -> Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(Error::file("create", path))
 }
 
+/// A program that its last holder was about to execute has the lock too, for a moment: until it is executed.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
 fn lock(path: &Path) -> Result<File> {
     let file = File::create(path).map_err(Error::file("open", path))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_owned() }),
-        Err(errno) => Err(Error::file("lock", path)(errno.into())),
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+            Err(Errno::WOULDBLOCK) => return Err(Error::InUse { path: path.to_owned() }),
+            Err(errno) => return Err(Error::file("lock", path)(errno.into())),
+        }
     }
 }
 

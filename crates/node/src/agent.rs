@@ -27,6 +27,7 @@ use api::informer::{Change, Informer};
 use api::kind::Resource;
 use api::object::{Meta, SharedObject};
 use api::streams::PodStreams;
+use api::topology::Place;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -240,7 +241,7 @@ impl Running {
             networks = Arc::new(Enforced { inner, enforcer, subnets });
         }
         let events = Recorder::spawn(client.clone(), &config.name);
-        let place = proxy::Place { node: config.name.clone(), zone: None };
+        let place = Place { node: config.name.clone(), zone: None };
         let exposed = exposed::Exposed { place, exposing: config.exposing.clone() };
         helpers.spawn(exposed.run(followed.clone(), agent.networks.clone(), events.clone()));
         helpers.spawn(kept::run(client.clone(), agent.networks.clone()));

@@ -7,10 +7,11 @@
 use crate::config::Exposing;
 use crate::events::{About, Level, Recorder};
 use crate::ports::{Exposure, Networks, Protocol};
-use crate::proxy::{self, Place, Slices};
+use crate::proxy::{self, Slices};
 use api::informer::{Informer, Subscription};
 use api::k8s::api::core::v1::{Service, ServicePort, ServiceSpec};
 use api::object::{Meta, SharedObject};
+use api::topology::Place;
 use network::Leads;
 use network::policy::{Block, Network, Ranges, ranges};
 use serde::Deserialize;

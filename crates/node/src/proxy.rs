@@ -6,10 +6,11 @@ mod known;
 
 use crate::exposed::Followed;
 use crate::ports::{NetworkError, Networks, Protocol, Records, ServiceRule};
-use api::informer::{Change, Informer, Key};
+use api::informer::{Change, Key};
 use api::k8s::api::core::v1::{ServicePort, ServiceSpec};
 use api::k8s::api::discovery::v1::{Endpoint, EndpointSlice};
 use api::object::{Meta, SharedObject};
+use api::topology::{Hints, Place};
 use known::{Changed, Known, Seen};
 use network::dns::{EndpointRecord, PortRecord, ServiceKind, ServiceRecord};
 use serde::Deserialize;
@@ -19,26 +20,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-const ZONE: &str = "topology.kubernetes.io/zone";
 const PAUSE: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(2);
 /// Everything is handed over again this often, should the kernel's state have been touched.
 const RESYNC: Duration = Duration::from_secs(300);
-
-/// Where a node is, as hints of endpoints see it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub node: String,
-    pub zone: Option<String>,
-}
-
-impl Place {
-    /// `own`: the node's object, as soon as there is one.
-    pub fn of(node: &str, own: &Informer) -> Place {
-        let zone = own.get("", node).and_then(|object| object.label(ZONE).map(str::to_owned));
-        Place { node: node.to_owned(), zone: zone.filter(|zone| !zone.is_empty()) }
-    }
-}
 
 /// Runs until cancelled.
 pub(crate) async fn run(node: String, followed: Followed, networks: Arc<dyn Networks>) {
@@ -215,25 +200,12 @@ fn usable<'a>(endpoints: &[&'a Endpoint]) -> Vec<&'a Endpoint> {
         .collect()
 }
 
-/// Those that hints lead here; all, unless each has hints and one is for here: first for the node, then for its zone
-/// (<https://kubernetes.io/docs/concepts/services-networking/topology-aware-routing/>).
-fn near<'a>(chosen: Vec<&'a Endpoint>, place: &Place) -> Vec<&'a Endpoint> {
-    let for_node = |endpoint: &Endpoint| {
-        let nodes = endpoint.hints.as_ref()?.for_nodes.as_ref().filter(|nodes| !nodes.is_empty())?;
-        Some(nodes.iter().any(|node| node.name == place.node))
-    };
-    let for_zone = |endpoint: &Endpoint| {
-        let zones = endpoint.hints.as_ref()?.for_zones.as_ref().filter(|zones| !zones.is_empty())?;
-        Some(zones.iter().any(|zone| Some(&zone.name) == place.zone.as_ref()))
-    };
-    for of in [&for_node as &dyn Fn(&Endpoint) -> Option<bool>, &for_zone] {
-        if chosen.iter().all(|endpoint| of(endpoint).is_some())
-            && chosen.iter().any(|endpoint| of(endpoint) == Some(true))
-        {
-            return chosen.into_iter().filter(|endpoint| of(endpoint) == Some(true)).collect();
-        }
+fn hints<'a>(endpoint: &'a &Endpoint) -> Hints<'a> {
+    let Some(hints) = &endpoint.hints else { return Hints::default() };
+    Hints {
+        nodes: hints.for_nodes.iter().flatten().map(|node| &*node.name).collect(),
+        zones: hints.for_zones.iter().flatten().map(|zone| &*zone.name).collect(),
     }
-    chosen
 }
 
 /// Where connections to a Service's port go, of one family, from a node; only to what is there too, if that is asked for.
@@ -253,7 +225,7 @@ pub(crate) fn endpoints(
     }
     let mut chosen = usable(&candidates.iter().map(|c| c.0).collect::<Vec<_>>());
     if !local {
-        chosen = near(chosen, place);
+        chosen = place.near(chosen, hints);
     }
     let endpoints: BTreeSet<(IpAddr, u16)> = candidates
         .iter()

@@ -17,9 +17,6 @@ pub(super) struct Group {
     pub endpoints: Vec<Endpoint>,
 }
 
-/// The label of a node that says where it is.
-pub(super) const ZONE: &str = "topology.kubernetes.io/zone";
-
 /// `zone_of`: of the node of that name. `family` as EndpointSlices name it: `IPv4` or `IPv6`.
 pub(super) fn groups(
     service: &Object,

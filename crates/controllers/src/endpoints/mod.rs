@@ -15,6 +15,7 @@ use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
 use api::selector::Selector;
 use api::status::StatusResult;
+use api::topology::ZONE;
 use async_trait::async_trait;
 use desired::{Endpoint, Group};
 use serde_json::{Value, json};
@@ -73,7 +74,7 @@ fn matters(old: Option<&Object>, new: Option<&Object>) -> bool {
 
 /// Whether a node has come to another zone.
 fn is_elsewhere(old: Option<&Object>, new: Option<&Object>) -> bool {
-    let [old, new] = [old, new].map(|node| node.and_then(|node| node.label(desired::ZONE)));
+    let [old, new] = [old, new].map(|node| node.and_then(|node| node.label(ZONE)));
     old != new
 }
 
@@ -106,7 +107,7 @@ impl Reconcile for Endpoints {
         let mut pods = self.pods.list_in(&key.namespace);
         pods.retain(|pod| selector.matches_object(pod));
         let families = families(&service);
-        let zone_of = |node: &str| self.nodes.get("", node)?.label(desired::ZONE).map(str::to_owned);
+        let zone_of = |node: &str| self.nodes.get("", node)?.label(ZONE).map(str::to_owned);
         for family in families {
             let of_family = known.extract_if(.., |slice| slice.str_at("/addressType") == family).collect();
             self.apply(&service, family, desired::groups(&service, family, &pods, &zone_of), of_family).await?;

@@ -1,11 +1,12 @@
 //! What Services came to, followed object by object: the cost of a change is that of the Services it is about.
 
-use super::{Place, by_service, rules_and_record};
+use super::{by_service, rules_and_record};
 use crate::ports::{Records, ServiceRule};
 use api::demand::BACKENDS;
 use api::informer::Key;
 use api::k8s::api::core::v1::Service;
 use api::object::{Meta, SharedObject};
+use api::topology::Place;
 use network::dns::ServiceRecord;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
