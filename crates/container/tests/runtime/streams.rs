@@ -133,6 +133,8 @@ fn attach_terminal() {
     let mut live = pod.client().attach("a", ALL).expect("attached");
     let terminal = live.terminal.take().expect("terminal");
     assert!(live.stderr.is_none() && live.stdin.is_none());
+    // What is written is echoed into whatever the program says meanwhile.
+    eventually("the program reads", || output(&log, "stdout").contains("\nc\n").then_some(()));
     tcsetwinsize(&terminal, Winsize { ws_row: 40, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 }).expect("resized");
     rustix::io::write(&terminal, b"word\n").expect("written");
     let text = drain(live.stdout.take().expect("stdout"));
