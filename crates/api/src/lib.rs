@@ -25,6 +25,7 @@ pub mod openapi;
 pub mod quantity;
 pub mod schema;
 pub mod selector;
+pub mod sleep;
 pub mod status;
 pub mod streams;
 pub mod table;

@@ -82,6 +82,11 @@ pub enum Request {
     Connect {
         port: u16,
     },
+    /// The machine stood still and goes on: the time, unix nanoseconds, and what its random numbers are to begin with.
+    Woke {
+        clock: i64,
+        seed: [u8; 32],
+    },
     /// A file below [`VOLUMES`].
     Read {
         path: String,

@@ -1,4 +1,5 @@
-//! The system calls that need `unsafe`: sockets of a family that neither `std` nor `rustix` has, and the clock.
+//! The system calls that need `unsafe`: sockets of a family that neither `std` nor `rustix` has, the clock and the kernel's
+//! random numbers.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -48,5 +49,28 @@ pub fn set_clock(unix: i64) -> io::Result<()> {
     match unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Stirs `seed` into the kernel's random numbers, and has it begin anew with it: what it gave out before a snapshot may
+/// have been given out again since.
+pub fn reseed(seed: &[u8; 32]) -> io::Result<()> {
+    #[repr(C)]
+    struct Entropy {
+        bits: libc::c_int,
+        bytes: libc::c_int,
+        seed: [u8; 32],
+    }
+    // <linux/random.h>: RNDADDENTROPY, RNDRESEEDCRNG
+    const ADD: libc::c_ulong = 0x4008_5203;
+    const AGAIN: libc::c_ulong = 0x5207;
+    let device = std::fs::OpenOptions::new().write(true).open("/dev/urandom")?;
+    let entropy = Entropy { bits: 256, bytes: 32, seed: *seed };
+    // SAFETY: `entropy` is a live `rand_pool_info` with its 32 bytes; the call only reads it.
+    let added = unsafe { libc::ioctl(device.as_raw_fd(), ADD as _, &raw const entropy) };
+    // SAFETY: no memory is passed.
+    match added == 0 && unsafe { libc::ioctl(device.as_raw_fd(), AGAIN as _) } == 0 {
+        true => Ok(()),
+        false => Err(io::Error::last_os_error()),
     }
 }

@@ -9,6 +9,7 @@ pub mod container;
 pub mod microvm;
 pub mod wasm;
 
+use api::sleep::Sleep;
 use api::streams::{Duplex, MachineStream, Session, Wanted};
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
@@ -314,6 +315,19 @@ pub trait Boundary: Send + Sync + 'static {
     async fn stats(&self, sandbox: &SandboxSpec, container: &str) -> Result<Stats>;
     async fn pause(&self, sandbox: &SandboxSpec) -> Result<()>;
     async fn resume(&self, sandbox: &SandboxSpec) -> Result<()>;
+    /// All that runs stands still, and takes less, until [`Boundary::wake`]; what it was is there then. Idempotent.
+    async fn sleep(&self, sandbox: &SandboxSpec, how: Sleep) -> Result<()> {
+        match how {
+            Sleep::Frozen => self.pause(sandbox).await,
+            Sleep::Snapshot => {
+                let why = "only pods with runtimeClassName microvm can; frozen is".into();
+                Err(BoundaryError::Unsupported { boundary: self.name(), what: "sleep as a snapshot", why })
+            }
+        }
+    }
+    async fn wake(&self, sandbox: &SandboxSpec) -> Result<()> {
+        self.resume(sandbox).await
+    }
     /// Volumes made of files have others now, in the pod's directory.
     async fn volumes_changed(&self, _: &SandboxSpec) -> Result<()> {
         Ok(())

@@ -53,6 +53,11 @@ pub(crate) async fn destroy_all(
 
 async fn stop(record: Record, boundary: Arc<dyn Boundary>, networks: Arc<dyn Networks>) -> bool {
     let sandbox = &record.sandbox;
+    if record.asleep.is_some()
+        && let Ok(Err(error)) = tokio::time::timeout(LAST_CALL, boundary.wake(sandbox)).await
+    {
+        tracing::debug!(pod = sandbox.name, "cannot wake up to stop: {error}");
+    }
     let running = || async {
         let listed = tokio::time::timeout(LAST_CALL, boundary.list(sandbox)).await;
         let listed = listed.ok().and_then(Result::ok).unwrap_or_default();

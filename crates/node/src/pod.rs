@@ -15,9 +15,11 @@
 //!                                                                                                                 Gone
 //! ```
 
+mod asleep;
 mod bandwidth;
 pub(crate) mod handler;
 mod image;
+mod look;
 pub(crate) mod plan;
 mod probes;
 mod report;
@@ -152,6 +154,7 @@ pub(crate) struct Worker {
     tokens_until: Option<Instant>,
     /// As the link has it; `None` is not known.
     bandwidth: Option<Bandwidth>,
+    rest: asleep::Rest,
 }
 
 /// The task of one pod. `record` is what was found on disk.
@@ -212,6 +215,7 @@ impl Worker {
             tokens: crate::volumes::Tokens::new(),
             tokens_until,
             bandwidth: None,
+            rest: asleep::Rest::default(),
             shared,
         };
         worker.adopt(record);
@@ -243,6 +247,7 @@ impl Worker {
         let boundary = record.as_ref().and_then(|r| self.shared.boundaries.get(r.boundary.as_str()).cloned());
         match (record, boundary) {
             (Some(record), Some(boundary)) if !record.ended => {
+                self.rest = asleep::Rest::of(record.asleep);
                 for slot in &mut self.slots {
                     slot.stop_signal = record.stop_signals.get(&slot.name).copied().unwrap_or(15);
                 }
@@ -361,6 +366,21 @@ impl Worker {
     }
 
     async fn step_live(&mut self, sandbox: Sandbox) -> bool {
+        // Who sleeps could not answer.
+        if self.rest.how.is_none() && self.dirty && !self.refresh(&sandbox).await {
+            return self.sandbox_lost(sandbox).await;
+        }
+        match self.rest(&sandbox).await {
+            asleep::Resting::Awake => {}
+            asleep::Resting::Asleep => {
+                if let Some(at) = self.deadline() {
+                    self.wake_at(at);
+                }
+                self.stage = Stage::Live(sandbox);
+                return false;
+            }
+            asleep::Resting::Lost => return self.sandbox_lost(sandbox).await,
+        }
         if self.dirty && !self.refresh(&sandbox).await {
             return self.sandbox_lost(sandbox).await;
         }
@@ -395,100 +415,11 @@ impl Worker {
         more
     }
 
-    /// Reads what the boundary knows; `false` if the sandbox is no more.
-    async fn refresh(&mut self, sandbox: &Sandbox) -> bool {
-        let listed = match limited(sandbox.boundary.list(&sandbox.spec)).await {
-            Ok(listed) => listed,
-            Err(BoundaryError::NoSandbox(_)) => return false,
-            Err(error) => {
-                tracing::warn!(pod = self.object.name(), "cannot list containers, trying again: {error}");
-                self.wake_at(Instant::now() + Duration::from_secs(1));
-                return true;
-            }
-        };
-        self.dirty = false;
-        for state in &listed {
-            let Some(index) = self.slots.iter().position(|s| s.name == state.name) else { continue };
-            self.observe(sandbox, index, state).await;
-        }
-        for index in 0..self.slots.len() {
-            let missing =
-                self.slots.get(index).is_some_and(|s| s.is_running() && !listed.iter().any(|l| l.name == s.name));
-            if missing {
-                self.lose(index);
-            }
-        }
-        let (boundary, spec) = (sandbox.boundary.clone(), sandbox.spec.clone());
-        self.changed = Some(Mutex::new(Box::pin(async move { boundary.changed(&spec).await })));
-        true
-    }
-
-    /// Brings one slot up to what the boundary says.
-    async fn observe(&mut self, sandbox: &Sandbox, index: usize, state: &crate::boundary::ContainerState) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
-        match slot::ended(state) {
-            None => {
-                let crate::boundary::Phase::Running { started } = state.phase else { return };
-                let known = slot.is_running() && slot.attempt == state.attempt;
-                if !known {
-                    let was_up = slot.startup_done;
-                    slot.begin(state.attempt, started);
-                    slot.startup_done = was_up;
-                    self.after_start(sandbox, index, false);
-                } else if slot.probes.is_empty() && slot.killer.is_none() && !slot.hook_pending {
-                    // Adopted: its probes have to be taken up again.
-                    if let State::Running { started: at } = &mut slot.state {
-                        *at = started;
-                    }
-                    self.start_probes(sandbox, index);
-                }
-            }
-            Some(mut ended) => {
-                let known = match slot.latest_end() {
-                    Some(known) => known.attempt == ended.attempt && !slot.is_running(),
-                    None => false,
-                };
-                if known || slot.attempt > ended.attempt {
-                    return;
-                }
-                self.read_message(index, &mut ended).await;
-                if let Some(slot) = self.slots.get_mut(index) {
-                    slot.end(ended, Instant::now());
-                }
-            }
-        }
-    }
-
-    /// A container that should run and is not there.
-    fn lose(&mut self, index: usize) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
-        let State::Running { started } = slot.state else { return };
-        let ended = slot::Ended {
-            attempt: slot.attempt,
-            code: 137,
-            signal: None,
-            reason: "ContainerStatusUnknown".into(),
-            message: "The container could not be located when the pod was looked at".into(),
-            started,
-            finished: api::time::now_micros().saturating_mul(1000),
-        };
-        slot.end(ended, Instant::now());
-    }
-
-    fn lose_running(&mut self) {
-        for index in 0..self.slots.len() {
-            self.lose(index);
-        }
-        for slot in self.slots.iter_mut().filter(|s| s.begun) {
-            slot.earlier = true;
-            slot.again = slot.role != Role::Main;
-        }
-    }
-
     /// The sandbox's supervisor is gone (killed, or the machine was rebooted): a new one, if anything has to run.
     async fn sandbox_lost(&mut self, sandbox: Sandbox) -> bool {
         self.changed = None;
         self.dirty = false;
+        self.rest = asleep::Rest::default();
         self.lose_running();
         let progress: Vec<_> = self.slots.iter().map(|s| (s.role, s.progress())).collect();
         let mains: Vec<_> = progress.iter().filter(|p| p.0 == Role::Main).copied().collect();
@@ -596,6 +527,7 @@ impl Worker {
             live: live.map(|s| LiveView { sandbox: s.spec.clone(), boundary: s.boundary.clone() }),
             containers,
             images: self.slots.iter().map(|s| s.image_id.clone()).filter(|i| !i.is_empty()).collect(),
+            asleep: self.rest.how,
         }
     }
 }

@@ -5,6 +5,7 @@
 use crate::boundary::SandboxSpec;
 use crate::config::Config;
 use api::k8s::api::core::v1::PodStatus;
+use api::sleep::Sleep;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -28,6 +29,9 @@ pub(crate) struct Record {
     /// Signal that asks a container to stop, where it is not 15.
     #[serde(default)]
     pub stop_signals: BTreeMap<String, i32>,
+    /// It sleeps, or is about to.
+    #[serde(default)]
+    pub asleep: Option<Sleep>,
     /// The sandbox was destroyed for good; only logs and the last status are left.
     #[serde(default)]
     pub ended: bool,
@@ -58,6 +62,7 @@ impl Record {
             boundary: boundary.into(),
             grace_seconds,
             stop_signals: BTreeMap::new(),
+            asleep: None,
             ended: false,
             sandbox,
         }

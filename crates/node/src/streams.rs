@@ -4,6 +4,7 @@ use crate::boundary::{BoundaryError, ExecRequest};
 use crate::config::log_path;
 use crate::views::{ContainerView, Live, PodView, ViewState, Views};
 use crate::{kept_logs, logs};
+use api::sleep::ASLEEP;
 use api::status::{Reason, Status, StatusResult};
 use api::streams::{Duplex, LogOptions, MachineAction, MachineStream, PodStreams, Session, Target, Wanted};
 use async_trait::async_trait;
@@ -35,6 +36,7 @@ impl Streams {
     /// The container meant, where it runs.
     fn running(&self, target: &Target) -> StatusResult<(Live, ContainerView)> {
         let pod = self.pod(target)?;
+        awake(&pod)?;
         let container = choose(&pod, &target.container)?;
         let missing = || {
             let name = &container.name;
@@ -49,6 +51,15 @@ impl Streams {
         }
         Ok((live, container.clone()))
     }
+}
+
+/// Nothing could answer in one that sleeps.
+fn awake(pod: &PodView) -> StatusResult<()> {
+    let Some(how) = pod.asleep else { return Ok(()) };
+    let (name, namespace, how) = (&pod.name, &pod.namespace, how.word());
+    Err(Status::bad_request(format!(
+        "pod {name} sleeps ({how}): a request to its Service wakes it, or kubectl annotate pod {name} -n {namespace} {ASLEEP}-"
+    )))
 }
 
 fn names(pod: &PodView, init: bool) -> String {
@@ -138,6 +149,7 @@ impl PodStreams for Streams {
 
     async fn port_forward(&self, target: &Target, port: u16) -> StatusResult<Box<dyn Duplex>> {
         let pod = self.pod(target)?;
+        awake(&pod)?;
         let Some(live) = pod.live.clone() else {
             return Err(Status::bad_request(format!("unable to forward port: pod {} is not running", pod.name)));
         };
@@ -212,6 +224,7 @@ mod tests {
             live: None,
             containers: containers.into_iter().map(view).collect(),
             images: Vec::new(),
+            asleep: None,
         }
     }
     fn waiting(reason: &str) -> ViewState {

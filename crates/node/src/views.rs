@@ -1,6 +1,7 @@
 //! What streams and logs need to know of the pods here, kept up to date by their workers.
 
 use crate::boundary::{Boundary, SandboxSpec};
+use api::sleep::Sleep;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -39,6 +40,7 @@ pub(crate) struct PodView {
     pub containers: Vec<ContainerView>,
     /// Image ids in use.
     pub images: Vec<String>,
+    pub asleep: Option<Sleep>,
 }
 
 #[derive(Default)]

@@ -35,6 +35,7 @@ mod outer;
 mod pods;
 mod policies;
 mod registry;
+mod sleep;
 mod snapshots;
 mod subnets;
 mod traces;
@@ -74,6 +75,7 @@ const ALL: &[&[Test]] = &[
     limits::TESTS,
     vm::TESTS,
     microvm::TESTS,
+    sleep::TESTS,
     nested::TESTS,
     snapshots::TESTS,
     oci::TESTS,

@@ -49,7 +49,7 @@ fn kernel_ls(c: &Cluster) -> String {
 }
 
 /// The kernel is there, with all its modules.
-fn with_kernel(c: &Cluster) -> Result<(), Outcome> {
+pub fn with_kernel(c: &Cluster) -> Result<(), Outcome> {
     if let Some(why) = lacks() {
         return Err(Outcome::Skipped(why));
     }

@@ -4,10 +4,14 @@
 //! ```text
 //!  pods ──(a window without requests)──▶ held, none under way ──▶ zero ──(a request waits)──▶ starting ──▶ pods, let go
 //! ```
-//! *Invariant:* the last pod is taken away only while its Services are held, so no request is on its way to it.
+//! Zero is no pods, or one that sleeps (`functions.atoll.dev/sleep`): then the Deployment keeps one replica and says so in
+//! an annotation, which the revision's pods are given.
+//!
+//! *Invariant:* the last pod is taken away, or put to sleep, only while its Services are held, so no request is on its way
+//! to it.
 
 use super::scale::{History, Rules};
-use super::{REVISION_UID, ROUTE, ROUTING_STATE, SERVICE, child_name};
+use super::{REVISION_UID, ROUTE, ROUTING_STATE, SERVICE, child_name, pods_asleep, sleep_of};
 use crate::context::{Context, DEPLOYMENTS, KN_REVISIONS, PODS, SERVICES};
 use crate::objects::{condition_status, int};
 use crate::runner::is_race;
@@ -15,6 +19,7 @@ use api::client::Patch;
 use api::demand::Load;
 use api::informer::{Change, Informer, Key};
 use api::object::{Meta, Object, SharedObject};
+use api::sleep::{ASLEEP, Sleep};
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -73,6 +78,10 @@ struct Autoscaler {
 struct Scaled {
     uid: String,
     rules: Rules,
+    /// What its pods do at zero; `None`: they go.
+    sleep: Option<Sleep>,
+    /// It was put to sleep, whether or not the informers know already.
+    sleeps: bool,
     /// Of the Services that lead to it.
     loads: Vec<Arc<Load>>,
     history: History,
@@ -170,12 +179,15 @@ impl Autoscaler {
             let scaled = self.scaled.entry(key).or_insert_with(|| Scaled {
                 uid: revision.uid().to_owned(),
                 rules: rules.clone(),
+                sleep: None,
+                sleeps: false,
                 loads: Vec::new(),
                 history: History::begin(now),
                 sampled: 0,
                 arrived: 0,
             });
             scaled.rules = rules;
+            scaled.sleep = sleep_of(&revision);
             scaled.loads = loads;
             scaled.arrived = scaled.arrived.max(scaled.arrived());
         }
@@ -197,7 +209,7 @@ impl Autoscaler {
             scaled.history.record(&scaled.rules, now, concurrency, came);
             let Some(deployment) = deployment(&self.deployments, key) else { continue };
             let there = int(&deployment, "/spec/replicas").unwrap_or(0);
-            if there == 0 {
+            if there == 0 || scaled.sleeps || pods_asleep(&deployment).is_some() {
                 continue;
             }
             let ready = int(&deployment, "/status/availableReplicas").unwrap_or(0);
@@ -206,11 +218,14 @@ impl Autoscaler {
             if wanted == there || (wanted == 0 && !scaled.hold_if_idle()) {
                 continue;
             }
-            changes.push((key.clone(), wanted));
+            let asleep = scaled.sleep.filter(|_| wanted == 0);
+            scaled.sleeps = asleep.is_some();
+            changes.push((key.clone(), wanted.max(i64::from(scaled.sleeps)), asleep));
         }
-        for (key, wanted) in changes {
-            let done = self.set(&key, wanted).await;
-            if !done && let Some(scaled) = self.scaled.get(&key) {
+        for (key, wanted, asleep) in changes {
+            let done = self.set(&key, wanted, asleep).await;
+            if !done && let Some(scaled) = self.scaled.get_mut(&key) {
+                scaled.sleeps = false;
                 scaled.release();
             }
         }
@@ -225,7 +240,7 @@ impl Autoscaler {
                 continue;
             }
             let Some(deployment) = deployment(&self.deployments, key) else { continue };
-            if int(&deployment, "/spec/replicas") == Some(0) {
+            if int(&deployment, "/spec/replicas") == Some(0) || scaled.sleeps || pods_asleep(&deployment).is_some() {
                 scaled.history = History::begin(self.context.now());
                 changes.push((key.clone(), scaled.rules.within(1)));
             } else if pod_is_ready(&self.pods, key, &scaled.uid) {
@@ -233,7 +248,10 @@ impl Autoscaler {
             }
         }
         for (key, wanted) in changes {
-            self.set(&key, wanted.max(1)).await;
+            let woken = self.set(&key, wanted.max(1), None).await;
+            if let Some(scaled) = self.scaled.get_mut(&key).filter(|_| woken) {
+                scaled.sleeps = false;
+            }
         }
     }
 
@@ -245,16 +263,19 @@ impl Autoscaler {
         let Some(scaled) = self.scaled.get(&key).filter(|scaled| scaled.loads.iter().any(|load| load.is_held())) else {
             return;
         };
-        let wanted = deployment(&self.deployments, &key).and_then(|d| int(&d, "/spec/replicas")).unwrap_or(0);
-        if wanted > 0 && is_ready(pod) {
+        let deployment = deployment(&self.deployments, &key);
+        let wanted = deployment.as_ref().and_then(|d| int(d, "/spec/replicas")).unwrap_or(0);
+        let sleeps = scaled.sleeps || deployment.is_some_and(|d| pods_asleep(&d).is_some());
+        if wanted > 0 && !sleeps && is_ready(pod) {
             scaled.release();
         }
     }
 
     /// Whether the Deployment has that many now.
-    async fn set(&self, key: &Key, replicas: i64) -> bool {
+    async fn set(&self, key: &Key, replicas: i64, asleep: Option<Sleep>) -> bool {
         let name = child_name(&key.name, "-deployment");
-        let patch = Patch::Merge(json!({"spec": {"replicas": replicas}}));
+        let annotations = json!({ASLEEP: asleep.map(Sleep::word)});
+        let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}, "spec": {"replicas": replicas}}));
         match self.context.client.patch(&DEPLOYMENTS, &key.namespace, &name, "", patch).await {
             Ok(_) => true,
             Err(error) => {
@@ -284,7 +305,7 @@ fn leads_to(service: &Object, revision: &Object) -> bool {
 }
 
 fn is_ready(pod: &Object) -> bool {
-    !pod.is_deleting() && condition_status(pod, "Ready") == "True"
+    !pod.is_deleting() && pod.annotation(ASLEEP).is_none() && condition_status(pod, "Ready") == "True"
 }
 
 fn pod_is_ready(pods: &Informer, key: &Key, uid: &str) -> bool {

@@ -27,6 +27,7 @@ use crate::context::Context;
 use crate::objects::list;
 use api::kind::Resource;
 use api::object::{Meta, Object, SharedObject, child, object_of};
+use api::sleep::{ASLEEP, SLEEP, Sleep};
 use api::status::StatusResult;
 use serde_json::{Value, json};
 
@@ -41,6 +42,18 @@ const ROUTE: &str = "serving.knative.dev/route";
 /// `pending` until a route names it first, then `active` or `reserve`.
 const ROUTING_STATE: &str = "serving.knative.dev/routingState";
 const LOCAL: &str = "networking.knative.dev/visibility";
+
+/// What a revision's pods do at zero; `None`: they go.
+fn sleep_of(revision: &Object) -> Option<Sleep> {
+    let class = revision.str_at("/spec/runtimeClassName");
+    // what is no such word was refused by the API
+    Sleep::of_revision(revision.annotation(SLEEP), class).ok().flatten()
+}
+
+/// How a revision's pods sleep now, as its Deployment says.
+fn pods_asleep(deployment: &Object) -> Option<Sleep> {
+    deployment.annotation(ASLEEP).and_then(|text| Sleep::of_pod(text).ok())
+}
 
 /// What a condition says: nothing yet, good, or bad and why.
 #[derive(Clone, Debug, PartialEq, Eq)]

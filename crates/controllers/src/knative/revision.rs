@@ -3,13 +3,15 @@
 use super::scale::Rules;
 use super::{
     CONFIGURATION, CONFIGURATION_UID, GENERATION, REVISION, REVISION_UID, ROUTING_STATE, SERVICE, SERVICE_UID, State,
-    child_name, ensure, handed_down, set_conditions,
+    child_name, ensure, handed_down, pods_asleep, set_conditions,
 };
 use crate::context::{Context, DEPLOYMENTS, KN_REVISIONS, PODS, SERVICES};
 use crate::objects::{condition, condition_status, controller_name, controller_reference, int, list};
 use crate::runner::{Again, Reconcile, Source};
+use api::client::Patch;
 use api::informer::{Informer, Key};
 use api::object::{Meta, Object, SharedObject, object_of};
+use api::sleep::{ASLEEP, Sleep};
 use api::status::StatusResult;
 use async_trait::async_trait;
 use serde_json::{Map, Value, json};
@@ -93,6 +95,10 @@ impl Reconcile for Revisions {
         let wanted = service(&revision);
         let known = self.services.get(&key.namespace, wanted.name());
         let service = ensure(&self.context, &SERVICES, known, &key.namespace, wanted).await?;
+        let asleep = deployment.as_ref().ok().and_then(|deployment| pods_asleep(deployment));
+        self.rest(&revision, asleep).await?;
+        // One that sleeps is none.
+        let replicas = if asleep.is_some() { 0 } else { replicas };
         let status = self.status(&revision, &deployment, &service, replicas);
         self.context.write_status(&KN_REVISIONS, &revision, status).await?;
         Ok(None)
@@ -112,6 +118,24 @@ fn replicas(revision: &Object, deployment: Option<&Object>) -> i64 {
 }
 
 impl Revisions {
+    /// Its pods sleep, or are awake, as its Deployment is.
+    async fn rest(&self, revision: &SharedObject, asleep: Option<Sleep>) -> StatusResult<()> {
+        let word = asleep.map(Sleep::word);
+        for pod in self.pods.list_in(revision.namespace()) {
+            let own = pod.label(REVISION_UID) == Some(revision.uid()) && !pod.is_deleting();
+            if !own || pod.annotation(ASLEEP) == word {
+                continue;
+            }
+            let patch = Patch::Merge(json!({"metadata": {"uid": pod.uid(), "annotations": {ASLEEP: word}}}));
+            match self.context.client.patch(&PODS, pod.namespace(), pod.name(), "", patch).await {
+                Ok(_) => {}
+                Err(error) if error.is_not_found() || error.is_conflict() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
     fn deployment(&self, revision: &SharedObject, replicas: i64) -> Object {
         let labels = pod_labels(revision);
         let mut annotations = handed_down(revision, "annotations");

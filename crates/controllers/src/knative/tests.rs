@@ -6,6 +6,7 @@ use crate::endpoints::SERVICE_NAME;
 use crate::objects::{condition_status, int, is_controlled_by, list};
 use crate::testing::World;
 use api::object::{Meta, Object, SharedObject};
+use api::sleep::ASLEEP;
 use serde_json::{Value, json};
 
 fn service(image: &str) -> Value {
@@ -214,6 +215,22 @@ async fn shares_requests_and_names_targets() {
     world.wait(&SERVICES, "fn", |s| s.pointer("/spec/selector").is_some()).await;
     world.wait_all(&ENDPOINT_SLICES, |slices| pods_of(slices) == 1).await;
     world.wait_all(&PODS, |pods| pods.len() == 1).await;
+}
+
+#[tokio::test]
+async fn pods_sleep_as_their_deployment_says() {
+    let world = world().await;
+    world.create(&KN_SERVICES, service("v1")).await;
+    world.wait(&KN_SERVICES, "fn", ready("fn-00001")).await;
+    let rest = |word: Value| json!({"metadata": {"annotations": {ASLEEP: word}}});
+    world.patch(&DEPLOYMENTS, "fn-00001-deployment", rest(json!("frozen"))).await;
+    world.wait_all(&PODS, |pods| pods.iter().all(|pod| pod.annotation(ASLEEP) == Some("frozen"))).await;
+    let asleep = world.wait(&KN_REVISIONS, "fn-00001", |r| condition_status(r, "Active") == "False").await;
+    assert_eq!(asleep["status"]["desiredReplicas"], 0);
+    assert_eq!(condition_status(&asleep, "Ready"), "True");
+    world.patch(&DEPLOYMENTS, "fn-00001-deployment", rest(Value::Null)).await;
+    world.wait_all(&PODS, |pods| pods.iter().all(|pod| pod.annotation(ASLEEP).is_none())).await;
+    world.wait(&KN_REVISIONS, "fn-00001", |r| condition_status(r, "Active") == "True").await;
 }
 
 #[tokio::test]

@@ -133,6 +133,10 @@ impl Agent {
             }
             Request::Pause => self.client()?.pause().map(|()| Answer::Done).map_err(shim),
             Request::Resume => self.client()?.resume().map(|()| Answer::Done).map_err(shim),
+            Request::Woke { clock, seed } => {
+                crate::sys::reseed(&seed).and_then(|()| crate::sys::set_clock(clock)).map_err(failed("waking up"))?;
+                Ok(Answer::Done)
+            }
             Request::Stats { name } => {
                 let listed = self.client()?.list().map_err(shim)?.1;
                 let state = listed.into_iter().find(|s| s.name == name && s.pid.is_some());

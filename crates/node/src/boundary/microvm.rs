@@ -2,6 +2,7 @@
 //! ([`machines`]: what a VirtualMachine describes, its only container the machine) or containers from images ([`pods`]: an
 //! agent of ours is the guest's process 1).
 
+mod asleep;
 mod link;
 mod log;
 mod machines;
@@ -79,6 +80,12 @@ impl Boundary for MicrovmBoundary {
     }
     async fn resume(&self, sandbox: &SandboxSpec) -> Result<()> {
         self.of(sandbox).resume(sandbox).await
+    }
+    async fn sleep(&self, sandbox: &SandboxSpec, how: Sleep) -> Result<()> {
+        self.of(sandbox).sleep(sandbox, how).await
+    }
+    async fn wake(&self, sandbox: &SandboxSpec) -> Result<()> {
+        self.of(sandbox).wake(sandbox).await
     }
     async fn volumes_changed(&self, sandbox: &SandboxSpec) -> Result<()> {
         self.of(sandbox).volumes_changed(sandbox).await

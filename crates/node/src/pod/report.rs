@@ -100,6 +100,7 @@ impl Worker {
             initialized: self.initialized,
             end: self.end.clone(),
             trouble: self.trouble.clone(),
+            asleep: self.rest.how,
         };
         status::compute(&self.pod, &self.slots, &around, &now())
     }

@@ -4,7 +4,11 @@ use super::plan::{RestartPolicy, Role};
 use super::slot::{Ended, Slot, State, time};
 use api::k8s::api::core::v1 as core;
 use api::k8s::apimachinery::pkg::apis::meta::v1::Time;
+use api::sleep::Sleep;
 use std::net::IpAddr;
+
+/// Reason of a pod that sleeps.
+const ASLEEP: &str = "Asleep";
 
 /// What the containers do not tell.
 #[derive(Clone, Debug, Default)]
@@ -21,6 +25,7 @@ pub(crate) struct Surroundings {
     pub end: Option<End>,
     /// Pod-level reason and message while it cannot be started.
     pub trouble: Option<(String, String)>,
+    pub asleep: Option<Sleep>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,10 +40,11 @@ pub(crate) fn compute(pod: &core::Pod, slots: &[Slot], around: &Surroundings, no
     let spec = pod.spec.as_ref().unwrap_or(&empty);
     let old = pod.status.clone().unwrap_or_default();
     let phase = phase(slots, RestartPolicy::of(spec), around);
-    let (reason, message) = match (&around.end, &around.trouble) {
-        (Some(end), _) => (end.reason.clone(), end.message.clone()),
-        (None, Some((reason, message))) => (reason.clone(), message.clone()),
-        (None, None) => (String::new(), String::new()),
+    let (reason, message) = match (&around.end, &around.trouble, around.asleep) {
+        (Some(end), ..) => (end.reason.clone(), end.message.clone()),
+        (None, Some((reason, message)), _) => (reason.clone(), message.clone()),
+        (None, None, Some(how)) => (ASLEEP.into(), format!("The pod sleeps, {}; a request wakes it", how.word())),
+        (None, None, None) => (String::new(), String::new()),
     };
     let some = |text: String| if text.is_empty() { None } else { Some(text) };
     let (main, init): (Vec<&Slot>, Vec<&Slot>) = slots.iter().partition(|s| s.role == Role::Main);
@@ -167,7 +173,7 @@ fn waiting(reason: &str, message: &str) -> core::ContainerState {
 }
 
 fn is_ready(slot: &Slot, around: &Surroundings) -> bool {
-    slot.started() && slot.ready && around.end.is_none()
+    slot.started() && slot.ready && around.end.is_none() && around.asleep.is_none()
 }
 
 fn conditions(
@@ -199,6 +205,8 @@ fn conditions(
         (false, "PodCompleted", String::new())
     } else if phase == "Failed" {
         (false, "PodFailed", String::new())
+    } else if around.asleep.is_some() {
+        (false, ASLEEP, String::new())
     } else if unready.is_empty() {
         (true, "", String::new())
     } else {

@@ -3,13 +3,15 @@
 use super::field::{Problems, at};
 use crate::bandwidth::{self, DISK_BANDWIDTH, DISK_OPERATIONS, EGRESS, INGRESS};
 use crate::networks::NETWORK;
+use crate::sleep::{ASLEEP, Sleep};
 use serde_json::Value;
 
 /// Checks the annotations at `path`. What `old` has too has been taken before, and stays.
 pub fn validate(p: &mut Problems, path: &str, annotations: &Value, old: &Value) {
-    for key in [INGRESS, EGRESS, DISK_BANDWIDTH, DISK_OPERATIONS] {
+    for key in [INGRESS, EGRESS, DISK_BANDWIDTH, DISK_OPERATIONS, ASLEEP] {
         let wrong = |text: &str| match key {
             INGRESS | EGRESS => bandwidth::parse(text).err(),
+            ASLEEP => Sleep::of_pod(text).err(),
             _ => bandwidth::parse_disks(key, text).err(),
         };
         if let Some(text) = at(annotations, key).as_str()

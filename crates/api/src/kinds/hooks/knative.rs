@@ -4,6 +4,7 @@ use super::field::{Problems, at, fill, has, int, items, items_mut, object_mut, p
 use super::{annotations, pod_spec, volume};
 use crate::names;
 use crate::object::{Meta, Object, child, object_of};
+use crate::sleep::{SLEEP, Sleep};
 use crate::status::Cause;
 use serde_json::{Map, Value, json};
 
@@ -128,6 +129,11 @@ fn template(p: &mut Problems, object: &Object) {
                 "must be a whole number from 0 on",
             );
         }
+    }
+    let class = pointer(template, "/spec/runtimeClassName").as_str().unwrap_or("");
+    if let Err(detail) = Sleep::of_revision(at(annotations, SLEEP).as_str(), class) {
+        let path = format!("spec.template.metadata.annotations[{SLEEP}]");
+        p.invalid_text(&path, at(annotations, SLEEP).as_str().unwrap_or(""), &detail);
     }
     if has(template, "spec") {
         spec(p, "spec.template.spec", at(template, "spec"));

@@ -8,7 +8,7 @@
 
 use super::link::{Channel, Link, LinkError};
 use super::machines::{self, blocking};
-use super::{log, streams, volumes};
+use super::{asleep, log, streams, volumes};
 use crate::boundary::container::{lambda, spec};
 use crate::boundary::*;
 use ::container::shim::protocol as shim;
@@ -80,6 +80,18 @@ fn translate(kind: Failure, message: String) -> BoundaryError {
     }
 }
 
+/// Unix nanoseconds.
+fn now() -> i64 {
+    api::time::now_micros().saturating_mul(1000)
+}
+
+/// What a guest that goes on stirs into its random numbers.
+fn seed() -> Result<[u8; 32]> {
+    let mut seed = [0; 32];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| std::io::Read::read_exact(&mut file, &mut seed));
+    read.map(|()| seed).map_err(|e| failed("seed", e))
+}
+
 fn unexpected() -> BoundaryError {
     failed("guest", "it answered something else than was asked")
 }
@@ -119,6 +131,13 @@ impl Pods {
         }
         *held = Some(link.clone());
         Ok(link)
+    }
+
+    /// Nothing is said to the agent any more, and no log followed.
+    async fn let_go(&self, sandbox: &SandboxSpec) {
+        let Some(pod) = lock(&self.pods).get(&sandbox.uid).cloned() else { return };
+        lock(&pod.logs).drain().for_each(|(_, task)| task.abort());
+        *pod.link.lock().await = None;
     }
 
     async fn give_up(&self, sandbox: &SandboxSpec, why: &str) -> BoundaryError {
@@ -367,7 +386,7 @@ fn set_up(sandbox: &SandboxSpec) -> SetUp {
             scoped: false,
             ..spec::sandbox(&inside, STATE.into(), None)
         },
-        clock: api::time::now_micros().saturating_mul(1000),
+        clock: now(),
     }
 }
 
@@ -540,6 +559,30 @@ impl Boundary for Pods {
         machines::request(sandbox, Request::Resume).await.map(drop)
     }
 
+    async fn sleep(&self, sandbox: &SandboxSpec, how: Sleep) -> Result<()> {
+        match how {
+            Sleep::Frozen if machines::runs(sandbox).await => self.pause(sandbox).await,
+            Sleep::Frozen => Err(BoundaryError::NoSandbox(sandbox.uid.clone())),
+            Sleep::Snapshot => {
+                self.let_go(sandbox).await;
+                asleep::save(sandbox).await
+            }
+        }
+    }
+
+    async fn wake(&self, sandbox: &SandboxSpec) -> Result<()> {
+        asleep::wake(&self.exe, sandbox).await?;
+        let woke = Ask::Woke { clock: now(), seed: seed()? };
+        match self.done(sandbox, woke).await {
+            Err(BoundaryError::NoSandbox(uid)) => Err(BoundaryError::NoSandbox(uid)),
+            Err(error) => {
+                tracing::warn!(pod = %sandbox.uid, "the guest's clock is late: {error}");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     async fn volumes_changed(&self, sandbox: &SandboxSpec) -> Result<()> {
         let pod = sandbox.clone();
         let changed = tokio::task::spawn_blocking(move || volumes::changed(&pod));
@@ -550,11 +593,9 @@ impl Boundary for Pods {
     }
 
     async fn destroy(&self, sandbox: &SandboxSpec) -> Result<()> {
-        let pod = lock(&self.pods).remove(&sandbox.uid);
-        if let Some(pod) = pod {
-            lock(&pod.logs).drain().for_each(|(_, task)| task.abort());
-            *pod.link.lock().await = None;
-        }
+        self.let_go(sandbox).await;
+        lock(&self.pods).remove(&sandbox.uid);
+        asleep::forget(sandbox).await?;
         machines::destroy(sandbox).await
     }
 }
